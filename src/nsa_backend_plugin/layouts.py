@@ -1,0 +1,57 @@
+"""Byte layouts of the caches: one definition each, used by every writer and reader.
+
+Index-K page (`page_size` tokens of `dim` fp8 values, then one fp32 scale per token):
+
+    row_major    value byte: t*dim + d
+    preshuffled  value byte: (t//16)*16*dim + (d//16)*256 + (t%16)*16 + d%16
+    scale (both)           : page_size*dim + 4*t
+
+Packed fp8 latent row: value_dim e4m3fn | value_dim/tile fp32 scales | RoPE part unquantized.
+"""
+
+from __future__ import annotations
+
+import torch
+
+INDEX_DIM = 128
+INDEX_PAGE_SIZE = 64
+INDEX_LAYOUTS = ("row_major", "preshuffled")
+SCALE_FORMATS = ("fp32", "ue8m0")
+#: Smallest amax that a scale is made from, so that an all-zero tile dequantizes to zeros and never to NaN.
+MIN_AMAX = 1e-4
+
+LATENT_DIM = 512
+ROPE_DIM = 64
+LATENT_TILE = 128
+
+FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
+
+
+def fp8_max(dtype: torch.dtype) -> float:
+    """Largest magnitude a cache may hold: 448 for e4m3fn, 240 for e4m3fnuz."""
+    return torch.finfo(dtype).max
+
+
+def index_page_bytes(page_size: int = INDEX_PAGE_SIZE, dim: int = INDEX_DIM) -> int:
+    return page_size * (dim + 4)
+
+
+def index_value_offsets(layout: str, page_size: int = INDEX_PAGE_SIZE, dim: int = INDEX_DIM) -> torch.Tensor:
+    """[page_size, dim] int64: `index_value_offset` of every value of a page."""
+    t = torch.arange(page_size)[:, None]
+    d = torch.arange(dim)[None, :]
+    if layout == "row_major":
+        return t * dim + d
+    if layout == "preshuffled":
+        return (t // 16) * 16 * dim + (d // 16) * 256 + (t % 16) * 16 + d % 16
+    raise ValueError(f"layout={layout!r}: expected one of {', '.join(INDEX_LAYOUTS)}")
+
+
+def index_scale_offset(token: int, page_size: int = INDEX_PAGE_SIZE, dim: int = INDEX_DIM) -> int:
+    """Byte offset inside a page of the scale of the page's `token`-th token."""
+    return page_size * dim + 4 * token
+
+
+def packed_latent_bytes(dim: int, value_dim: int = LATENT_DIM, tile_size: int = LATENT_TILE, itemsize: int = 2) -> int:
+    """Bytes of one packed fp8 latent row of `dim` values (656 for dim 576)."""
+    return value_dim + 4 * (value_dim // tile_size) + itemsize * (dim - value_dim)

@@ -1,0 +1,45 @@
+"""Order of preference among implementations, per architecture.
+
+A row applies when its operation matches, its architecture is the device's ("sm_90"), its vendor ("cuda", "rocm",
+"cpu") or "*", and every condition holds for the call's shape summary: an exact value, or an inclusive (low, high)
+range. The first row that applies wins, so specific rows stand above general ones. `source` says where the order
+comes from: the benchmark command with its date and device, or the rule it follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Preference:
+    operation: str
+    arch: str
+    order: tuple[str, ...]
+    source: str
+    when: Mapping[str, Any] = field(default_factory=dict)
+
+    def applies(self, operation: str, arch: str, shape: Mapping[str, Any]) -> bool:
+        vendor = "cuda" if arch.startswith("sm_") else "rocm" if arch.startswith("gfx") else arch
+        if operation != self.operation or self.arch not in (arch, vendor, "*"):
+            return False
+        return all(key in shape and _matches(shape[key], want) for key, want in self.when.items())
+
+
+def _matches(value: Any, want: Any) -> bool:
+    return want[0] <= value <= want[1] if isinstance(want, tuple) else value == want
+
+
+TABLE: tuple[Preference, ...] = ()
+
+
+def order(operation: str, arch: str, shape: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names in order of preference; empty when no row applies (then triton, then torch)."""
+    if arch == "cpu":
+        return ("torch",)
+    for row in TABLE:
+        if row.applies(operation, arch, shape):
+            return row.order
+    return ()

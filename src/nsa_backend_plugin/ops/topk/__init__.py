@@ -1,0 +1,84 @@
+"""Selection of the k largest logits of every row."""
+
+from __future__ import annotations
+
+import torch
+
+from nsa_backend_plugin.ops import checks
+from nsa_backend_plugin.ops.registry import Operation
+
+_select = Operation("topk", "select")
+
+
+def select(
+    logits: torch.Tensor,
+    lengths: torch.Tensor,
+    k: int,
+    *,
+    row_starts: torch.Tensor | None = None,
+    page_table: torch.Tensor | None = None,
+    page_rows: torch.Tensor | None = None,
+    page_size: int = 1,
+    deterministic: bool = False,
+    out: torch.Tensor | None = None,
+    impl: str | None = None,
+) -> torch.Tensor:
+    """Indices of the k largest logits of each row, among its own candidates, -1 padded.
+
+    logits: [R, N] fp32, row stride free; only candidate columns are read. lengths: [R] int32 candidates per row.
+    row_starts: [R] int32 first candidate column of each row (None = 0). Returned indices count from it.
+    page_table: int32 [R, pages] or, with page_rows, [B, pages]; then the result is physical slots,
+    page_table[row, i // page_size] * page_size + i % page_size.
+    page_rows: [R] int32, the page_table row of each logits row (None = the row itself).
+    deterministic: ties at the threshold go to the lowest index and every row is sorted by index; otherwise the
+    order within a row, and which of several equal logits are taken, is free.
+    out: [R, k] int32 to write into. Returns int32 [R, k]; a row with fewer than k candidates has all of them,
+    then -1. Raises ValueError for bad shapes, dtypes, devices, k or page_size, and on CPU for lengths out of range.
+    Source: DeepSeek-V3.2 token selection; SGLang fast_topk_transform for the fused slot mapping.
+    """
+    checks.tensor("logits", logits, (None, None), torch.float32)
+    checks.inner_contiguous("logits", logits)
+    rows, columns = logits.shape
+    checks.tensor("lengths", lengths, (rows,), torch.int32, logits.device)
+    checks.positive("k", k)
+    checks.positive("page_size", page_size)
+    checks.index_range("lengths", lengths, 0, columns + 1)
+    if row_starts is not None:
+        checks.tensor("row_starts", row_starts, (rows,), torch.int32, logits.device)
+        checks.index_range("row_starts + lengths", row_starts + lengths if rows else lengths, 0, columns + 1)
+    if page_table is None:
+        checks.require(page_rows is None, "page_rows", "tensor", "None without page_table")
+    else:
+        table_rows = rows if page_rows is None else None
+        checks.tensor("page_table", page_table, (table_rows, None), torch.int32, logits.device)
+        checks.inner_contiguous("page_table", page_table)
+        checks.index_range("lengths", lengths, 0, page_table.shape[1] * page_size + 1)
+        if page_rows is not None:
+            checks.tensor("page_rows", page_rows, (rows,), torch.int32, logits.device)
+            checks.index_range("page_rows", page_rows, 0, page_table.shape[0])
+    if out is None:
+        out = torch.empty(rows, k, dtype=torch.int32, device=logits.device)
+    else:
+        checks.tensor("out", out, (rows, k), torch.int32, logits.device)
+        checks.contiguous("out", out)
+    _select(
+        impl,
+        logits.device,
+        {
+            "rows": rows,
+            "columns": columns,
+            "k": k,
+            "deterministic": deterministic,
+            "paged": page_table is not None,
+        },
+        logits,
+        lengths,
+        k,
+        row_starts=row_starts,
+        page_table=page_table,
+        page_rows=page_rows,
+        page_size=page_size,
+        deterministic=deterministic,
+        out=out,
+    )
+    return out
