@@ -12,7 +12,7 @@ _attend = Operation("sparse_mla", "attend")
 
 
 def kv_kind(kv: torch.Tensor, query_dim: int, value_dim: int) -> str:
-    """Kind of a latent cache: "bf16" (unquantized of any float type), "fp8" (plain, one scalar scale) or "packed" (656-byte rows)."""
+    """Kind of a latent cache: "bf16" (any float type), "fp8" (plain, one scalar scale) or "packed" (656-byte rows)."""
     if kv.dtype in checks.FLOAT_DTYPES and kv.shape[-1] == query_dim:
         return "bf16"
     if kv.dtype in FP8_DTYPES and kv.shape[-1] == query_dim:
@@ -20,8 +20,8 @@ def kv_kind(kv: torch.Tensor, query_dim: int, value_dim: int) -> str:
     if kv.dtype in (torch.uint8, torch.float8_e4m3fn) and kv.shape[-1] == packed_latent_bytes(query_dim, value_dim):
         return "packed"
     raise ValueError(
-        f"kv has shape {list(kv.shape)} and dtype {kv.dtype}: expected [slots, 1, {query_dim}] bf16, fp16, fp32 or fp8, "
-        f"or [slots, 1, {packed_latent_bytes(query_dim, value_dim)}] packed uint8 or e4m3fn"
+        f"kv has shape {list(kv.shape)} and dtype {kv.dtype}: expected [slots, 1, {query_dim}] bf16, fp16, fp32 or "
+        f"fp8, or [slots, 1, {packed_latent_bytes(query_dim, value_dim)}] packed uint8 or e4m3fn"
     )
 
 
@@ -46,7 +46,8 @@ def attend(
     out: [T, H, value_dim] in q's dtype to write into. workspace: uint8 scratch of at least `workspace_bytes(...)`
     (None allocates; pass one inside CUDA graphs, one per stream).
     Returns out, and lse [T, H] fp32 (natural log of the sum of exponentials) with return_lse. A row whose indices are
-    all -1 gives out 0 and lse -inf. Raises ValueError for bad shapes, dtypes, devices, and on CPU for slots out of range.
+    all -1 gives out 0 and lse -inf.
+    Raises ValueError for bad shapes, dtypes, devices, and on CPU for slots out of range.
     Source: DeepSeek-V3.2 sparse attention; FlashMLA sparse decode for the packed layout.
     """
     checks.tensor("q", q, (None, None, None), checks.FLOAT_DTYPES)
