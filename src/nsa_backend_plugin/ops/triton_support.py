@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from nsa_backend_plugin.ops.support import YES, Support, no
 
@@ -32,3 +35,20 @@ def has_e4m3(arch: str) -> bool:
     if arch.startswith("sm_"):
         return int(arch[3:]) >= 89
     return arch == "cpu" or arch.startswith(("gfx94", "gfx95", "gfx12"))
+
+
+@dataclass(frozen=True)
+class CompileCase:
+    """One kernel in one configuration that the library can launch, for ahead-of-time compilation.
+
+    Every triton.py defines `compile_cases(arch) -> Iterable[CompileCase]`, built from the same table that the
+    launcher reads, so that the compile matrix covers each configuration a call can select.
+    """
+
+    name: str
+    kernel: Any
+    signature: Mapping[str, str]  # argument -> "*bf16", "*fp8e4nv", "i32", "fp32", ... of every runtime argument
+    constexprs: Mapping[str, Any]
+    num_warps: int = 4
+    num_stages: int = 3
+    divisible: Sequence[str] = ()  # arguments known to be multiples of 16 (pointers: 16-byte aligned)
