@@ -1,0 +1,99 @@
+"""The server launcher, with a stand-in for SGLang: any package that has a `launch_server` module will do."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from nsa_backend_plugin import serving
+
+LAUNCH_SERVER = """
+import http.server, subprocess, sys, time
+port = int(next(a for a in sys.argv if a.startswith("--port=")).split("=")[1])
+if "--die" in sys.argv:
+    raise SystemExit("the real reason")
+if "--stuck" in sys.argv:
+    time.sleep(100)
+stubborn = "import time, signal; signal.signal(15, signal.SIG_IGN); time.sleep(100)"
+child = subprocess.Popen([sys.executable, "-c", stubborn])
+print("child", child.pid, flush=True)
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers(); self.wfile.write(b"ok")
+http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+@pytest.fixture
+def fake_sglang(tmp_path: Path) -> dict[str, str]:
+    package = tmp_path / "fake" / "sglang"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "launch_server.py").write_text(LAUNCH_SERVER)
+    return {"PYTHONPATH": str(package.parent)}
+
+
+def _gone(pid: int) -> bool:
+    """Ended, or a zombie that nobody has reaped."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def _child_pid(log: Path) -> int:
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        words = log.read_text().split() if log.exists() else []
+        if len(words) >= 2:
+            return int(words[1])
+        time.sleep(0.1)
+    raise AssertionError("the server did not start")
+
+
+def test_group_ends_with_the_block(tmp_path, fake_sglang):
+    with serving.Server("model", (), fake_sglang, log_path=tmp_path / "log", timeout=30) as server:
+        assert server.get("/health") == b"ok"
+        assert server.running()
+        child = _child_pid(tmp_path / "log")
+        assert not _gone(child)
+    assert _gone(child), "a child that ignores SIGTERM must not survive"
+    assert not server.running()
+    server.stop()
+
+
+def test_death_is_reported_with_the_log(tmp_path, fake_sglang):
+    server = serving.Server("model", ("--die",), fake_sglang, log_path=tmp_path / "log", timeout=30)
+    with pytest.raises(serving.ServerError, match=r"exited with code 1[\s\S]*the real reason"):
+        server.start()
+
+
+def test_timeout_stops_the_server(tmp_path, fake_sglang):
+    server = serving.Server("model", ("--stuck",), fake_sglang, log_path=tmp_path / "log", timeout=1)
+    with pytest.raises(serving.ServerError, match="not healthy after 1 s"):
+        server.start()
+    assert not server.running()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_signal_to_the_parent_ends_the_group(tmp_path, fake_sglang, signum):
+    log = tmp_path / "log"
+    program = textwrap.dedent(f"""
+        import time
+        from nsa_backend_plugin.serving import Server
+        Server("model", (), log_path={str(log)!r}, timeout=30).start()
+        time.sleep(100)
+    """)
+    parent = subprocess.Popen([sys.executable, "-c", program], env={**os.environ, **fake_sglang})
+    child = _child_pid(log)
+    time.sleep(1)
+    parent.send_signal(signum)
+    assert parent.wait(30) != 0
+    assert _gone(child)
