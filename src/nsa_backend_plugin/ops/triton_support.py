@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from nsa_backend_plugin.ops.support import YES, Support, no
@@ -52,3 +52,4 @@ class CompileCase:
     num_warps: int = 4
     num_stages: int = 3
     divisible: Sequence[str] = ()  # arguments known to be multiples of 16 (pointers: 16-byte aligned)
+    options: Mapping[str, Any] = field(default_factory=dict)  # other launch options: waves_per_eu, enable_fp_fusion, ...
