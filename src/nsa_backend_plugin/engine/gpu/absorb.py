@@ -1,0 +1,127 @@
+"""The fused decode path of a DSA layer: replaces `forward_absorb_prepare` of the model for plain decode batches.
+
+    main stream                                   side stream
+    q_a norm
+    fork                                          wk | weights_proj GEMM, key prep and store
+    q_b_proj                                      wq_b, query prep, logits, top-k
+    W_UK product, straight into q_all[..., :512]
+    kv_a norm
+    RoPE of q into q_all[..., 512:], RoPE + quantize + write of the latent row: one kernel
+    join
+
+The main stream's kernel is issued first after the fork, and the side stream waits before q_b_proj is issued:
+inside graph capture the other order spreads the side lane over many streams. q_all is complete when the layer's
+attention gets its two halves, so `concat.q_all` is a view there and nothing is concatenated (the cat-skip path).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from sglang.srt.layers.communicator import get_attn_tp_context
+from sglang.srt.lora.deepseek_mla_correction import is_kv_b_lora_active
+from sglang.srt.model_executor.forward_context import get_attn_backend
+from sglang.srt.runtime_context import get_parallel
+from sglang.srt.state_capturer.indexer_topk import maybe_capture_indexer_topk
+
+from nsa_backend_plugin.engine.gpu import indexer as indexer_path
+from nsa_backend_plugin.engine.gpu.dsa_backend import NsaPluginDSABackend
+from nsa_backend_plugin.engine.gpu.dual_stream import side_lane
+from nsa_backend_plugin.ops import latent_cache
+
+
+def forward_absorb_prepare(
+    original: Callable[..., Any],
+    attn: Any,
+    positions: torch.Tensor,
+    hidden_states: torch.Tensor,
+    forward_batch: Any,
+    zero_allocator: Any,
+    llama_4_scaling: torch.Tensor | None = None,
+    prev_topk_indices: torch.Tensor | None = None,
+) -> Any:
+    """AROUND hook: the fused path where it applies, SGLang's own everywhere else."""
+    backend = get_attn_backend()
+    if llama_4_scaling is not None or not _applies(attn, backend, hidden_states, forward_batch):
+        return original(
+            attn, positions, hidden_states, forward_batch, zero_allocator, llama_4_scaling, prev_topk_indices
+        )
+    q_all, slots = _prepare(attn, backend, positions, hidden_states, forward_batch, prev_topk_indices)
+    value_dim = attn.kv_lora_rank
+    # k None tells the backend that the latent row is in the cache already.
+    return (
+        q_all[..., value_dim:],
+        None,
+        q_all[..., :value_dim],
+        None,
+        forward_batch,
+        zero_allocator,
+        positions,
+        slots,
+        llama_4_scaling,
+        None,
+    )
+
+
+def _applies(attn: Any, backend: Any, hidden_states: torch.Tensor, forward_batch: Any) -> bool:
+    """Plain decode of a DSA layer with bf16 absorbed weights; everything rarer keeps SGLang's own path."""
+    return (
+        isinstance(backend, NsaPluginDSABackend)
+        and forward_batch.forward_mode.is_decode()
+        and attn.use_dsa
+        and attn.q_lora_rank is not None
+        and attn.rotary_emb is not None
+        and isinstance(hidden_states, torch.Tensor)
+        and hidden_states.shape[0] == forward_batch.batch_size
+        and attn.w_kc.dtype == hidden_states.dtype
+        and not attn.use_deep_gemm_bmm
+        and not get_parallel().dcp_enabled
+        and not is_kv_b_lora_active(attn)
+    )
+
+
+def _prepare(
+    attn: Any,
+    backend: NsaPluginDSABackend,
+    positions: torch.Tensor,
+    hidden_states: torch.Tensor,
+    forward_batch: Any,
+    prev_topk_indices: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(q_all [T, heads, 576], slots [T, index_topk]); writes this step's rows of both caches."""
+    pool, indexer = backend.token_to_kv_pool, attn.indexer
+    value_dim, nope_dim = attn.kv_lora_rank, attn.qk_nope_head_dim
+    q_lora, latent = (
+        get_attn_tp_context().fetch_qkv_latent().split([attn.q_lora_rank, value_dim + attn.qk_rope_head_dim], dim=-1)
+    )
+    q_lora = attn.q_a_layernorm(q_lora)
+    runs_indexer = attn.should_run_indexer(prev_topk_indices)
+
+    lane = side_lane(attn.alt_stream, hidden_states.shape[0])
+    lane.fork()
+    q = attn.q_b_proj_forward(q_lora)
+    with lane:
+        slots = prev_topk_indices
+        if runs_indexer:
+            key, head_gate = indexer_path.project(indexer, hidden_states)
+            indexer_path.store_key(indexer, key, positions, forward_batch.out_cache_loc, pool)
+            slots = indexer_path.select_slots(indexer, q_lora, head_gate, positions, backend)
+        slots = maybe_capture_indexer_topk(attn.layer_id, slots)
+
+    q_all = q.new_empty(q.shape[0], q.shape[1], value_dim + attn.qk_rope_head_dim)
+    torch.bmm(q[..., :nope_dim].transpose(0, 1), attn.w_kc, out=q_all[..., :value_dim].transpose(0, 1))
+    latent_cache.store(
+        attn.kv_a_layernorm(latent[:, :value_dim]),
+        latent[:, value_dim:],
+        pool.get_key_buffer(attn.layer_id),
+        forward_batch.out_cache_loc,
+        positions=positions,
+        cos_sin_cache=attn.rotary_emb.cos_sin_cache,
+        is_neox=attn.rotary_emb.is_neox_style,
+        q_rope=q[..., nope_dim:],
+        q_rope_out=q_all[..., value_dim:],
+    )
+    lane.join()
+    return q_all, slots

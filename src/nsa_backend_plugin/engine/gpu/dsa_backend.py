@@ -1,0 +1,108 @@
+"""GPU backend for DSA models: stock metadata, graph capture and MHA prefill; our sparse attention.
+
+Everything that is bookkeeping (metadata, CUDA graphs, page tables, the choice of dense MHA for short prompts)
+is SGLang's `DeepseekSparseAttnBackend`. Overridden is what computes: absorbed attention in decode and in extend.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sglang.srt.layers.attention.dsa_backend import DeepseekSparseAttnBackend
+
+from nsa_backend_plugin import BACKEND_NAME
+from nsa_backend_plugin.ops import concat, sparse_mla
+
+
+class NsaPluginDSABackend(DeepseekSparseAttnBackend):
+    """Sparse MLA attention through `ops.sparse_mla`, for bf16 and packed fp8 latent caches."""
+
+    def __init__(self, runner: Any):
+        super().__init__(runner)
+        if not self.use_fused_topk:
+            raise ValueError(
+                "nsa_plugin selects tokens as physical slots: SGLANG_DSA_FUSE_TOPK must be on, and prefill/decode "
+                "disaggregation with index sharing is not supported"
+            )
+        if self.hisparse_coordinator is not None:
+            raise ValueError("nsa_plugin does not support HiSparse: start without it")
+        # Neither name is one of the stock kernels': no FlashMLA metadata is built per step, and every top-k
+        # transform is the paged one, which yields physical slots.
+        self.dsa_decode_impl = BACKEND_NAME
+        self.dsa_prefill_impl = BACKEND_NAME
+        self.enable_auto_select_prefill_impl = False
+        #: Scratch of captured graphs, allocated once, before capture (see `init_cuda_graph_state`).
+        self.attention_workspace: torch.Tensor | None = None
+        self.logits_buffer: torch.Tensor | None = None
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        super().init_cuda_graph_state(max_bs, max_num_tokens)
+        scratch = sparse_mla.workspace_bytes(
+            max_num_tokens, self.num_q_heads, self.dsa_index_topk, self.device, value_dim=self.kv_lora_rank
+        )
+        self.attention_workspace = torch.zeros(scratch, dtype=torch.uint8, device=self.device)
+        columns = -(-self.req_to_token.shape[1] // self.real_page_size) * self.real_page_size
+        self.logits_buffer = torch.empty(max_num_tokens, columns, dtype=torch.float32, device=self.device)
+
+    def forward_decode(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        layer: Any,
+        forward_batch: Any,
+        save_kv_cache: bool = True,
+        q_rope: torch.Tensor | None = None,
+        k_rope: torch.Tensor | None = None,
+        topk_indices: torch.Tensor | None = None,
+        **_: Any,
+    ) -> torch.Tensor:
+        """k None: the fused path has written this token's latent row already."""
+        if k is not None and save_kv_cache:
+            self.token_to_kv_pool.set_mla_kv_buffer(layer, forward_batch.out_cache_loc, k, k_rope)
+        return self._attend(q, q_rope, layer, topk_indices)
+
+    def forward_extend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        layer: Any,
+        forward_batch: Any,
+        save_kv_cache: bool = True,
+        q_rope: torch.Tensor | None = None,
+        k_rope: torch.Tensor | None = None,
+        topk_indices: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        if self.use_mha:
+            return super().forward_extend(
+                q, k, v, layer, forward_batch, save_kv_cache, q_rope, k_rope, topk_indices, **kwargs
+            )
+        if k is not None and save_kv_cache:
+            self.token_to_kv_pool.set_mla_kv_buffer(layer, forward_batch.out_cache_loc, k, k_rope)
+        return self._attend(q, q_rope, layer, topk_indices)
+
+    def _attend(
+        self, q: torch.Tensor, q_rope: torch.Tensor | None, layer: Any, topk_indices: torch.Tensor | None
+    ) -> torch.Tensor:
+        heads = layer.tp_q_head_num
+        if q_rope is None:
+            q_all = q.view(-1, heads, layer.head_dim)
+        else:
+            q_nope = q.view(-1, heads, layer.v_head_dim)
+            q_all = concat.q_all(q_nope, q_rope.view(-1, heads, layer.head_dim - layer.v_head_dim))
+        if topk_indices is None:
+            raise ValueError(f"layer {layer.layer_id}: sparse attention was called without top-k indices")
+        out = q_all.new_empty(q_all.shape[0], heads, layer.v_head_dim)
+        sparse_mla.attend(
+            q_all,
+            self.token_to_kv_pool.get_key_buffer(layer.layer_id),
+            self._pad_topk_indices(topk_indices, q_all.shape[0]),
+            layer.scaling,
+            value_dim=layer.v_head_dim,
+            out=out,
+            workspace=self.attention_workspace if torch.cuda.is_current_stream_capturing() else None,
+        )
+        return out.view(-1, heads * layer.v_head_dim)

@@ -1,0 +1,103 @@
+"""The indexer of one decode step in five launches after its two GEMMs' inputs are ready.
+
+    stage 1, needs hidden_states:  wk | weights_proj as one GEMM; key norm + RoPE + Hadamard + fp8 + store
+    stage 2, needs q_lora:         wq_b; query RoPE + Hadamard + fp8 + gate scaling; logits; top-k to slots
+
+Both stages keep stock's K representation (Hadamard or not, fp32 scales, row-major pages), because prefill writes
+the same pages through the stock indexer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sglang.srt.layers.quantization.fp8_utils import block_quant_dequant
+
+from nsa_backend_plugin.ops import indexer_prep, mqa_logits, topk
+
+_MERGED = "_nsa_plugin_wk_weights"
+
+
+def merge_projection(indexer: Any) -> None:
+    """Build [128 + heads, hidden] bf16 = wk | weights_proj, so that one GEMM reads hidden_states once.
+
+    Stock does this for interleaved-RoPE indexers only (`wk_weights_proj`). wk of fp8 checkpoints is dequantized.
+    """
+    if indexer.use_dsa_indexer_fusion:
+        return
+    wk = indexer.wk.weight
+    if wk.dtype == torch.float8_e4m3fn:
+        block = indexer.wk.quant_method.quant_config.weight_block_size
+        wk = block_quant_dequant(wk, indexer.wk.weight_scale_inv, block, torch.bfloat16)
+    merged = torch.cat([wk.to(torch.bfloat16), indexer.weights_proj.weight.to(torch.bfloat16)])
+    setattr(indexer, _MERGED, merged)
+
+
+def merge_all_projections(model: Any) -> None:
+    """`merge_projection` for every indexer of a model, after its weights were loaded or updated."""
+    for module in model.modules():
+        if type(module).__name__ == "Indexer":
+            merge_projection(module)
+
+
+def project(indexer: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(key [T, 128], head gate [T, H]) before norm and scaling: two slices of one GEMM's output."""
+    if indexer.use_dsa_indexer_fusion:
+        both = indexer.wk_weights_proj(hidden_states)[0]
+    else:
+        both = torch.mm(hidden_states, getattr(indexer, _MERGED).t(), out_dtype=torch.float32)
+    return both[:, : indexer.head_dim], both[:, indexer.head_dim :]
+
+
+def store_key(indexer: Any, key: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, pool: Any) -> None:
+    norm = indexer.k_norm
+    bias = getattr(norm, "bias", None)
+    indexer_prep.key_store(
+        key,
+        norm.weight,
+        bias,
+        positions,
+        indexer.rotary_emb.cos_sin_cache,
+        pool.get_index_k_with_scale_buffer(layer_id=indexer.layer_id),
+        slots,
+        is_neox=indexer.rotary_emb.is_neox_style,
+        norm="rms" if bias is None else "layer",
+        eps=norm.variance_epsilon,
+        hadamard=not indexer.use_dsa_indexer_fusion,
+        page_size=pool.page_size,
+    )
+
+
+def select_slots(
+    indexer: Any, q_lora: torch.Tensor, head_gate: torch.Tensor, positions: torch.Tensor, backend: Any
+) -> torch.Tensor:
+    """Physical slots [T, index_topk] of the tokens that each decode query attends to, -1 padded."""
+    metadata, pool = backend.forward_metadata, backend.token_to_kv_pool
+    tokens = q_lora.shape[0]
+    query = indexer.wq_b(q_lora)[0].view(tokens, indexer.n_heads, indexer.head_dim)
+    q_fp8, weights = indexer_prep.query(
+        query,
+        head_gate,
+        positions,
+        indexer.rotary_emb.cos_sin_cache,
+        weight_scale=indexer.softmax_scale * indexer.n_heads**-0.5,
+        is_neox=indexer.rotary_emb.is_neox_style,
+        hadamard=not indexer.use_dsa_indexer_fusion,
+        scale_format="ue8m0" if indexer.scale_fmt and not indexer.use_dsa_indexer_fusion else "fp32",
+    )
+    page_table, lengths = metadata.real_page_table, metadata.cache_seqlens_int32
+    columns = page_table.shape[1] * pool.page_size
+    capturing = torch.cuda.is_current_stream_capturing()
+    logits = mqa_logits.paged(
+        q_fp8[:, None],
+        pool.get_index_k_with_scale_buffer(layer_id=indexer.layer_id),
+        weights,
+        lengths,
+        page_table,
+        columns,
+        page_size=pool.page_size,
+        out=backend.logits_buffer[:tokens] if capturing else None,
+    )
+    logits = indexer._mask_init_and_local_tokens(logits, lengths)
+    return topk.select(logits, lengths, indexer.index_topk, page_table=page_table, page_size=pool.page_size)
