@@ -1,0 +1,47 @@
+# From a fresh clone, with Python 3.10 to 3.13, make and a network to a package registry: `make demo`, `make test`.
+PYTHON ?= python3
+GPU_PYTHON ?= python3
+VENV := .venv
+VENV_NEWEST := .venv-0.5.23
+PYTEST_ARGS ?=
+
+.PHONY: help setup setup-test demo serve doctor check test test-unit test-engine test-gpu clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup:  ## create .venv: SGLang 0.5.17 for CPU and this package
+	@$(PYTHON) requirements/install.py $(VENV) 0.5.17
+
+setup-test:  ## create .venv and .venv-0.5.23 with what the tests need
+	@$(PYTHON) requirements/install.py $(VENV) 0.5.17 --dev
+	@$(PYTHON) requirements/install.py $(VENV_NEWEST) 0.5.23 --dev
+
+demo: setup  ## serve the tiny DSA model, ask it questions, check the answers, shut down
+	@$(VENV)/bin/nsa-plugin demo
+
+serve: setup  ## as demo, and leave the server up until Ctrl-C
+	@$(VENV)/bin/nsa-plugin demo --serve
+
+doctor: setup  ## report versions, device, kernels, settings and hooks
+	@$(VENV)/bin/nsa-plugin doctor
+
+check: setup-test  ## ruff and mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+test: check test-unit test-engine  ## everything that needs no GPU: checks, unit tests, engine tests on both SGLang releases
+
+test-unit: setup-test
+	$(VENV)/bin/python -m pytest -q -m "not gpu" --ignore=tests/engine $(PYTEST_ARGS)
+
+test-engine: setup-test
+	$(VENV)/bin/python -m pytest -q -m "not gpu" tests/engine $(PYTEST_ARGS)
+	$(VENV_NEWEST)/bin/python -m pytest -q -m "not gpu" tests/engine $(PYTEST_ARGS)
+
+test-gpu:  ## tests that need a CUDA or ROCm device, with the host's own Python (GPU_PYTHON=...)
+	PYTHONPATH=src $(GPU_PYTHON) -m pytest -q -m gpu tests $(PYTEST_ARGS)
+
+clean:  ## remove the virtual environments and caches
+	rm -rf $(VENV) $(VENV_NEWEST) .demo .build .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,136 @@
+"""Create a virtual environment that serves on a CPU: pinned SGLang, its CPU requirements and this package.
+
+    python requirements/install.py VENV SGLANG_VERSION [--dev]
+
+Needs nothing but Python's standard library. Shows one progress line; pip's own output goes to VENV/install.log and
+is shown when a step fails. A stamp of the inputs makes reruns instant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+_ANNOUNCED = re.compile(r"^\s*(?:Collecting|Downloading|Building wheel for|Installing collected packages:) ?(\S+)")
+
+
+class Progress:
+    """One line: step, package, elapsed seconds. Rewritten in place on a terminal, one line per step elsewhere."""
+
+    def __init__(self, total: int):
+        self.total, self.step, self.what = total, 0, ""
+        self.start = time.monotonic()
+        self.live = sys.stdout.isatty()
+        self.stopped = threading.Event()
+
+    def begin(self, what: str) -> None:
+        self.step, self.what = self.step + 1, what
+        if not self.live:
+            print(self._line(), flush=True)
+
+    def run(self) -> None:
+        while self.live and not self.stopped.wait(0.5):
+            print(f"\r\033[K{self._line()}", end="", flush=True)
+
+    def finish(self) -> None:
+        self.stopped.set()
+        if self.live:
+            print("\r\033[K", end="")
+
+    def seconds(self) -> int:
+        return int(time.monotonic() - self.start)
+
+    def _line(self) -> str:
+        return f"[{self.step}/{self.total}] {self.what[:80]}  {self.seconds()} s"
+
+
+def stamp_of(requirements: Path) -> str:
+    """Hash of everything that decides what gets installed."""
+    digest = hashlib.sha256(sys.version.encode())
+    stub = sorted(p for p in (HERE / "torchvision-stub").rglob("*") if p.suffix in (".py", ".toml"))
+    for path in (requirements, ROOT / "pyproject.toml", Path(__file__), *stub):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def pip(progress: Progress, python: Path, log: Path, title: str, *arguments: str) -> None:
+    """Run pip, showing the package it works on; raise SystemExit with pip's own words when it fails."""
+    progress.begin(title)
+    command = [str(python), "-m", "pip", "install", "--progress-bar", "off", *arguments]
+    environment = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1"}
+    lines = [f"$ {' '.join(command)}\n"]
+    with log.open("a") as file:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                lines.append(line)
+                file.write(line)
+                announced = _ANNOUNCED.match(line)
+                if announced:
+                    progress.what = f"{title}: {announced.group(1).split('/')[-1].rstrip(',')}"
+            code = process.wait()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+    if code:
+        progress.finish()
+        errors = [line for line in lines if line.startswith("ERROR")]
+        print("".join([*lines[:1], *lines[-15:], "\n", *errors]), file=sys.stderr)
+        raise SystemExit(f"{title}: pip failed with exit code {code}; complete output in {log}")
+
+
+def install(venv: Path, version: str, dev: bool) -> None:
+    requirements = HERE / f"sglang-{version}-cpu.txt"
+    if not requirements.exists():
+        known = ", ".join(sorted(p.name[7:-8] for p in HERE.glob("sglang-*-cpu.txt")))
+        raise SystemExit(f"SGLANG_VERSION={version!r}: expected one of {known}")
+    if not (3, 10) <= sys.version_info[:2] <= (3, 13):
+        raise SystemExit(f"Python {sys.version.split()[0]}: expected 3.10 to 3.13 (make PYTHON=python3.11 ...)")
+    want = stamp_of(requirements)
+    stamps = {name: venv / f".stamp-{name}" for name in ("serve", "dev")}
+    acceptable = [stamps["dev"]] if dev else list(stamps.values())
+    if any(path.exists() and path.read_text() == want for path in acceptable):
+        return
+    progress = Progress(total=5)
+    python, log = venv / "bin" / "python", venv / "install.log"
+    ticker = threading.Thread(target=progress.run, daemon=True)
+    ticker.start()
+    try:
+        progress.begin(f"creating {venv.name}")
+        if not python.exists():
+            subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+        pip(progress, python, log, f"requirements of SGLang {version}", "-r", str(requirements))
+        pip(progress, python, log, f"SGLang {version}", "--no-deps", f"sglang=={version}")
+        pip(progress, python, log, "torchvision stub", "--no-deps", str(HERE / "torchvision-stub"))
+        pip(progress, python, log, "nsa-backend-plugin", "-e", ".[dev]" if dev else ".")
+    finally:
+        progress.finish()
+    stamps["dev" if dev else "serve"].write_text(want)
+    print(f"{venv.name}: SGLang {version} and nsa-backend-plugin installed in {progress.seconds()} s", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("venv", type=Path)
+    parser.add_argument("version", metavar="SGLANG_VERSION")
+    parser.add_argument("--dev", action="store_true", help="also what the tests and checks need")
+    options = parser.parse_args()
+    try:
+        install(options.venv.resolve(), options.version, options.dev)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"{' '.join(error.cmd)} failed with exit code {error.returncode}")
