@@ -249,11 +249,14 @@ class TinyDSA(nn.Module):
         """Make head h of the first layer attend to the token h + 1 back.
 
         Such heads are what in-context copying is built on, and a model this small is slow to find them. Embedding
-        dimension 0 becomes a constant, from which query and key get fixed RoPE phases `h + 1` positions apart.
+        dimension 0 becomes a constant, from which query and key get fixed RoPE phases `h + 1` positions apart. The
+        embeddings get equal norms, so that the constant is the same in every key after the layer norm.
         """
         c = self.config
         attention = self.model.layers[0].self_attn
-        self.model.embed_tokens.weight[:, 0] = 1.0
+        embedding = self.model.embed_tokens.weight
+        embedding *= embedding.norm() / (len(embedding) ** 0.5 * embedding[:, 1:].norm(dim=1, keepdim=True))
+        embedding[:, 0] = 1.0
         attention.q_a_proj.weight[0] = 0.0
         attention.q_a_proj.weight[0, 0] = 1.0
         key_rope = attention.kv_a_proj_with_mqa.weight[c.kv_lora_rank :]
@@ -263,8 +266,8 @@ class TinyDSA(nn.Module):
         query[:, : c.qk_nope_head_dim] *= 0.2
         query_rope = query[:, c.qk_nope_head_dim :]
         query_rope.zero_()
-        # Periods from 6 tokens up to the context length; slower ones cannot tell neighbours apart.
-        used = 10 if c.max_position_embeddings <= 4096 else 20
+        # Periods of 6 to 150 tokens: slower ones cannot tell neighbours apart, fewer would repeat within the context.
+        used = 12
         pair = torch.arange(used, device=query.device)
         frequency = c.rope_theta ** (-2.0 * pair / c.qk_rope_head_dim)
         for head in range(c.num_heads):

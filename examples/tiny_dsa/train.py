@@ -76,7 +76,7 @@ def answer_loss(logits: Tensor, ids: Tensor, answer: Tensor) -> tuple[Tensor, Te
     losses = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     is_answer = answer[:, 1:].flatten() != 0
     weight = torch.where(is_answer, 1.0, CONTEXT_WEIGHT)
-    return (losses * weight).sum() / weight.sum(), losses.detach()[is_answer].mean()
+    return (losses * weight).sum() / weight.sum(), (losses.detach() * is_answer).sum() / is_answer.sum().clamp(min=1)
 
 
 class Optimizer:
