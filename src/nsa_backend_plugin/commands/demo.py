@@ -57,9 +57,7 @@ def run(options: argparse.Namespace) -> int:
     questions = load_questions(options.questions)
     on_cpu = options.device == "cpu"
     args = [*(CPU_ARGS if on_cpu else (f"--attention-backend={BACKEND_NAME}",)), *options.server_args]
-    server = Server(
-        options.model_path, args, env=_CPU_ENV if on_cpu else None, port=options.port, log_path=options.log
-    )
+    server = Server(options.model_path, args, env=_CPU_ENV if on_cpu else None, port=options.port, log_path=options.log)
     print(shlex.join(["python", *server.command[1:]]), flush=True)
     try:
         with waiting("starting the server"):
