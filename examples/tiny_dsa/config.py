@@ -108,8 +108,8 @@ RECIPES = {
             max_position_embeddings=8192,
         ),
         phases=(
-            Phase("short", Mode.DENSE, 128, 256, 2500, 0.22, main_lr=3e-3, mix=EASY_MIX, decay_to=0.3),
-            Phase("medium", Mode.DENSE, 32, 1024, 2000, 0.20, main_lr=2.5e-3, mix=BRIDGE_MIX),
+            Phase("short", Mode.DENSE, 128, 256, 2500, 0.22, main_lr=4e-3, mix=EASY_MIX, decay_to=0.3),
+            Phase("medium", Mode.DENSE, 32, 1024, 2000, 0.20, main_lr=3e-3, mix=BRIDGE_MIX),
             Phase("long", Mode.DENSE, 4, 6144, 800, 0.17, main_lr=1e-3, mix=MAIN_MIX),
             Phase("warmup", Mode.WARMUP, 8, 2048, 300, 0.09, index_lr=2e-3, mix=MAIN_MIX),
             Phase("warmup-long", Mode.WARMUP, 3, 6144, 120, 0.07, index_lr=1e-3, mix=MAIN_MIX),
