@@ -21,6 +21,8 @@ _TORCH = {
 }
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 _triton_convert = interpreter._convert_float
+_triton_dot = interpreter.InterpreterBuilder.create_dot
+_triton_patch_lang = interpreter._patch_lang_core
 
 
 def _convert_float(data, source, target, rounding_mode):
@@ -37,4 +39,28 @@ def _convert_float(data, source, target, rounding_mode):
     return result.view(getattr(torch, f"uint{8 * dtype.itemsize}")).numpy().reshape(data.shape)
 
 
+def _patch_lang_core(lang, scope):
+    """Also let the interpreter name e4m3fnuz, the fp8 type of gfx942."""
+    _triton_patch_lang(lang, scope)
+    to_ir = lang.dtype.to_ir
+
+    def to_ir_with_fnuz(self, builder):
+        return builder.get_fp8e4b8_ty() if self.name == "fp8e4b8" else to_ir(self, builder)
+
+    scope.set_attr(lang.dtype, "to_ir", to_ir_with_fnuz)
+
+
+def _create_dot(self, a, b, *rest):
+    """bf16 is held as its 16 bits; the interpreter would multiply those as integers."""
+    widened = [
+        interpreter.TensorHandle(_convert_float(x.data, tl.bfloat16, tl.float32, None).view(np.float32), tl.float32)
+        if x.dtype.scalar == tl.bfloat16
+        else x
+        for x in (a, b)
+    ]
+    return _triton_dot(self, *widened, *rest)
+
+
+interpreter.InterpreterBuilder.create_dot = _create_dot
 interpreter._convert_float = _convert_float
+interpreter._patch_lang_core = _patch_lang_core

@@ -53,7 +53,7 @@ def mla_k(
     """Prefill key [T, H, nope+rope]: k_rope is repeated for every head.
 
     k_nope: [T, H, 128], any strides with a contiguous last dimension (a slice of kv_b_proj's output).
-    k_rope: [T, 1, 64], same dtype. dtype: of the result (None = k_nope's; fp8 converts without a scale).
+    k_rope: [T, 1, 64], same dtype. dtype: of the result (None = k_nope's; fp8 saturates, without a scale).
     out: contiguous [T, H, nope+rope] to write into. Raises ValueError for bad shapes, dtypes or devices.
     Source: vLLM's direct-copy concat (seed 000); SGLang concat_mla_k.
     """

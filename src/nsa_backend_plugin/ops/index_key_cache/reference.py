@@ -16,7 +16,8 @@ def quantize_rows(x: torch.Tensor, scale_format: str, fp8_dtype: torch.dtype) ->
     """[..., D] -> (fp8 [..., D], fp32 scale [...]) with scale = max(amax, 1e-4) / fp8_max, one per row."""
     x = x.float()
     limit = fp8_max(fp8_dtype)
-    scale = x.abs().amax(dim=-1).clamp_min(MIN_AMAX) / limit
+    amax = x.abs().amax(dim=-1).clamp_min(MIN_AMAX)
+    scale = amax / torch.full_like(amax, limit)  # a tensor: CUDA would multiply by the reciprocal of a number
     if scale_format == "ue8m0":
         mantissa, exponent = torch.frexp(scale)  # scale = mantissa * 2**exponent, 0.5 <= mantissa < 1
         scale = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int())

@@ -19,7 +19,8 @@ def pack(kv: torch.Tensor, value_dim: int, tile_size: int = LATENT_TILE) -> torc
     """[N, d] -> uint8 [N, bytes]: fp8 values | fp32 scales | unquantized RoPE part."""
     tiles = kv[:, :value_dim].float().unflatten(1, (-1, tile_size))
     limit = fp8_max(_FP8)
-    scale = tiles.abs().amax(dim=-1).clamp_min(MIN_AMAX) / limit
+    amax = tiles.abs().amax(dim=-1).clamp_min(MIN_AMAX)
+    scale = amax / torch.full_like(amax, limit)  # a tensor: CUDA would multiply by the reciprocal of a number
     values = (tiles / scale[..., None]).clamp(-limit, limit).to(_FP8).flatten(1)
     parts = [values, scale, kv[:, value_dim:].contiguous()]
     return torch.cat([p.view(torch.uint8) for p in parts], dim=1)
@@ -74,7 +75,7 @@ def store(
     elif kind == "fp8":
         assert kv_scale is not None
         limit = fp8_max(cache.dtype)
-        quantized = (kv.float() / kv_scale).clamp(-limit, limit).to(cache.dtype)
+        quantized = (kv.float() / torch.full_like(kv, kv_scale, dtype=torch.float32)).clamp(-limit, limit).to(cache.dtype)
         cache.view(torch.uint8)[slot, 0] = quantized.view(torch.uint8)
     else:
         cache[slot, 0] = kv.to(cache.dtype)
