@@ -1,0 +1,95 @@
+"""Attention backend on CPU, for MLA and DSA models: absorbed attention through the operations.
+
+Decode, extend, chunked and mixed batches are the same computation on one row per token (`metadata.TokenRows`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+
+from nsa_backend_plugin.engine.cpu.metadata import TokenRows, token_rows
+from nsa_backend_plugin.ops import concat, dense_mla, latent_cache, sparse_mla
+
+
+class NsaPluginCpuBackend(AttentionBackend):
+    use_mha = False  # read by SGLang's choice of the forward method: always the absorbed one
+
+    def __init__(self, runner: Any):
+        super().__init__()
+        self.req_to_token_pool = runner.req_to_token_pool
+        self.token_to_kv_pool = runner.token_to_kv_pool
+        self.kv_cache_dtype = runner.kv_cache_dtype
+        self.data_type = runner.kv_cache_dtype
+        self.page_size: int = self.token_to_kv_pool.page_size
+        self._rows: TokenRows | None = None
+
+    def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
+        self._rows = token_rows(forward_batch, self.req_to_token_pool.req_to_token, self.page_size)
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        """No graphs on CPU: nothing to allocate."""
+
+    def get_cuda_graph_seq_len_fill_value(self) -> int:
+        return 1
+
+    def support_triton(self) -> bool:
+        return False
+
+    def get_indexer_metadata(self, layer_id: int, forward_batch: Any) -> TokenRows:
+        assert self._rows is not None, "init_forward_metadata was not called"
+        return self._rows
+
+    def forward_decode(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: Any,
+        forward_batch: Any,
+        save_kv_cache: bool = True,
+        q_rope: torch.Tensor | None = None,
+        k_rope: torch.Tensor | None = None,
+        topk_indices: torch.Tensor | None = None,
+        **_: Any,
+    ) -> torch.Tensor:
+        """Absorbed attention of rotated queries [T, heads*512] and q_rope [T, heads, 64]; returns [T, heads*512].
+
+        k [T, 1, 512] and k_rope [T, 1, 64] are this batch's latent rows, normalized and rotated by the model.
+        topk_indices: physical slots [T, K] of a DSA model; None attends to the whole context.
+        """
+        if q_rope is None or k_rope is None:
+            raise ValueError(
+                "nsa_plugin got queries that are concatenated already: FORWARD_ABSORB_CORE_ATTENTION_BACKENDS lacks it"
+            )
+        if save_kv_cache:
+            self._save(k, k_rope, layer, forward_batch.out_cache_loc)
+        heads, value_dim = layer.tp_q_head_num, layer.v_head_dim
+        q_all = concat.q_all(q.view(-1, heads, value_dim), q_rope.view(-1, heads, layer.head_dim - value_dim))
+        attend = self._attend_dense if topk_indices is None else self._attend_sparse
+        return attend(q_all, layer, topk_indices).view(-1, heads * value_dim)
+
+    forward_extend = forward_decode
+
+    def _save(self, k: torch.Tensor, k_rope: torch.Tensor, layer: Any, slots: torch.Tensor) -> None:
+        tokens = slots.shape[0]
+        cache = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
+        latent_cache.store(k.view(tokens, -1), k_rope.reshape(tokens, -1), cache, slots)
+
+    def _attend_dense(self, q_all: torch.Tensor, layer: Any, _: None) -> torch.Tensor:
+        assert self._rows is not None
+        return dense_mla.decode(
+            q_all,
+            self.token_to_kv_pool.get_key_buffer(layer.layer_id),
+            self._rows.block_table(),
+            self._rows.lengths,
+            layer.scaling,
+            page_size=self.page_size,
+            value_dim=layer.v_head_dim,
+        )
+
+    def _attend_sparse(self, q_all: torch.Tensor, layer: Any, slots: torch.Tensor) -> torch.Tensor:
+        kv = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
+        return sparse_mla.attend(q_all, kv, slots, layer.scaling, value_dim=layer.v_head_dim)

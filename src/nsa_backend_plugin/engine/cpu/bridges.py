@@ -1,0 +1,62 @@
+"""What stands between an unmodified SGLang and a CPU: each function is one row of `engine.hooks.LEDGER`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+
+from nsa_backend_plugin import BACKEND_NAME
+
+
+@contextlib.contextmanager
+def no_cuda_capability() -> Iterator[None]:
+    """Answer (0, 0) to `torch.cuda.get_device_capability` while SGLang resolves arguments, where there is no CUDA.
+
+    Its DSA branch asks torch unguarded, inside functions that are registered in closures, and only compares the major
+    version with 10 and 12. The answer is the truth (no capability), it is limited to the resolution of arguments that
+    select nsa_plugin, and every other caller keeps getting torch's own error.
+    """
+    from nsa_backend_plugin.engine.cpu import platform
+
+    if not platform.active():
+        yield
+        return
+    with mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: (0, 0)):
+        yield
+
+
+def get_rope_cpu(
+    original: Callable[..., Any],
+    head_size: int,
+    rotary_dim: int,
+    max_position: int,
+    base: int,
+    is_neox_style: bool = True,
+    rope_scaling: dict[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+    partial_rotary_factor: float = 1.0,
+    device: str | None = None,
+) -> Any:
+    """AROUND hook: the CPU factory knows deepseek_yarn only; every other RoPE comes from the general one."""
+    arguments = (head_size, rotary_dim, max_position, base, is_neox_style, rope_scaling, dtype, partial_rotary_factor)
+    if rope_scaling is not None and rope_scaling.get("rope_type") == "deepseek_yarn":
+        return original(*arguments, device)
+    from sglang.srt.layers.rotary_embedding.factory import get_rope
+
+    return get_rope(*arguments)
+
+
+def support_triton(original: Callable[[str], bool], backend: str) -> bool:
+    """AROUND hook: request and token bookkeeping of our backend takes the torch path."""
+    return backend != BACKEND_NAME and original(backend)
+
+
+def get_last_loc(original: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+    """AROUND hook: the torch variant, which SGLang picks for two backends by name only."""
+    from sglang.srt.mem_cache import allocation
+
+    return allocation.get_last_loc_torch(*args, **kwargs)

@@ -1,0 +1,67 @@
+"""The backend factory: final checks with the loaded model at hand, the report of what runs, the backend's choice."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from nsa_backend_plugin import __version__, settings
+from nsa_backend_plugin.engine import compat, hooks, launch
+from nsa_backend_plugin.ops import registry
+
+logger = logging.getLogger(__name__)
+
+
+def create_backend(runner: Any) -> Any:
+    """Backend of a ModelRunner. Raises ValueError, with what to do, for what cannot be served."""
+    hooks.fired("factory")
+    launch.check_settings()
+    launch.check_arguments(runner.server_args)
+    launch.check_model(runner.model_config, runner.token_to_kv_pool.page_size)
+    device = torch.device(runner.device)
+    launch.check_exact(runner.dtype, device)
+    registry.require_forced(device)
+    hooks.install("factory")
+    backend = _cpu_backend(runner) if device.type == "cpu" else _gpu_backend(runner)
+    _report(device, type(backend).__name__)
+    return backend
+
+
+def _cpu_backend(runner: Any) -> Any:
+    from nsa_backend_plugin.engine.cpu import platform
+    from nsa_backend_plugin.engine.cpu.backend import NsaPluginCpuBackend
+
+    if not platform.active():
+        raise ValueError(
+            "device cpu without nsa_plugin's CPU platform: set NSA_PLUGIN_CPU=1 in the environment of the launch"
+        )
+    if not runner.kv_cache_dtype.is_floating_point or runner.kv_cache_dtype.itemsize < 2:
+        raise ValueError(
+            f"--kv-cache-dtype {runner.kv_cache_dtype}: on cpu nsa_plugin keeps the latent cache in the model's dtype. "
+            "Use --kv-cache-dtype auto"
+        )
+    return NsaPluginCpuBackend(runner)
+
+
+def _gpu_backend(runner: Any) -> Any:
+    from sglang.srt.configs.model_config import is_deepseek_dsa
+
+    if not is_deepseek_dsa(runner.model_config.hf_config):
+        from nsa_backend_plugin.engine.gpu.mla_backend import NsaPluginMLABackend
+
+        return NsaPluginMLABackend(runner)
+    from nsa_backend_plugin.engine.gpu.dsa_backend import NsaPluginDSABackend
+    from nsa_backend_plugin.engine.gpu.indexer import merge_all_projections
+
+    hooks.install("gpu")
+    merge_all_projections(runner.model)
+    return NsaPluginDSABackend(runner)
+
+
+def _report(device: torch.device, backend: str) -> None:
+    mode = ", exact mode: float32, unquantized caches" if settings.enabled("NSA_PLUGIN_EXACT") else ""
+    logger.info("nsa_plugin %s on SGLang %s: %s on %s%s", __version__, compat.version(), backend, device, mode)
+    for line in registry.report(device):
+        logger.info("nsa_plugin op %s", line)

@@ -1,0 +1,262 @@
+"""The ledger of every hook into SGLang, and its installation.
+
+Importing this module imports neither SGLang nor torch. Each row names its target in SGLang; rows with a `handler` are
+installed here, the two that register the name are installed by `plugin.py`, which must not fail.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import pkgutil
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from nsa_backend_plugin import BACKEND_NAME
+
+logger = logging.getLogger(__name__)
+
+#: How often each hook has run in this process, by row name.
+FIRED: Counter[str] = Counter()
+
+
+@dataclass(frozen=True)
+class Hook:
+    """One place where the plugin reaches into SGLang.
+
+    target: dotted path in SGLang. kind: "call" (a public registration function), "append" (to a list that SGLang
+    shares by reference), "hook" (HookRegistry, AROUND), "op" (a module's forward on our platform) or "subclass".
+    stage: "name" (by plugin.py), "start" (when the plugin loads), "cpu" (then, on our CPU platform only), "factory"
+    (when nsa_plugin is selected and its backend is created), "gpu" (then, on a GPU).
+    handler: "module:function" below `nsa_backend_plugin.engine`.
+    """
+
+    name: str
+    target: str
+    kind: str
+    stage: str
+    why: str
+    versions: str
+    upstream: str
+    handler: str = ""
+    needed: Callable[[], bool] = lambda: True
+
+    @property
+    def path(self) -> str:
+        """The target in the installed release."""
+        return _resolver() if self.target == _RESOLVER else self.target
+
+
+_RESOLVER = "sglang.srt.server_args.ServerArgs.__post_init__"
+_ALL = "0.5.17 to 0.5.23"
+_OPEN = "public extension point"
+
+
+def _resolver() -> str:
+    from nsa_backend_plugin.engine import compat
+
+    return compat.resolver_target()
+
+
+def _bookkeeping_by_name() -> bool:
+    from nsa_backend_plugin.engine import compat
+
+    return not compat.platform_declares_triton()
+
+
+LEDGER: tuple[Hook, ...] = (
+    Hook(
+        "choice",
+        "sglang.srt.server_args.add_attention_backend_choices",
+        "call",
+        "name",
+        "adds nsa_plugin to the choices of --attention-backend",
+        _ALL,
+        _OPEN,
+    ),
+    Hook(
+        "factory",
+        "sglang.srt.layers.attention.attention_registry.register_attention_backend",
+        "call",
+        "name",
+        "makes the name create our backend",
+        _ALL,
+        _OPEN,
+    ),
+    Hook(
+        "resolution",
+        _RESOLVER,
+        "hook",
+        "start",
+        "launch checks before weights are loaded, and on a CPU the answer to the unguarded question for a CUDA "
+        "capability (newer releases: ServerArgs.resolve_once)",
+        _ALL,
+        "not reported; the factory is SGLang's only other place to refuse, after loading",
+        "launch:checked_resolution",
+    ),
+    Hook(
+        "forward_method",
+        "sglang.srt.models.deepseek_common.attention_backend_handler.AttentionBackendRegistry.register",
+        "call",
+        "factory",
+        "an unknown name gets the triton handler, which prefills with MHA that we do not serve",
+        _ALL,
+        _OPEN,
+    ),
+    Hook(
+        "absorb_core",
+        "sglang.srt.models.deepseek_common.utils.FORWARD_ABSORB_CORE_ATTENTION_BACKENDS",
+        "append",
+        "factory",
+        "without it q and k arrive concatenated",
+        _ALL,
+        "a list by name; no registration function",
+    ),
+    Hook(
+        "indexer",
+        "sglang.srt.layers.attention.dsa.dsa_indexer.Indexer.register_oot_forward",
+        "op",
+        "cpu",
+        "the DSA indexer has no torch forward",
+        _ALL,
+        _OPEN,
+        "cpu.indexer:forward",
+    ),
+    Hook(
+        "rope_cpu",
+        "sglang.srt.layers.rotary_embedding.factory.get_rope_cpu",
+        "hook",
+        "cpu",
+        "the CPU factory asserts deepseek_yarn",
+        _ALL,
+        "not reported",
+        "cpu.bridges:get_rope_cpu",
+    ),
+    Hook(
+        "support_triton",
+        "sglang.srt.utils.common.support_triton",
+        "hook",
+        "cpu",
+        "request bookkeeping launches Triton unless the backend's name is on a list",
+        "releases whose platforms have no `capabilities`",
+        "solved upstream by PlatformCapabilities.supports_triton",
+        "cpu.bridges:support_triton",
+        _bookkeeping_by_name,
+    ),
+    Hook(
+        "last_loc",
+        "sglang.srt.mem_cache.allocation.get_last_loc",
+        "hook",
+        "cpu",
+        "paged allocation launches Triton unless the backend's name is on a list",
+        _ALL,
+        "not reported; ignores PlatformCapabilities",
+        "cpu.bridges:get_last_loc",
+    ),
+    Hook(
+        "fused_decode",
+        "sglang.srt.models.deepseek_common.attention_forward_methods.forward_mla."
+        "DeepseekMLAForwardMixin.forward_absorb_prepare",
+        "hook",
+        "gpu",
+        "fused decode path: one kernel for RoPE, quantization and the latent write, no concat, optional second stream",
+        _ALL,
+        "no extension point",
+        "gpu.absorb:forward_absorb_prepare",
+    ),
+    Hook(
+        "gpu_dsa_backend",
+        "sglang.srt.layers.attention.dsa_backend.DeepseekSparseAttnBackend",
+        "subclass",
+        "gpu",
+        "stock metadata, graph capture and isinstance checks with our attention",
+        _ALL,
+        "no extension point",
+    ),
+    Hook(
+        "gpu_mla_backend",
+        "sglang.srt.layers.attention.flashattention_backend.FlashAttentionBackend",
+        "subclass",
+        "gpu",
+        "stock metadata, graph capture and prefill with our decode",
+        _ALL,
+        "no extension point",
+    ),
+)
+
+
+def target_exists(row: Hook) -> bool:
+    """Whether the row's target exists in the installed SGLang (imports it)."""
+    try:
+        pkgutil.resolve_name(row.path)
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+def install(stage: str) -> None:
+    """Install the rows of a stage. "start" includes the CPU rows where SGLang runs on our CPU platform."""
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    from nsa_backend_plugin.engine.cpu import platform
+
+    stages = {stage}
+    if stage == "start" and platform.active():
+        stages.add("cpu")
+    if stage == "factory":
+        _teach_model_code()
+    for row in LEDGER:
+        if row.stage in stages and row.handler and row.needed():
+            _install(row)
+    HookRegistry.apply_hooks()
+
+
+def fired(name: str) -> None:
+    """Count a run of a hook, and log its first one."""
+    FIRED[name] += 1
+    if FIRED[name] == 1:
+        logger.info("nsa_plugin hook in use: %s", name)
+
+
+def _install(row: Hook) -> None:
+    handler = _counted(row)
+    if row.kind == "op":
+        from sglang.srt.layers.attention.dsa.dsa_indexer import Indexer
+
+        Indexer.register_oot_forward(Indexer, handler, "native")
+        return
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    HookRegistry.register(row.path, handler, HookType.AROUND)
+
+
+def _counted(row: Hook) -> Callable[..., Any]:
+    """The row's handler, imported when it first runs."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        fired(row.name)
+        return _handler(row.handler)(*args, **kwargs)
+
+    return run
+
+
+@functools.cache
+def _handler(path: str) -> Callable[..., Any]:
+    module, function = path.split(":")
+    return getattr(importlib.import_module(f"nsa_backend_plugin.engine.{module}"), function)
+
+
+def _teach_model_code() -> None:
+    """The rows `forward_method` and `absorb_core`."""
+    from sglang.srt.models.deepseek_common import attention_backend_handler, utils
+
+    def choose(attn: Any, forward_batch: Any) -> Any:
+        fired("forward_method")
+        return attention_backend_handler.handle_attention_dsa(attn, forward_batch)
+
+    attention_backend_handler.AttentionBackendRegistry.register(BACKEND_NAME, choose)
+    if BACKEND_NAME not in utils.FORWARD_ABSORB_CORE_ATTENTION_BACKENDS:
+        utils.FORWARD_ABSORB_CORE_ATTENTION_BACKENDS.append(BACKEND_NAME)
