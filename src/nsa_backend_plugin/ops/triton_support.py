@@ -52,4 +52,4 @@ class CompileCase:
     num_warps: int = 4
     num_stages: int = 3
     divisible: Sequence[str] = ()  # arguments known to be multiples of 16 (pointers: 16-byte aligned)
-    options: Mapping[str, Any] = field(default_factory=dict)  # other launch options: waves_per_eu, enable_fp_fusion, ...
+    options: Mapping[str, Any] = field(default_factory=dict)  # other launch options, such as enable_fp_fusion
