@@ -1,0 +1,434 @@
+"""Weighted MQA logits in Triton: paged (decode) and ragged (prefill), for CUDA and ROCm.
+
+One tile is S^T = K Q^T: keys fill the rows of the MMA, the heads of one or several queries its columns. The sum over
+heads then stays within a row, and a garbage key (in the last page, past a row's length) can reach only its own row,
+which is never stored.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from nsa_backend_plugin.layouts import INDEX_DIM, INDEX_PAGE_SIZE
+from nsa_backend_plugin.ops import triton_support
+from nsa_backend_plugin.ops.arch import device_arch, is_cuda
+from nsa_backend_plugin.ops.mqa_logits.reference import row_lengths
+from nsa_backend_plugin.ops.support import YES, Support, no
+
+MAX_BATCH = 4096  # every paged program holds the tile counts of the whole batch in registers
+MAX_HEADS = 128
+_PAGED_TILE = 64
+_FILL_BLOCK = 1024
+
+
+def available(arch: str) -> Support:
+    support = triton_support.available(arch)
+    if support.ok and not triton_support.has_e4m3(arch):
+        return no(f"{arch} has no e4m3 arithmetic")
+    return support
+
+
+@triton.jit
+def _load_queries(q, weights, first_row, rows, heads, D: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr):
+    """q [QUERIES*HEADS, D] and weights [QUERIES*HEADS] of `rows` query rows; padding queries and heads are zero."""
+    column = tl.arange(0, QUERIES * HEADS)
+    query, head = column // HEADS, column % HEADS
+    keep = (query < rows) & (head < heads)
+    source = (first_row + query).to(tl.int64) * heads + head
+    values = tl.load(q + source[:, None] * D + tl.arange(0, D)[None, :], mask=keep[:, None], other=0.0)
+    return values, tl.load(weights + source, mask=keep, other=0.0)
+
+
+@triton.jit
+def _tile_logits(k, q, weights, k_scale, TILE: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr):
+    """k [TILE, D], q [QUERIES*HEADS, D], weights [QUERIES*HEADS], k_scale [TILE] -> logits [TILE, QUERIES]."""
+    dots = tl.dot(k, tl.trans(q))
+    weighted = tl.maximum(dots, 0.0) * weights[None, :]
+    return tl.sum(tl.reshape(weighted, (TILE, QUERIES, HEADS)), axis=2) * k_scale[:, None]
+
+
+@triton.jit
+def _paged_kernel(
+    q,
+    cache,
+    cache_scale,
+    weights,
+    context_lens,
+    block_table,
+    out,
+    batch,
+    heads,
+    table_stride,
+    out_stride,
+    NEXT_N: tl.constexpr,
+    LENS_PER_QUERY: tl.constexpr,
+    PRESHUFFLED: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    D: tl.constexpr,
+    TILE: tl.constexpr,
+    QUERIES: tl.constexpr,
+    HEADS: tl.constexpr,
+    BATCH: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Programs share the batch's tiles evenly, whatever the lengths: program i of n takes the i-th n-th of them.
+
+    So the grid depends on neither the lengths nor the widest context, and a captured graph stays balanced.
+    """
+    PAGE_BYTES: tl.constexpr = PAGE_SIZE * (D + 4)
+    request = tl.arange(0, BATCH)
+    exists = request < batch
+    longest = tl.zeros((BATCH,), tl.int32)
+    if LENS_PER_QUERY:
+        for n in tl.static_range(NEXT_N):
+            longest = tl.maximum(longest, tl.load(context_lens + request * NEXT_N + n, mask=exists, other=0))
+    else:
+        longest = tl.load(context_lens + request, mask=exists, other=0)
+    tiles = (tl.maximum(longest, 0) + TILE - 1) // TILE
+    tiles_up_to = tl.cumsum(tiles, 0)
+    total = tl.sum(tiles, 0)
+    share = (total + tl.num_programs(0) - 1) // tl.num_programs(0)
+    tile = tl.program_id(0) * share
+    last = tl.minimum(tile + share, total)
+
+    first_query = tl.program_id(1) * QUERIES
+    queries = tl.minimum(NEXT_N - first_query, QUERIES)
+    j = tl.arange(0, QUERIES)
+    token = tl.arange(0, TILE)
+    dim = tl.arange(0, D)
+    if PRESHUFFLED:
+        in_tile = ((token // 16) * (16 * D) + (token % 16) * 16)[:, None] + ((dim // 16) * 256 + dim % 16)[None, :]
+    else:
+        in_tile = token[:, None] * D + dim[None, :]
+
+    while tile < last:
+        row = tl.sum((tiles_up_to <= tile).to(tl.int32), 0)
+        row_begin = tl.sum(tl.where(request < row, tiles, 0), 0)
+        row_end = row_begin + tl.sum(tl.where(request == row, tiles, 0), 0)
+        stop = tl.minimum(last, row_end)
+        q_row = row * NEXT_N + first_query
+        values, weight = _load_queries(q, weights, q_row, queries, heads, D, QUERIES, HEADS)
+        if LENS_PER_QUERY:
+            visible = tl.load(context_lens + q_row + j, mask=j < queries, other=0)
+        else:
+            visible = tl.load(context_lens + row) - (NEXT_N - 1 - first_query - j)
+            visible = tl.where(j < queries, visible, 0)
+        out_row = out + (q_row + j).to(tl.int64) * out_stride
+        table = block_table + row.to(tl.int64) * table_stride
+
+        first = tile - row_begin
+        end = stop - row_begin
+        page = tl.load(table + first * TILE // PAGE_SIZE)
+        # num_stages on the loop pipelines the scales as well, which the dot's operands alone would leave synchronous.
+        for i in tl.range(first, end, num_stages=STAGES):
+            # The next page number is fetched a tile ahead: the keys' address must not wait for it.
+            next_page = tl.load(table + tl.minimum(i + 1, end - 1) * TILE // PAGE_SIZE)
+            in_page = i * TILE % PAGE_SIZE
+            page_begin = cache + page.to(tl.int64) * PAGE_BYTES
+            k = tl.load(page_begin + in_page * D + in_tile)
+            scale = cache_scale + page.to(tl.int64) * (PAGE_BYTES // 4) + PAGE_SIZE * D // 4
+            k_scale = tl.load(scale + in_page + token)
+            logits = _tile_logits(k, values, weight, k_scale, TILE, QUERIES, HEADS)
+            position = i * TILE + token
+            inside = position[:, None] < visible[None, :]
+            tl.store(out_row[None, :] + position[:, None], logits, mask=inside)
+            page = next_page
+        tile = stop
+
+
+@triton.jit
+def _ragged_kernel(
+    q,
+    k,
+    k_scale,
+    weights,
+    row_start,
+    row_end,
+    out,
+    tokens,
+    keys,
+    heads,
+    out_stride,
+    tiles_per_program,
+    D: tl.constexpr,
+    TILE: tl.constexpr,
+    QUERIES: tl.constexpr,
+    HEADS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One program: QUERIES rows against the part of a stretch of tiles that any of its rows sees."""
+    first_row = tl.program_id(0) * QUERIES
+    rows = tl.minimum(tokens - first_row, QUERIES)
+    j = tl.arange(0, QUERIES)
+    start = tl.load(row_start + first_row + j, mask=j < rows, other=0)
+    end = tl.load(row_end + first_row + j, mask=j < rows, other=0)
+    sees = start < end
+    first = tl.min(tl.where(sees, start, keys), 0) // TILE
+    stop = (tl.max(tl.where(sees, end, 0), 0) + TILE - 1) // TILE
+    first = tl.maximum(first, tl.program_id(1) * tiles_per_program)
+    stop = tl.minimum(stop, (tl.program_id(1) + 1) * tiles_per_program)
+
+    values, weight = _load_queries(q, weights, first_row, rows, heads, D, QUERIES, HEADS)
+    out_row = out + (first_row + j).to(tl.int64) * out_stride
+    token = tl.arange(0, TILE)
+    dim = tl.arange(0, D)
+    for i in tl.range(first, stop, num_stages=STAGES):
+        position = i * TILE + token
+        exists = position < keys
+        tile = tl.load(k + position.to(tl.int64)[:, None] * D + dim[None, :], mask=exists[:, None], other=0.0)
+        scale = tl.load(k_scale + position, mask=exists, other=0.0)
+        logits = _tile_logits(tile, values, weight, scale, TILE, QUERIES, HEADS)
+        inside = (position[:, None] >= start[None, :]) & (position[:, None] < end[None, :])
+        tl.store(out_row[None, :] + position[:, None], logits, mask=inside)
+
+
+@triton.jit
+def _fill_outside_kernel(out, row_start, row_end, columns, out_stride, HAS_START: tl.constexpr, BLOCK: tl.constexpr):
+    """Write -inf into every column of a row outside [row_start, row_end)."""
+    row = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    outside = column >= tl.load(row_end + row)
+    if HAS_START:
+        outside = outside | (column < tl.load(row_start + row))
+    target = out + row.to(tl.int64) * out_stride + column
+    tl.store(target, tl.full((BLOCK,), float("-inf"), tl.float32), mask=outside & (column < columns))
+
+
+@dataclass(frozen=True)
+class _Config:
+    tile: int  # keys per step
+    queries: int  # query rows that share one read of the keys
+    heads: int  # padded to a power of two, at least 16
+    num_warps: int
+    num_stages: int
+    programs_per_core: int  # resident at once, so that one wave does all the work
+
+    @property
+    def columns(self) -> int:
+        return self.queries * self.heads
+
+
+def _config(arch: str, kind: str, queries: int, heads: int, page_size: int = INDEX_PAGE_SIZE) -> _Config:
+    """Tile sizes of a call. queries: next_n (paged) or rows (ragged)."""
+    padded = max(16, triton.next_power_of_2(heads))
+    # Accumulator columns: 256 fill the registers of 8 CUDA warps at 64 keys; AMD also keeps the queries in registers.
+    widest = 256 if is_cuda(arch) and kind == "paged" else 128
+    share = min(triton.next_power_of_2(queries), max(1, widest // padded))
+    columns = share * padded
+    if kind == "ragged":
+        stages = 3 if is_cuda(arch) else 2
+        return _Config(128, share, padded, 8 if columns > 64 else 4, stages, 2)
+    tile = min(_PAGED_TILE, page_size & -page_size)
+    if not is_cuda(arch):
+        return _Config(tile, share, padded, 4, 2, 4)
+    return _Config(tile, share, padded, 8 if columns > 128 else 4, 4, 3 if columns <= 128 else 1)
+
+
+@functools.cache
+def _cores(device: torch.device) -> int:
+    """Multiprocessors or compute units of a device; the interpreter gets a few programs."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def accepts_paged(q: torch.Tensor, cache: torch.Tensor, *args: object, **kwargs: object) -> Support:
+    if q.shape[2] > MAX_HEADS:
+        return no(f"{q.shape[2]} heads: at most {MAX_HEADS}")
+    if q.shape[0] > MAX_BATCH:
+        return no(f"batch {q.shape[0]}: at most {MAX_BATCH}")
+    return _aligned(q=q, cache=cache)
+
+
+def accepts_ragged(q: torch.Tensor, k: torch.Tensor, *args: object, **kwargs: object) -> Support:
+    if q.shape[1] > MAX_HEADS:
+        return no(f"{q.shape[1]} heads: at most {MAX_HEADS}")
+    return _aligned(q=q, k=k)
+
+
+def _aligned(**tensors: torch.Tensor) -> Support:
+    for name, tensor in tensors.items():
+        if tensor.data_ptr() % 16:
+            return no(f"{name} does not start at a 16-byte boundary")
+    return YES
+
+
+def paged(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    weights: torch.Tensor,
+    context_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    max_context_len: int,
+    *,
+    layout: str,
+    page_size: int,
+    clean: bool,
+    out: torch.Tensor,
+) -> None:
+    batch, next_n, heads, dim = q.shape
+    if batch * next_n * heads == 0:
+        return
+    config = _config(device_arch(q.device), "paged", next_n, heads, page_size)
+    groups = triton.cdiv(next_n, config.queries)
+    programs = max(1, _cores(q.device) * config.programs_per_core // groups)
+    _paged_kernel[(programs, groups)](
+        q,
+        cache.view(q.dtype),
+        cache.view(torch.float32),
+        weights.contiguous(),
+        context_lens.contiguous(),
+        block_table,
+        out,
+        batch,
+        heads,
+        block_table.stride(0),
+        out.stride(0),
+        NEXT_N=next_n,
+        LENS_PER_QUERY=context_lens.dim() == 2,
+        PRESHUFFLED=layout == "preshuffled",
+        PAGE_SIZE=page_size,
+        D=dim,
+        TILE=config.tile,
+        QUERIES=config.queries,
+        HEADS=config.heads,
+        BATCH=triton.next_power_of_2(batch),
+        STAGES=config.num_stages,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    if clean:
+        _fill_outside(out, None, row_lengths(context_lens, next_n).reshape(-1))
+
+
+def ragged(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    k_scale: torch.Tensor,
+    weights: torch.Tensor,
+    row_start: torch.Tensor,
+    row_end: torch.Tensor,
+    *,
+    clean: bool,
+    out: torch.Tensor,
+) -> None:
+    tokens, heads, dim = q.shape
+    keys = k.shape[0]
+    if tokens * keys * heads == 0:
+        return
+    config = _config(device_arch(q.device), "ragged", tokens, heads)
+    blocks = triton.cdiv(tokens, config.queries)
+    tiles = triton.cdiv(keys, config.tile)
+    splits = max(1, min(tiles, _cores(q.device) * config.programs_per_core // blocks))
+    tiles_per_program = triton.cdiv(tiles, splits)
+    _ragged_kernel[(blocks, triton.cdiv(tiles, tiles_per_program))](
+        q,
+        k,
+        k_scale.contiguous(),
+        weights.contiguous(),
+        row_start.contiguous(),
+        row_end.contiguous(),
+        out,
+        tokens,
+        keys,
+        heads,
+        out.stride(0),
+        tiles_per_program,
+        D=dim,
+        TILE=config.tile,
+        QUERIES=config.queries,
+        HEADS=config.heads,
+        STAGES=config.num_stages,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    if clean:
+        _fill_outside(out, row_start.contiguous(), row_end.contiguous())
+
+
+def _fill_outside(out: torch.Tensor, row_start: torch.Tensor | None, row_end: torch.Tensor) -> None:
+    rows, columns = out.shape
+    _fill_outside_kernel[(rows, triton.cdiv(columns, _FILL_BLOCK))](
+        out,
+        row_start,
+        row_end,
+        columns,
+        out.stride(0),
+        HAS_START=row_start is not None,
+        BLOCK=_FILL_BLOCK,
+    )
+
+
+def compile_cases(arch: str) -> Iterator[triton_support.CompileCase]:
+    fp8 = "*fp8e4b8" if arch == "gfx942" else "*fp8e4nv"
+    pointers = {"q": fp8, "weights": "*fp32", "out": "*fp32"}
+    for heads in (8, 32, 64, 128):
+        for next_n in (1, 2, 4):
+            config = _config(arch, "paged", next_n, heads)
+            for layout in ("row_major", "preshuffled"):
+                yield triton_support.CompileCase(
+                    name=f"paged {layout} {heads} heads next_n {next_n}",
+                    kernel=_paged_kernel,
+                    signature={
+                        **pointers,
+                        "cache": fp8,
+                        "cache_scale": "*fp32",
+                        "context_lens": "*i32",
+                        "block_table": "*i32",
+                        **dict.fromkeys(("batch", "heads", "table_stride", "out_stride"), "i32"),
+                    },
+                    constexprs={
+                        "NEXT_N": next_n,
+                        "LENS_PER_QUERY": next_n == 2,
+                        "PRESHUFFLED": layout == "preshuffled",
+                        "PAGE_SIZE": INDEX_PAGE_SIZE,
+                        "D": INDEX_DIM,
+                        "TILE": config.tile,
+                        "QUERIES": config.queries,
+                        "HEADS": config.heads,
+                        "BATCH": 64,
+                        "STAGES": config.num_stages,
+                    },
+                    num_warps=config.num_warps,
+                    num_stages=config.num_stages,
+                    divisible=("q", "cache", "cache_scale", "weights", "context_lens", "block_table", "out"),
+                )
+        config = _config(arch, "ragged", 4096, heads)
+        yield triton_support.CompileCase(
+            name=f"ragged {heads} heads",
+            kernel=_ragged_kernel,
+            signature={
+                **pointers,
+                "k": fp8,
+                "k_scale": "*fp32",
+                "row_start": "*i32",
+                "row_end": "*i32",
+                **dict.fromkeys(("tokens", "keys", "heads", "out_stride", "tiles_per_program"), "i32"),
+            },
+            constexprs={
+                "D": INDEX_DIM,
+                "TILE": config.tile,
+                "QUERIES": config.queries,
+                "HEADS": config.heads,
+                "STAGES": config.num_stages,
+            },
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            divisible=("q", "k", "k_scale", "weights", "row_start", "row_end", "out"),
+        )
+    yield triton_support.CompileCase(
+        name="fill outside",
+        kernel=_fill_outside_kernel,
+        signature={
+            "out": "*fp32",
+            "row_start": "*i32",
+            "row_end": "*i32",
+            "columns": "i32",
+            "out_stride": "i32",
+        },
+        constexprs={"HAS_START": True, "BLOCK": _FILL_BLOCK},
+    )
