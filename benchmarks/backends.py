@@ -1,0 +1,91 @@
+"""The backends of a workload: the registry's implementations, the registry's own choice, and peers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import peers
+import torch
+from workloads import Problem, workload
+
+from nsa_backend_plugin.ops.registry import operations
+
+#: The registry decides, as in the engine.
+DEFAULT = "default"
+#: The reference; timed only where asked for, or where nothing else can run.
+REFERENCE = "torch"
+#: Implementations written in this repository; everything else (but the two above) is a peer.
+OWN = ("triton", "cuda", "tilelang")
+#: Names that people know from other suites.
+ALIASES = {
+    "flashmla": "flash_mla",
+    "flashattn_mla": "fa3",
+    "flashinfer": "flashinfer_mla",
+    "flash": "fa3",
+    "deepgemm": "deep_gemm",
+}
+
+
+class Unavailable(Exception):
+    """A backend cannot run this case; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """run(inputs, poison) does the work once."""
+
+    name: str
+    run: Callable[[Any, bool], Any]
+
+
+def is_peer(name: str) -> bool:
+    return name not in (DEFAULT, REFERENCE, *OWN)
+
+
+def names(name: str) -> list[str]:
+    """All backends of a workload, whether or not they can run here."""
+    found = _implementations(name)
+    return [DEFAULT, *found, *(n for n in peers.names(name) if n not in found)]
+
+
+def _implementations(name: str) -> list[str]:
+    """Names that implement every operation of a workload."""
+    table = {o.name: o.implementations() for o in operations()}
+    lists = [table[operation] for operation in workload(name).operations]
+    return [n for n in lists[0] if all(n in other for other in lists[1:])]
+
+
+def choose(wanted: Sequence[str], name: str, device: str) -> list[str]:
+    """Backends to run. "all" is every one; the reference is left out on a GPU unless it is named."""
+    everything = names(name)
+    chosen: list[str] = []
+    for backend in wanted:
+        if backend == "all":
+            chosen += [n for n in everything if n != REFERENCE or not device.startswith("cuda")]
+        else:
+            chosen.append(backend if backend in everything else ALIASES.get(backend, backend))
+    return list(dict.fromkeys(chosen))
+
+
+def resolve(backend: str, name: str, problem: Problem, device: torch.device) -> Backend:
+    """The callable of a workload's backend. Raises Unavailable with the reason when it cannot run here."""
+    if backend == DEFAULT:
+        return Backend(backend, lambda item, poison: problem.run(None, item, poison))
+    found = _implementations(name)
+    if backend in peers.names(name) and backend not in found:
+        reason = peers.unavailable(name, backend, problem, device)
+        if reason:
+            raise Unavailable(reason)
+        call = peers.prepare(name, backend, problem)
+        return Backend(backend, lambda item, poison: call(item))
+    wanted = workload(name).operations
+    if backend not in found:
+        raise Unavailable(f"{' and '.join(wanted)}: no implementation {backend!r}; there are {', '.join(names(name))}")
+    for operation in operations():
+        if operation.name in wanted:
+            row = next(c for c in operation.candidates(device) if c.name == backend)
+            if not row.support.ok:
+                raise Unavailable(row.support.reason)
+    return Backend(backend, lambda item, poison: problem.run(backend, item, poison))

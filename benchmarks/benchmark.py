@@ -1,0 +1,192 @@
+"""Benchmark every implementation of every DSA and MLA operation, checked first, timed side by side.
+
+    python benchmarks/benchmark.py --config benchmarks/configs/mla_decode.yaml
+    python benchmarks/benchmark.py --backends flash_mla triton --batch-specs 64q1s1k 64q1s4k --output-csv out.csv
+    python benchmarks/benchmark.py compare before.json after.json
+
+`nsa-plugin bench` is the same command. A run that was killed resumes: every finished row was kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+HERE = Path(__file__).resolve().parent
+for folder in (HERE, HERE.parent / "src"):
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+if TYPE_CHECKING:
+    from common import BenchmarkResult, ResultsFormatter
+    from configs import Config
+
+#: Where a run without output files keeps its finished rows until it is complete.
+JOURNALS = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nsa-backend-plugin" / "benchmarks"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, help="YAML file; overrides the arguments that say what to measure")
+    parser.add_argument("--quick", action="store_true", help="the config's small sizes, for a look and for a CPU")
+    what = parser.add_argument_group("what to measure")
+    what.add_argument("--backends", nargs="+", metavar="BACKEND", help="names, or all")
+    what.add_argument("--backend", help="a single backend")
+    what.add_argument("--batch-specs", nargs="+", metavar="SPEC", help="such as q2k 8q1s1k 2q2k_32q1s1k")
+    what.add_argument("--workload", help="default: from backends, head dim and batch")
+    what.add_argument("--num-layers", type=int, help="layers walked through in turn; times are per layer")
+    what.add_argument("--head-dim", type=int, help="576 is MLA")
+    what.add_argument("--num-q-heads", type=int)
+    what.add_argument("--num-kv-heads", type=int)
+    what.add_argument("--block-size", type=int, help="tokens per page")
+    what.add_argument("--sweep-param", help="such as num_kv_splits, reorder_batch_threshold")
+    what.add_argument("--sweep-values", nargs="+", type=int, metavar="N")
+    how = parser.add_argument_group("how to measure")
+    how.add_argument("--device", help="default: cuda:0, or cpu without a GPU")
+    how.add_argument("--repeats", type=int, help="samples per row (median is reported)")
+    how.add_argument("--warmup-iters", type=int, help="least warm-up samples; more follow until stable")
+    how.add_argument("--profile-memory", action="store_true", help="peak memory of one call")
+    how.add_argument("--budget-seconds", type=float, help="start no further row after this long")
+    how.add_argument("--isolate", choices=("auto", "yes", "no"), default="auto", help="child processes; auto: on a GPU")
+    how.add_argument("--fresh", action="store_true", help="forget the finished rows of an interrupted run")
+    output = parser.add_argument_group("output")
+    output.add_argument("--output-csv", type=Path)
+    output.add_argument("--output-json", type=Path)
+    output.add_argument("--plot", type=Path, help="PNG: roofline, and time over batch per backend")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="benchmark.py"
+    )
+    add_arguments(parser)
+    return parser
+
+
+def configuration(options: argparse.Namespace) -> Config:
+    """The configuration that the options ask for. Raises ValueError for a bad one."""
+    import configs
+
+    if options.config is not None:
+        config = configs.load(options.config, options.quick)
+        for name in ("repeats", "warmup_iters"):
+            if getattr(options, name) is not None:
+                setattr(config, name, getattr(options, name))
+        if options.backends or options.backend:
+            chosen = tuple(options.backends or [options.backend])
+            config.cases = [configs.Case(c.workload, c.params, chosen, c.target_us, c.note) for c in config.cases]
+        return config
+    import mla_runner
+
+    return mla_runner.config_from_options(options)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Exit code: 0, 1 when a row failed, 2 for bad arguments, 75 when the budget ended before the last row."""
+    os.environ.setdefault("TRITON_INTERPRET", "0" if _has_gpu() else "1")
+    device = options.device or ("cuda:0" if _has_gpu() else "cpu")
+    try:
+        config = configuration(options)
+        results, complete = _run_config(config, device, options)
+    except (ValueError, OSError) as error:
+        print(f"benchmark.py: error: {error}", file=sys.stderr)
+        return 2
+    if not complete:
+        return 75
+    return 1 if any(r.status == "error" for r in results) else 0
+
+
+def _run_config(config: Config, device: str, options: argparse.Namespace) -> tuple[list[BenchmarkResult], bool]:
+    import environment
+    import sweep
+    from common import ResultsFormatter, add_comparisons
+    from measure import Settings
+    from screen import Screen
+
+    env = environment.collect(device)
+    settings = Settings(config.repeats, config.warmup_iters, config.budget_s, options.profile_memory)
+    rows = sweep.plan(config, device)
+    journal_path = _journal_path(config, options)
+    if options.fresh:
+        journal_path.unlink(missing_ok=True)
+    journal = sweep.Journal.open(journal_path, sweep.fingerprint(settings, env))
+    formatter = ResultsFormatter(environment=env, config=config.name, baseline=config.baseline)
+    deadline = None if options.budget_seconds is None else time.monotonic() + options.budget_seconds
+    isolate = options.isolate == "yes" or (options.isolate == "auto" and device.startswith("cuda"))
+    saved = time.monotonic()
+    so_far: list[BenchmarkResult] = []
+
+    with Screen(config, env, len(rows), sum(journal.finished(r) is not None for r in rows)) as screen:
+
+        def on_row(result: BenchmarkResult, done: int, total: int) -> None:
+            nonlocal saved
+            so_far.append(result)
+            add_comparisons([result], journal.ceilings.get("read_gbps"))
+            screen.row(formatter.cells(result), done, total)
+            if options.output_json and time.monotonic() - saved > 10:
+                saved = time.monotonic()
+                formatter.ceilings = journal.ceilings
+                formatter.save_json([r for r in journal.rows.values()], options.output_json)
+
+        results, complete = sweep.run(
+            rows, device, settings, journal, isolate=isolate, deadline=deadline, on_row=on_row
+        )
+    formatter.ceilings = journal.ceilings
+    add_comparisons(results, journal.ceilings.get("read_gbps"))
+    screen.table(formatter, results)
+    if config.mode == "decode_vs_prefill":
+        from crossover import report
+
+        print(report(results))
+    _save(formatter, results, options)
+    if complete:
+        journal.discard()
+    else:
+        print(f"{len(results)} of {len(rows)} rows; run the same command again for the rest")
+    return results, complete
+
+
+def _save(formatter: ResultsFormatter, results: list[BenchmarkResult], options: argparse.Namespace) -> None:
+    if options.output_csv:
+        formatter.save_csv(results, options.output_csv)
+    if options.output_json:
+        formatter.save_json(results, options.output_json)
+    if options.plot:
+        from plot import save_plot
+
+        save_plot(formatter, results, options.plot)
+
+
+def _journal_path(config: Config, options: argparse.Namespace) -> Path:
+    output = options.output_json or options.output_csv
+    if output is not None:
+        return output.with_name(output.name + ".rows.jsonl")
+    return JOURNALS / f"{config.name}{'-quick' if options.quick else ''}.rows.jsonl"
+
+
+def _has_gpu() -> bool:
+    """Whether torch sees a GPU, asked without starting CUDA in this process."""
+    import torch
+
+    return bool(torch.version.cuda or torch.version.hip) and torch.cuda.device_count() > 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["compare"]:
+        from compare import main as compare
+
+        return compare(arguments[1:])
+    return run(build_parser().parse_args(arguments))
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("interrupted; finished rows are kept, run the same command again for the rest", file=sys.stderr)
+        sys.exit(130)

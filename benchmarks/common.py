@@ -1,0 +1,228 @@
+"""The suite's public types: BenchmarkConfig, BenchmarkResult and ResultsFormatter."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from backends import is_peer
+from workloads import workload
+
+OK = "ok"
+ERROR = "error"
+UNAVAILABLE = "unavailable"
+
+
+@dataclass
+class BenchmarkConfig:
+    """One measurement of one backend on one batch.
+
+    num_layers: layers whose caches are walked through in turn, each with its own inputs (at least; more are used
+    where the data would otherwise stay in the L2 cache). Times are per layer.
+    """
+
+    backend: str
+    batch_spec: str
+    num_layers: int = 10
+    head_dim: int = 576
+    num_q_heads: int = 128
+    num_kv_heads: int = 1
+    block_size: int = 64
+    device: str = "cuda:0"
+    repeats: int = 9
+    warmup_iters: int = 3
+    profile_memory: bool = False
+
+
+@dataclass
+class BenchmarkResult:
+    """One row: what was measured, the times in microseconds, and how they compare.
+
+    status: "ok"; "error" (failed or wrong, `reason` says how; no time is reported); "unavailable" (cannot run here).
+    distance: to the reference, which `checked` describes. spread: interquartile range over the median.
+    floor_us: bytes over the read bandwidth measured in the same run. vs_peer: time over the best peer's.
+    """
+
+    workload: str
+    params: dict[str, Any]
+    backend: str
+    status: str = OK
+    reason: str = ""
+    median_us: float | None = None
+    mean_us: float | None = None
+    std_us: float | None = None
+    min_us: float | None = None
+    max_us: float | None = None
+    spread: float | None = None
+    samples: int = 0
+    calls_per_sample: int = 0
+    method: str = ""
+    distance: float | None = None
+    bar: float | None = None
+    checked: str = ""
+    bytes: int = 0
+    flops: int = 0
+    gbps: float | None = None
+    tflops: float | None = None
+    floor_us: float | None = None
+    floor_percent: float | None = None
+    best_peer: str = ""
+    vs_peer: float | None = None
+    target_us: float | None = None
+    peak_memory_mib: float | None = None
+    note: str = ""
+
+    @property
+    def mean_time(self) -> float:
+        """Mean seconds of one call; raises RuntimeError for a row without a time."""
+        if self.mean_us is None:
+            raise RuntimeError(f"{self.backend} has no time: {self.status}: {self.reason}")
+        return self.mean_us / 1e6
+
+    @property
+    def success(self) -> bool:
+        return self.status == OK
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> BenchmarkResult:
+        known = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
+        return cls(**known)
+
+
+def job_key(result: BenchmarkResult) -> str:
+    """Rows with the same key do the same job and may be compared: all parameters but the cache format."""
+    ignored = workload(result.workload).same_job
+    params = {k: v for k, v in result.params.items() if k not in ignored}
+    return json.dumps([result.workload, params], sort_keys=True)
+
+
+def add_comparisons(results: Sequence[BenchmarkResult], read_gbps: float | None) -> None:
+    """Fill GB/s, TFLOP/s, the floor and the ratio to the best peer, in place."""
+    best: dict[str, BenchmarkResult] = {}
+    for row in results:
+        if row.median_us:
+            row.gbps = row.bytes / row.median_us / 1e3
+            row.tflops = row.flops / row.median_us / 1e6
+            if read_gbps:
+                row.floor_us = row.bytes / read_gbps / 1e3
+                row.floor_percent = 100 * row.floor_us / row.median_us
+            if is_peer(row.backend):
+                key = job_key(row)
+                if key not in best or row.median_us < (best[key].median_us or 0):
+                    best[key] = row
+    for row in results:
+        peer = best.get(job_key(row))
+        if peer is not None and peer.median_us and row.median_us:
+            row.best_peer = label(peer, row)
+            row.vs_peer = row.median_us / peer.median_us
+
+
+def label(peer: BenchmarkResult, row: BenchmarkResult) -> str:
+    """A peer's name, with the cache format where it is not the row's own."""
+    other = [str(peer.params[k]) for k in workload(row.workload).same_job if peer.params.get(k) != row.params.get(k)]
+    return f"{peer.backend} ({', '.join(other)})" if other else peer.backend
+
+
+def describe(result: BenchmarkResult) -> str:
+    """The parameters that differ from the workload's defaults, and the leading ones always."""
+    kind = workload(result.workload)
+    hidden = {"pool_slots", "pool_pages", "min_sets"}
+    shown = {k: v for k, v in result.params.items() if k not in hidden and (k in _LEADING or v != kind.defaults.get(k))}
+    return " ".join(f"{k}={v}" for k, v in shown.items())
+
+
+_LEADING = ("batch_spec", "tokens", "batch", "rows", "context", "heads", "kv", "layout", "dtype", "page_size")
+
+
+@dataclass
+class ResultsFormatter:
+    """Tables and files of results. environment and ceilings go into the JSON."""
+
+    environment: dict[str, Any] = field(default_factory=dict)
+    ceilings: dict[str, float] = field(default_factory=dict)
+    config: str = ""
+    baseline: str = ""
+
+    COLUMNS = ("workload", "case", "backend", "us", "spread", "GB/s", "TFLOP/s", "% floor", "vs peer", "best peer")
+
+    def columns(self) -> tuple[str, ...]:
+        return (*self.COLUMNS, "speed-up", "reduction") if self.baseline else self.COLUMNS
+
+    def cells(self, row: BenchmarkResult, results: Sequence[BenchmarkResult] = ()) -> list[str]:
+        """One line of the table. A row without a time shows its status and reason instead."""
+        head = [row.workload, describe(row), row.backend]
+        if row.median_us is None:
+            return [*head, f"{row.status}: {row.reason}", *[""] * (len(self.columns()) - 4)]
+        cells = [
+            *head,
+            f"{row.median_us:.2f}",
+            f"{100 * (row.spread or 0):.1f}%",
+            _number(row.gbps, 0),
+            _number(row.tflops, 1),
+            _number(row.floor_percent, 1),
+            _number(row.vs_peer, 2),
+            row.best_peer,
+        ]
+        return cells + (self._against_baseline(row, results) if self.baseline else [])
+
+    def _against_baseline(self, row: BenchmarkResult, results: Sequence[BenchmarkResult]) -> list[str]:
+        key = job_key(row)
+        base = next((r.median_us for r in results if r.backend == self.baseline and job_key(r) == key), None)
+        if not base or not row.median_us:
+            return ["", ""]
+        return [f"{base / row.median_us:.2f}x", f"{100 * (1 - row.median_us / base):.1f}%"]
+
+    def text(self, results: Sequence[BenchmarkResult]) -> str:
+        """Plain-text table."""
+        lines = [list(self.columns()), *(self.cells(r, results) for r in results)]
+        # A reason may be long; it must not widen the column of times.
+        widths = [max(len(line[i]) for line in lines if i != 3 or len(line[i]) < 16) for i in range(len(lines[0]))]
+        return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+    def save_csv(self, results: Sequence[BenchmarkResult], path: str | Path) -> None:
+        """One line per row; every parameter of any workload is a column."""
+        params = list(dict.fromkeys(name for r in results for name in r.params))
+        plain = [name for name in BenchmarkResult.__dataclass_fields__ if name != "params"]
+        with Path(path).open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow([*plain, *(f"param.{p}" for p in params)])
+            for r in results:
+                values = r.as_dict()
+                writer.writerow([*(values[name] for name in plain), *(r.params.get(p) for p in params)])
+
+    def save_json(self, results: Sequence[BenchmarkResult], path: str | Path) -> None:
+        """Environment, ceilings and rows. Written to a temporary name first, so a kill leaves no half a file."""
+        path = Path(path)
+        content = {
+            "config": self.config,
+            "baseline": self.baseline,
+            "environment": self.environment,
+            "ceilings": self.ceilings,
+            "rows": [r.as_dict() for r in results],
+        }
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(content, indent=1) + "\n")
+        partial.replace(path)
+
+
+def load_json(path: str | Path) -> tuple[ResultsFormatter, list[BenchmarkResult]]:
+    """A file written by `ResultsFormatter.save_json`."""
+    content = json.loads(Path(path).read_text())
+    formatter = ResultsFormatter(
+        environment=content["environment"],
+        ceilings=content["ceilings"],
+        config=content["config"],
+        baseline=content.get("baseline", ""),
+    )
+    return formatter, [BenchmarkResult.from_dict(row) for row in content["rows"]]
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,97 @@
+"""Measure one backend on one case: build, check against the reference, then time."""
+
+from __future__ import annotations
+
+import functools
+import json
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import backends
+import torch
+from clock import time_calls
+from common import ERROR, UNAVAILABLE, BenchmarkResult
+from workloads import Problem, workload
+
+#: Errors after which the CUDA context answers every call with an error: only a new process helps.
+_POISONED = ("illegal memory access", "misaligned address", "unspecified launch failure", "device-side assert")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure. budget_s: about how long the samples of one row may take."""
+
+    repeats: int = 9
+    warmup_iters: int = 3
+    budget_s: float = 0.6
+    profile_memory: bool = False
+
+
+class ContextLost(Exception):
+    """The device context is unusable after this row; carries the row."""
+
+    def __init__(self, row: BenchmarkResult):
+        super().__init__(row.reason)
+        self.row = row
+
+
+@functools.lru_cache(maxsize=1)
+def _problem(name: str, params_json: str, device: torch.device) -> Problem:
+    """The case's inputs, shared by the backends that are measured on it one after the other."""
+    kind = workload(name)
+    return kind.build(kind.complete(json.loads(params_json)), device)
+
+
+def measure(
+    name: str, params: Mapping[str, Any], backend: str, device: torch.device, settings: Settings
+) -> BenchmarkResult:
+    """One row. A backend that cannot run, fails or is wrong gives a row that says so instead of a time."""
+    row = BenchmarkResult(workload=name, params=workload(name).complete(params), backend=backend)
+    try:
+        problem = _problem(name, json.dumps(dict(params), sort_keys=True), device)
+        row.bytes, row.flops, row.bar, row.checked = problem.bytes, problem.flops, problem.bar, problem.checked
+        chosen = backends.resolve(backend, name, problem, device)
+        _check_and_time(row, problem, chosen, device, settings)
+    except backends.Unavailable as error:
+        row.status, row.reason = UNAVAILABLE, str(error)
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}"
+        declined = isinstance(error, ValueError) and "implementation can" in str(error)
+        row.status = UNAVAILABLE if declined else ERROR
+        row.reason = " ".join(text.split())[:400]
+        if not declined:
+            traceback.print_exc()
+        if isinstance(error, torch.OutOfMemoryError):
+            _problem.cache_clear()
+            torch.cuda.empty_cache()
+        if any(sign in str(error) for sign in _POISONED):
+            raise ContextLost(row) from error
+    return row
+
+
+def _check_and_time(
+    row: BenchmarkResult, problem: Problem, backend: backends.Backend, device: torch.device, settings: Settings
+) -> None:
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device) if on_gpu else 0
+    out = backend.run(problem.inputs[-1], True)  # before the reference runs, whose result could lie in stale memory
+    if on_gpu:
+        torch.cuda.synchronize(device)
+        if settings.profile_memory:
+            row.peak_memory_mib = (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    row.distance = problem.check(out, problem.inputs[-1])
+    del out
+    if not row.distance <= problem.bar:
+        row.status = ERROR
+        row.reason = f"wrong result: distance {row.distance:.2e} to the reference, at most {problem.bar:.1e} expected"
+        return
+    calls = [functools.partial(backend.run, item, False) for item in problem.inputs]
+    timing = time_calls(
+        calls, device, repeats=settings.repeats, warmup_iters=settings.warmup_iters, budget_s=settings.budget_s
+    )
+    for field, value in timing.as_dict().items():
+        setattr(row, field, value)

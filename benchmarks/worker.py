@@ -1,0 +1,67 @@
+"""A child process that measures rows and reports each as one JSON line, so that a crash costs one row.
+
+    python benchmarks/worker.py < job.json
+
+The job: {"device", "settings", "ceilings": bool, "rows": [{"workload", "params", "backend"}, ...]}. Events on the
+original stdout: {"event": "ceilings", ...}, and for every row {"event": "start", ...}, {"event": "row", ...}.
+Everything that libraries print goes to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+#: Exit code that asks the parent for a fresh process: the device context is lost.
+CONTEXT_LOST = 3
+
+Emit = Callable[[dict[str, Any]], None]
+
+
+def run_job(job: dict[str, Any], emit: Emit) -> None:
+    """Measure every row of a job. Raises measure.ContextLost, after reporting the row, when the device is lost."""
+    import torch
+    from clock import measure_ceilings
+    from measure import ContextLost, Settings, measure
+
+    device = torch.device(job["device"])
+    settings = Settings(**job["settings"])
+    if job.get("ceilings"):
+        emit({"event": "ceilings", "ceilings": asdict(measure_ceilings(device))})
+    for row in job["rows"]:
+        emit({"event": "start", "row": row})
+        try:
+            result = measure(row["workload"], row["params"], row["backend"], device, settings)
+        except ContextLost as lost:
+            emit({"event": "row", "result": lost.row.as_dict()})
+            raise
+        emit({"event": "row", "result": result.as_dict()})
+
+
+def main() -> int:
+    events = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def emit(event: dict[str, Any]) -> None:
+        events.write(json.dumps(event) + "\n")
+        events.flush()
+
+    job = json.load(sys.stdin)
+    from measure import ContextLost
+
+    try:
+        run_job(job, emit)
+    except ContextLost:
+        # The context cannot even be destroyed cleanly; leave without running destructors.
+        os._exit(CONTEXT_LOST)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

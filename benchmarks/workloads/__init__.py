@@ -1,0 +1,35 @@
+"""The workloads of the suite by name."""
+
+from __future__ import annotations
+
+from workloads import caches, concat, dense_mla, indexer, sparse_mla
+from workloads.base import Problem, Workload
+
+WORKLOADS: dict[str, Workload] = {
+    w.name: w
+    for w in (
+        dense_mla.WORKLOAD,
+        sparse_mla.DECODE,
+        sparse_mla.PREFILL,
+        indexer.PAGED,
+        indexer.RAGGED,
+        indexer.TOPK,
+        indexer.CHAIN,
+        caches.PREP,
+        caches.INDEX_STORE,
+        caches.LATENT_STORE,
+        caches.QUANTIZE,
+        caches.DEQUANTIZE,
+        concat.MLA_K,
+        concat.Q_ALL,
+    )
+}
+
+
+def workload(name: str) -> Workload:
+    if name not in WORKLOADS:
+        raise ValueError(f"workload={name!r}: expected one of {', '.join(WORKLOADS)}")
+    return WORKLOADS[name]
+
+
+__all__ = ["WORKLOADS", "Problem", "Workload", "workload"]

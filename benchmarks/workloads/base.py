@@ -1,0 +1,143 @@
+"""What every workload gives to the runner, and the inputs that several of them share."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from nsa_backend_plugin.layouts import INDEX_PAGE_SIZE, index_page_bytes
+from nsa_backend_plugin.ops.arch import fp8_dtype
+from nsa_backend_plugin.ops.latent_cache import reference as latent_reference
+
+HEAD_DIM = 576
+VALUE_DIM = 512
+#: 1 / sqrt(128 + 64): MLA's scale before absorption.
+SOFTMAX_SCALE = 192**-0.5
+#: Bars of the operation tests: cosine distance to a reference that is fed the same quantized data.
+BF16_BAR = 5e-6
+FP8_BAR = 2e-4
+#: Rows of an output that are compared with the reference (first, last, random between).
+CHECKED_ROWS = 4
+
+
+@dataclass
+class Problem:
+    """One shape of one workload with its inputs.
+
+    inputs: input sets of the same shape and fresh random content, taken in turn by the clock.
+    run(impl, inputs, poison): the work through the public functions; impl None lets the registry choose; with
+    poison, outputs are filled with what no correct result contains before the call.
+    check(output, inputs): distance to the reference; must not exceed bar. checked: what was compared, in words.
+    bytes: least DRAM traffic of one call. flops: of one call, multiplications and additions.
+    extra: what peers need besides the inputs; "peers_need" maps a peer's name to why it cannot run this case.
+    """
+
+    inputs: list[Any]
+    run: Callable[[str | None, Any, bool], Any]
+    check: Callable[[Any, Any], float]
+    bar: float
+    checked: str
+    bytes: int
+    flops: int
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """build(params, device) -> Problem. defaults: every parameter with its default; unknown ones are refused.
+
+    operations: registry names ("sparse_mla.attend") whose implementations are the backends; several for a chain.
+    same_job: parameters that two rows may differ in and still be compared as doing the same job (cache format).
+    batch: how large a case is, for the horizontal axis of plots.
+    """
+
+    name: str
+    operations: tuple[str, ...]
+    build: Callable[[Mapping[str, Any], torch.device], Problem]
+    defaults: Mapping[str, Any]
+    same_job: tuple[str, ...] = ()
+    batch: Callable[[Mapping[str, Any]], int] = lambda params: int(params.get("tokens", 1))
+
+    def complete(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        unknown = sorted(set(params) - set(self.defaults))
+        if unknown:
+            raise ValueError(
+                f"parameter {unknown[0]!r} of workload {self.name!r}: expected one of {', '.join(self.defaults)}"
+            )
+        return {**self.defaults, **params}
+
+
+def cosine_distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """1 - 2*sum(x*y)/sum(x*x + y*y) in float64; NaN or a wrong shape is infinitely far."""
+    if actual.shape != expected.shape:
+        return float("inf")
+    x, y = actual.double(), expected.double()
+    denominator = (x * x + y * y).sum()
+    if denominator == 0:
+        return 0.0
+    distance = float(1 - 2 * (x * y).sum() / denominator)
+    return distance if distance == distance else float("inf")
+
+
+def some_rows(rows: int, device: torch.device) -> torch.Tensor:
+    """Up to CHECKED_ROWS row numbers: the first, the last, and random ones between."""
+    picked = {0, rows - 1, *torch.randint(rows, (CHECKED_ROWS - 2,)).tolist()}
+    return torch.tensor(sorted(picked), device=device)
+
+
+def rows_checked(rows: int) -> str:
+    return f"{min(rows, CHECKED_ROWS)} of {rows} rows against torch float32"
+
+
+def poisoned(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """NaN for floats, -7 for integers."""
+    return torch.full(shape, float("nan") if dtype.is_floating_point else -7, dtype=dtype, device=device)
+
+
+@functools.lru_cache(maxsize=3)
+def latent_pool(kind: str, slots: int, device: torch.device) -> torch.Tensor:
+    """A latent cache of random rows: "bf16" [slots, 1, 576], or "packed" uint8 [slots, 1, 656].
+
+    The cache is shared by all input sets of a shape, which differ in the slots they read.
+    """
+    width = HEAD_DIM if kind == "bf16" else 656
+    pool = torch.empty(slots, 1, width, dtype=torch.bfloat16 if kind == "bf16" else torch.uint8, device=device)
+    for chunk in pool.split(100_000):
+        rows = torch.randn(chunk.shape[0], HEAD_DIM, device=device).to(torch.bfloat16)
+        chunk[:, 0] = rows if kind == "bf16" else latent_reference.pack(rows, VALUE_DIM)
+    return pool
+
+
+@functools.lru_cache(maxsize=2)
+def index_pool(pages: int, device: torch.device) -> torch.Tensor:
+    """An index-K cache of random keys, uint8 [pages, 8448]. Independent values, so any layout reads it as random."""
+    values = INDEX_PAGE_SIZE * 128
+    pool = torch.empty(pages, index_page_bytes(), dtype=torch.uint8, device=device)
+    for chunk in pool.split(20_000):
+        keys = torch.randn(chunk.shape[0], values, device=device).to(fp8_dtype(device))
+        chunk[:, :values] = keys.view(torch.uint8)
+        scales = torch.rand(chunk.shape[0], INDEX_PAGE_SIZE, device=device) * 0.02 + 0.005
+        chunk[:, values:] = scales.view(torch.uint8)
+    return pool
+
+
+def own_pages(counts: list[int], pages: int, device: torch.device) -> torch.Tensor:
+    """[B, max(counts)] int32 block table: random physical pages, none shared between sequences."""
+    total = sum(counts)
+    if total > pages:
+        raise ValueError(f"pages={pages}: the sequences need {total}")
+    order = torch.randperm(pages, device=device)[:total].int()
+    if len(set(counts)) == 1:
+        return order.view(len(counts), counts[0])
+    table = torch.zeros(len(counts), max(counts), dtype=torch.int32, device=device)
+    for row, part in zip(table, order.split(counts), strict=True):
+        row[: part.numel()] = part
+    return table
+
+
+def int32(values: list[int], device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=device)

@@ -1,0 +1,276 @@
+"""Writers of the caches: indexer preparation, the fused latent store, and the packing of whole rows.
+
+The caches hold random rows before the call, so a row that was not written cannot pass the check.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from clock import input_sets
+from workloads import base
+from workloads.base import Problem, Workload
+
+from nsa_backend_plugin.layouts import INDEX_PAGE_SIZE
+from nsa_backend_plugin.ops import index_key_cache, indexer_prep, latent_cache
+from nsa_backend_plugin.ops.index_key_cache import reference as index_reference
+from nsa_backend_plugin.ops.latent_cache import reference as latent_reference
+
+MAX_POSITION = 16384
+
+
+def _cos_sin(rope_dim: int, device: torch.device) -> torch.Tensor:
+    """[MAX_POSITION, rope_dim] fp32: cosines, then sines, of DeepSeek's rotary angles."""
+    frequency = 10000.0 ** (-torch.arange(0, rope_dim, 2, device=device) / rope_dim)
+    angle = torch.arange(MAX_POSITION, device=device)[:, None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+def _bf16(*shape: int, device: torch.device) -> torch.Tensor:
+    return torch.randn(*shape, device=device).to(torch.bfloat16)
+
+
+def build_prep(params: Mapping[str, Any], device: torch.device) -> Problem:
+    """Query preparation, then key preparation and store: what the indexer does before its logits."""
+    tokens, heads, neox = params["tokens"], params["heads"], params["is_neox"]
+    cos_sin = _cos_sin(64, device)
+    pages = max(2 * -(-tokens // INDEX_PAGE_SIZE), params["pool_pages"])
+    cache = base.index_pool(pages, device)
+    weight, bias = torch.rand(128, device=device) + 0.5, torch.randn(128, device=device) * 0.1
+    touched = tokens * (heads * (128 * 3 + 2 + 4) + 128 * 2 + 132 + 64 * 4)
+    sets = input_sets(touched, tokens * heads * 128 * 2, device, at_least=params["min_sets"])
+    inputs = [
+        (
+            _bf16(tokens, heads, 128, device=device),
+            _bf16(tokens, 128, device=device),
+            _bf16(tokens, heads, device=device),
+            torch.randint(MAX_POSITION, (tokens,), device=device),
+            torch.randperm(pages * INDEX_PAGE_SIZE, device=device)[:tokens],
+        )
+        for _ in range(sets)
+    ]
+    weight_scale = 128**-0.5 * heads**-0.5
+
+    def run(impl: str | None, item: Any, poison: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        q, key, gate, positions, slots = item
+        prepared = indexer_prep.query(q, gate, positions, cos_sin, weight_scale=weight_scale, is_neox=neox, impl=impl)
+        indexer_prep.key_store(key, weight, bias, positions, cos_sin, cache, slots, is_neox=neox, impl=impl)
+        return prepared
+
+    def check(out: tuple[torch.Tensor, torch.Tensor], item: Any) -> float:
+        q, key, gate, positions, slots = item
+        expected_q, expected_weights = indexer_prep.query(
+            q, gate, positions, cos_sin, weight_scale=weight_scale, is_neox=neox, impl="torch"
+        )
+        stored = _keys(cache, slots, expected_q.dtype)
+        expected_cache = torch.zeros_like(cache[: -(-tokens // INDEX_PAGE_SIZE)])
+        own = torch.arange(tokens, device=device)
+        indexer_prep.key_store(key, weight, bias, positions, cos_sin, expected_cache, own, is_neox=neox, impl="torch")
+        expected_keys = _keys(expected_cache, own, expected_q.dtype)
+        return max(
+            base.cosine_distance(_logit_scale(*out), _logit_scale(expected_q, expected_weights)),
+            base.cosine_distance(stored, expected_keys),
+        )
+
+    return Problem(
+        inputs=inputs,
+        run=run,
+        check=check,
+        bar=base.FP8_BAR,
+        checked=f"all {tokens} tokens, dequantized, against torch float32",
+        bytes=touched,
+        flops=2 * tokens * (heads + 1) * 128 * 128,
+        extra={
+            "cache": cache,
+            "cos_sin": cos_sin,
+            "weight": weight,
+            "bias": bias,
+            "weight_scale": weight_scale,
+            "is_neox": neox,
+        },
+    )
+
+
+def _logit_scale(q: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Query times weight: how q and its folded scale enter a logit."""
+    return q.float() * weights[..., None]
+
+
+def _keys(cache: torch.Tensor, slots: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    value, scale = index_reference.read(
+        cache, slots.long(), layout="row_major", page_size=INDEX_PAGE_SIZE, fp8_dtype=dtype
+    )
+    return value.float() * scale[:, None]
+
+
+def build_index_store(params: Mapping[str, Any], device: torch.device) -> Problem:
+    """Quantize index keys and write them into pages."""
+    tokens, layout = params["tokens"], params["layout"]
+    pages = max(2 * -(-tokens // INDEX_PAGE_SIZE), params["pool_pages"])
+    cache = base.index_pool(pages, device)
+    touched = tokens * (256 + 132 + 8)
+    sets = input_sets(touched, tokens * 264, device, at_least=params["min_sets"])
+    inputs = [
+        (_bf16(tokens, 128, device=device), torch.randperm(pages * INDEX_PAGE_SIZE, device=device)[:tokens])
+        for _ in range(sets)
+    ]
+
+    def read(slots: torch.Tensor) -> torch.Tensor:
+        dtype = torch.float8_e4m3fn
+        value, scale = index_reference.read(
+            cache, slots.long(), layout=layout, page_size=INDEX_PAGE_SIZE, fp8_dtype=dtype
+        )
+        return torch.cat([value.view(torch.uint8), scale[:, None].contiguous().view(torch.uint8)], dim=1)
+
+    def run(impl: str | None, item: Any, poison: bool) -> torch.Tensor:
+        key, slots = item
+        index_key_cache.store(key, cache, slots, layout=layout, impl=impl)
+        return cache
+
+    def check(out: torch.Tensor, item: Any) -> float:
+        key, slots = item
+        stored = read(slots).clone()
+        index_key_cache.store(key, cache, slots, layout=layout, impl="torch")
+        return float((stored != read(slots)).float().mean())
+
+    return Problem(
+        inputs=inputs,
+        run=run,
+        check=check,
+        bar=0.0,
+        checked=f"all {tokens} tokens, byte for byte",
+        bytes=touched,
+        flops=0,
+        extra={
+            "cache": cache,
+            "peers_need": {} if layout == "row_major" else {"sglang_fused_store": "writes row_major only"},
+        },
+    )
+
+
+def build_latent_store(params: Mapping[str, Any], device: torch.device) -> Problem:
+    """RoPE of the key's rotary part, quantization and the write into the latent cache."""
+    tokens, kind = params["tokens"], params["kv"]
+    cache = base.latent_pool(kind, max(params["pool_slots"], 2 * tokens), device)
+    cos_sin = _cos_sin(64, device) if params["rope"] else None
+    row = 656 if kind == "packed" else 1152
+    touched = tokens * (1152 + row + 8 + (8 + 256 if params["rope"] else 0))
+    sets = input_sets(touched, tokens * 1152, device, at_least=params["min_sets"])
+    inputs = [
+        (
+            _bf16(tokens, base.VALUE_DIM, device=device),
+            _bf16(tokens, 64, device=device),
+            torch.randperm(cache.shape[0], device=device)[:tokens],
+            torch.randint(MAX_POSITION, (tokens,), device=device),
+        )
+        for _ in range(sets)
+    ]
+
+    why = "rotates in a kernel of its own" if params["rope"] else "" if kind == "packed" else "packs to fp8 only"
+
+    def store(impl: str | None, item: Any) -> None:
+        nope, rope, slots, positions = item
+        latent_cache.store(
+            nope,
+            rope,
+            cache,
+            slots,
+            positions=positions if cos_sin is not None else None,
+            cos_sin_cache=cos_sin,
+            impl=impl,
+        )
+
+    def rows(item: Any) -> torch.Tensor:
+        picked = cache[item[2], 0]
+        return latent_reference.unpack(picked, base.VALUE_DIM) if kind == "packed" else picked.float()
+
+    def run(impl: str | None, item: Any, poison: bool) -> torch.Tensor:
+        store(impl, item)
+        return cache
+
+    def check(out: torch.Tensor, item: Any) -> float:
+        stored = rows(item)
+        store("torch", item)
+        return base.cosine_distance(stored, rows(item))
+
+    return Problem(
+        inputs=inputs,
+        run=run,
+        check=check,
+        bar=base.FP8_BAR if kind == "packed" else base.BF16_BAR,
+        checked=f"all {tokens} rows, dequantized, against torch float32",
+        bytes=touched,
+        flops=0,
+        extra={"cache": cache, "peers_need": {"sglang_two_kernels": why} if why else {}},
+    )
+
+
+def build_quantize(params: Mapping[str, Any], device: torch.device) -> Problem:
+    """Pack rows into a fresh tensor (seed 004's job)."""
+    tokens = params["tokens"]
+
+    def run(impl: str | None, item: torch.Tensor, poison: bool) -> torch.Tensor:
+        return latent_cache.quantize(item, impl=impl)
+
+    def check(out: torch.Tensor, item: torch.Tensor) -> float:
+        actual, expected = out.view(torch.uint8).reshape(tokens, -1), run("torch", item, False)
+        unpack = latent_reference.unpack
+        return base.cosine_distance(unpack(actual, base.VALUE_DIM), unpack(expected, base.VALUE_DIM))
+
+    return _rows_problem(params, device, run, check, base.FP8_BAR, packed=False)
+
+
+def build_dequantize(params: Mapping[str, Any], device: torch.device) -> Problem:
+    """Unpack rows into a fresh tensor."""
+
+    def run(impl: str | None, item: torch.Tensor, poison: bool) -> torch.Tensor:
+        return latent_cache.dequantize(item, impl=impl)
+
+    def check(out: torch.Tensor, item: torch.Tensor) -> float:
+        return base.cosine_distance(out.float(), run("torch", item, False).float())
+
+    return _rows_problem(params, device, run, check, base.BF16_BAR, packed=True)
+
+
+def _rows_problem(params: Mapping[str, Any], device: torch.device, run, check, bar: float, packed: bool) -> Problem:
+    tokens = params["tokens"]
+    touched = tokens * (1152 + 656)
+    sets = input_sets(touched, tokens * 1152, device, at_least=params["min_sets"])
+    rows = [_bf16(tokens, base.HEAD_DIM, device=device) for _ in range(sets)]
+    return Problem(
+        inputs=[latent_reference.pack(r, base.VALUE_DIM) for r in rows] if packed else rows,
+        run=run,
+        check=check,
+        bar=bar,
+        checked=f"all {tokens} rows against torch float32",
+        bytes=touched,
+        flops=0,
+    )
+
+
+PREP = Workload(
+    "indexer_prep",
+    ("indexer_prep.query", "indexer_prep.key_store"),
+    build_prep,
+    {"tokens": 1, "heads": 64, "is_neox": False, "pool_pages": 20_000, "min_sets": 2},
+)
+INDEX_STORE = Workload(
+    "index_store",
+    ("index_key_cache.store",),
+    build_index_store,
+    {"tokens": 64, "layout": "row_major", "pool_pages": 20_000, "min_sets": 2},
+    same_job=("layout",),
+)
+LATENT_STORE = Workload(
+    "latent_store",
+    ("latent_cache.store",),
+    build_latent_store,
+    {"tokens": 64, "kv": "packed", "rope": True, "pool_slots": 1_000_000, "min_sets": 2},
+    same_job=("rope",),
+)
+QUANTIZE = Workload("latent_quantize", ("latent_cache.quantize",), build_quantize, {"tokens": 64, "min_sets": 2})
+DEQUANTIZE = Workload(
+    "latent_dequantize", ("latent_cache.dequantize",), build_dequantize, {"tokens": 64, "min_sets": 2}
+)

@@ -1,0 +1,109 @@
+"""Dense MLA decode over whole contexts in a paged latent cache.
+
+A request with q_len > 1 (speculative decoding) becomes q_len rows that share the request's pages, each seeing one
+token more than the row before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from batch_spec import parse_batch_spec
+from clock import input_sets
+from workloads import base
+from workloads.base import Problem, Workload
+
+from nsa_backend_plugin.ops import dense_mla
+
+
+def build(params: Mapping[str, Any], device: torch.device) -> Problem:
+    heads, page = params["heads"], params["page_size"]
+    requests = parse_batch_spec(params["batch_spec"])
+    counts = [-(-r.kv_len // page) for r in requests]
+    pages = max(params["pool_slots"] // page, sum(counts))
+    pool = base.latent_pool("bf16", pages * page, device)
+    lengths = [r.context_len + j + 1 for r in requests for j in range(r.q_len)]
+    rows = len(lengths)
+    per_request = torch.tensor([r.q_len for r in requests], device=device)
+    seq_lens = base.int32(lengths, device)
+
+    q_bytes = rows * heads * base.HEAD_DIM * 2
+    table_bytes = rows * max(counts) * 4
+    kv_bytes = sum(r.kv_len for r in requests) * base.HEAD_DIM * 2
+    touched = kv_bytes + q_bytes + table_bytes + rows * heads * base.VALUE_DIM * 2
+    sets = input_sets(touched, q_bytes + table_bytes, device, at_least=params["min_sets"])
+    inputs = [
+        (
+            torch.randn(rows, heads, base.HEAD_DIM, device=device).to(torch.bfloat16),
+            base.own_pages(counts, pages, device).repeat_interleave(per_request, dim=0),
+        )
+        for _ in range(sets)
+    ]
+
+    def run(impl: str | None, item: Any, poison: bool) -> torch.Tensor:
+        q, table = item
+        shape = (rows, heads, base.VALUE_DIM)
+        out = base.poisoned(*shape, dtype=q.dtype, device=device) if poison else None
+        result = dense_mla.decode(
+            q,
+            pool,
+            table,
+            seq_lens,
+            base.SOFTMAX_SCALE,
+            page_size=page,
+            num_kv_splits=params["num_kv_splits"],
+            out=out,
+            impl=impl,
+        )
+        assert isinstance(result, torch.Tensor)
+        return result
+
+    def check(out: torch.Tensor, item: Any) -> float:
+        q, table = item
+        picked = base.some_rows(rows, device)
+        slots = [row_slots(table[r], lengths[r], page) for r in picked.tolist()]
+        expected = [
+            reference_row(q[r], pool[slot, 0].float()) for r, slot in zip(picked.tolist(), slots, strict=True)
+        ]
+        return base.cosine_distance(out[picked].float(), torch.stack(expected))
+
+    return Problem(
+        inputs=inputs,
+        run=run,
+        check=check,
+        bar=base.BF16_BAR,
+        checked=base.rows_checked(rows),
+        bytes=touched,
+        flops=2 * heads * sum(lengths) * (base.HEAD_DIM + base.VALUE_DIM),
+        extra={"pool": pool, "seq_lens": seq_lens, "lengths": lengths, "page_size": page, "heads": heads},
+    )
+
+
+def row_slots(table: torch.Tensor, length: int, page: int) -> torch.Tensor:
+    """Physical slots of a sequence's tokens, in position order."""
+    position = torch.arange(length, device=table.device)
+    return table[position // page].long() * page + position % page
+
+
+def reference_row(q: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
+    """q [H, 576], latent [S, 576] -> [H, 512] in float32."""
+    scores = torch.softmax(q.float() @ latent.T * base.SOFTMAX_SCALE, dim=-1)
+    return scores @ latent[:, : base.VALUE_DIM]
+
+
+WORKLOAD = Workload(
+    "dense_decode",
+    ("dense_mla.decode",),
+    build,
+    {
+        "batch_spec": "8q1s1k",
+        "heads": 128,
+        "page_size": 64,
+        "num_kv_splits": None,
+        "pool_slots": 1_200_000,
+        "min_sets": 2,
+    },
+    batch=lambda params: len(parse_batch_spec(params["batch_spec"])),
+)

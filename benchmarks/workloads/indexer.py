@@ -1,0 +1,266 @@
+"""The indexer: paged and ragged logits, top-k, and the chain of both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from clock import input_sets, l2_bytes
+from workloads import base
+from workloads.base import Problem, Workload
+
+from nsa_backend_plugin.layouts import INDEX_PAGE_SIZE, index_page_bytes
+from nsa_backend_plugin.ops import mqa_logits, topk
+from nsa_backend_plugin.ops.arch import fp8_dtype
+
+TOKEN_BYTES = 132
+#: Share of selected tokens that may differ from the reference's: logits near the threshold differ in the last bits.
+CHAIN_BAR = 5e-3
+
+
+def _pool(pages_needed: int, device: torch.device) -> torch.Tensor:
+    """A cache with room for the case, and past the L2 cache so that rotated inputs read cold pages."""
+    return base.index_pool(max(pages_needed, 3 * l2_bytes(device) // index_page_bytes()), device)
+
+
+def _queries(rows: int, next_n: int, heads: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    q = torch.randn(rows, next_n, heads, 128, device=device).to(fp8_dtype(device))
+    return q, torch.randn(rows * next_n, heads, device=device)
+
+
+def build_paged(params: Mapping[str, Any], device: torch.device) -> Problem:
+    batch, context, heads, next_n = params["batch"], params["context"], params["heads"], params["next_n"]
+    pages = -(-context // INDEX_PAGE_SIZE)
+    pool = _pool(batch * pages, device)
+    lens = torch.full((batch,), context, dtype=torch.int32, device=device)
+    rows = batch * next_n
+    touched = batch * context * TOKEN_BYTES + rows * (heads * (128 + 4) + context * 4)
+    sets = input_sets(touched, rows * heads * 132 + batch * pages * 4, device, at_least=params["min_sets"])
+    inputs = [
+        (*_queries(batch, next_n, heads, device), base.own_pages([pages] * batch, pool.shape[0], device))
+        for _ in range(sets)
+    ]
+
+    def run(impl: str | None, item: Any, poison: bool) -> torch.Tensor:
+        q, weights, table = item
+        out = base.poisoned(rows, pages * INDEX_PAGE_SIZE, dtype=torch.float32, device=device) if poison else None
+        return mqa_logits.paged(q, pool, weights, lens, table, context, layout=params["layout"], out=out, impl=impl)
+
+    def check(out: torch.Tensor, item: Any) -> float:
+        q, weights, table = item
+        worst = 0.0
+        for b in {0, batch - 1}:
+            part = slice(b * next_n, (b + 1) * next_n)
+            expected = mqa_logits.paged(
+                q[b : b + 1],
+                pool,
+                weights[part],
+                lens[b : b + 1],
+                table[b : b + 1],
+                context,
+                layout=params["layout"],
+                clean=True,
+                impl="torch",
+            )
+            seen = expected.isfinite()
+            worst = max(worst, base.cosine_distance(out[part, :context][seen], expected[seen]))
+        return worst
+
+    return Problem(
+        inputs=inputs,
+        run=run,
+        check=check,
+        bar=base.FP8_BAR,
+        checked=f"{min(batch, 2)} of {batch} requests against torch float32",
+        bytes=touched,
+        flops=2 * rows * context * heads * 128,
+        extra={
+            "pool": pool,
+            "lens": lens,
+            "pages": pages,
+            "peers_need": _row_major_only(params, "deep_gemm_planned"),
+        },
+    )
+
+
+def _row_major_only(params: Mapping[str, Any], peer: str) -> dict[str, str]:
+    return {} if params["layout"] == "row_major" else {peer: "DeepGEMM reads row_major only"}
+
+
+def build_ragged(params: Mapping[str, Any], device: torch.device) -> Problem:
+    """One prefill of `tokens` queries at the end of `context` gathered keys."""
+    tokens, context, heads = params["tokens"], params["context"], params["heads"]
+    if context < tokens:
+        raise ValueError(f"context={context}: expected at least tokens={tokens}")
+    start = torch.zeros(tokens, dtype=torch.int32, device=device)
+    end = torch.arange(context - tokens + 1, context + 1, dtype=torch.int32, device=device)
+    touched = context * TOKEN_BYTES + tokens * (heads * 132 + context * 4)
+    sets = input_sets(touched, context * 132 + tokens * heads * 132, device, at_least=params["min_sets"])
+
+    def item() -> tuple[torch.Tensor, ...]:
+        q, weights = _queries(tokens, 1, heads, device)
+        k = torch.randn(context, 128, device=device).to(fp8_dtype(device))
+        return q[:, 0].contiguous(), k, torch.rand(context, device=device) * 0.02 + 0.005, weights
+
+    def run(impl: str | None, item: Any, poison: bool) -> torch.Tensor:
+        q, k, scale, weights = item
+        out = base.poisoned(tokens, context, dtype=torch.float32, device=device) if poison else None
+        return mqa_logits.ragged(q, k, scale, weights, start, end, out=out, impl=impl)
+
+    def check(out: torch.Tensor, item: Any) -> float:
+        q, k, scale, weights = item
+        rows = base.some_rows(tokens, device)
+        expected = mqa_logits.ragged(
+            q[rows], k, scale, weights[rows], start[rows], end[rows], clean=True, impl="torch"
+        )
+        seen = expected.isfinite()
+        return base.cosine_distance(out[rows][seen], expected[seen])
+
+    return Problem(
+        inputs=[item() for _ in range(sets)],
+        run=run,
+        check=check,
+        bar=base.FP8_BAR,
+        checked=base.rows_checked(tokens),
+        bytes=touched,
+        flops=2 * int(end.sum()) * heads * 128,
+    )
+
+
+def build_topk(params: Mapping[str, Any], device: torch.device) -> Problem:
+    """Selection from rows of `context` logits in a buffer `width` wide (what a server allocates), as physical slots."""
+    rows, context, k = params["rows"], params["context"], params["k"]
+    width = max(params["width"] or context, context)
+    pages = -(-context // INDEX_PAGE_SIZE)
+    lens = torch.full((rows,), context, dtype=torch.int32, device=device)
+    table = base.own_pages([pages] * rows, rows * pages + 1, device)
+    column_of_page = torch.full((rows * pages + 1,), -1, dtype=torch.long, device=device)
+    column_of_page[table.long()] = torch.arange(pages, device=device).expand(rows, -1)
+    touched = rows * context * 4 + rows * pages * 4 + rows * k * 4
+    sets = input_sets(touched, rows * width * 4, device, at_least=params["min_sets"])
+
+    def logits() -> torch.Tensor:
+        buffer = torch.empty(rows, width, device=device)
+        buffer[:, :context].normal_()
+        buffer[:, context:] = float("nan")
+        return buffer
+
+    def run(impl: str | None, item: torch.Tensor, poison: bool) -> torch.Tensor:
+        out = base.poisoned(rows, k, dtype=torch.int32, device=device) if poison else None
+        return topk.select(
+            item,
+            lens,
+            k,
+            page_table=table,
+            page_size=INDEX_PAGE_SIZE,
+            deterministic=params["deterministic"],
+            out=out,
+            impl=impl,
+        )
+
+    def check(out: torch.Tensor, item: torch.Tensor) -> float:
+        """Share of selected logits that are not among the true k largest; all rows are checked."""
+        wanted = min(k, context)
+        selected = out[:, :wanted].sort(dim=1).values.long()
+        page = (selected // INDEX_PAGE_SIZE).clamp(0, rows * pages)
+        position = column_of_page[page] * INDEX_PAGE_SIZE + selected % INDEX_PAGE_SIZE
+        own = (position >= 0) & (position < context) & (selected >= 0)
+        repeated = (selected[:, 1:] == selected[:, :-1]).sum()
+        values = item.gather(1, position.clamp(0, context - 1)).masked_fill(~own, float("-inf"))
+        best = item[:, :context].topk(wanted, dim=1).values
+        wrong = (values.sort(dim=1, descending=True).values != best).sum() + repeated
+        padded = (out[:, wanted:] != -1).sum()
+        return float(wrong + padded) / (rows * k)
+
+    return Problem(
+        inputs=[logits() for _ in range(sets)],
+        run=run,
+        check=check,
+        bar=0.0,
+        checked=f"the set of all {rows} rows against torch.topk",
+        bytes=touched,
+        flops=0,
+        extra={"lens": lens, "table": table, "k": k},
+    )
+
+
+def build_chain(params: Mapping[str, Any], device: torch.device) -> Problem:
+    """Logits, then top-k as physical slots: what one decode step of one layer does."""
+    batch, context, heads, k = params["batch"], params["context"], params["heads"], params["k"]
+    pages = -(-context // INDEX_PAGE_SIZE)
+    pool = _pool(batch * pages, device)
+    lens = torch.full((batch,), context, dtype=torch.int32, device=device)
+    touched = batch * context * TOKEN_BYTES + batch * heads * 132 + batch * k * 4
+    sets = input_sets(touched, batch * heads * 132 + batch * pages * 4, device, at_least=params["min_sets"])
+    inputs = [
+        (*_queries(batch, 1, heads, device), base.own_pages([pages] * batch, pool.shape[0], device))
+        for _ in range(sets)
+    ]
+
+    def run(impl: str | None, item: Any, poison: bool) -> torch.Tensor:
+        q, weights, table = item
+        logits = mqa_logits.paged(q, pool, weights, lens, table, context, layout=params["layout"], impl=impl)
+        out = base.poisoned(batch, k, dtype=torch.int32, device=device) if poison else None
+        return topk.select(logits, lens, k, page_table=table, page_size=INDEX_PAGE_SIZE, out=out, impl=impl)
+
+    def check(out: torch.Tensor, item: Any) -> float:
+        q, weights, table = item
+        wrong, total = 0, 0
+        for b in {0, batch - 1}:
+            row = slice(b, b + 1)
+            logits = mqa_logits.paged(
+                q[row], pool, weights[row], lens[row], table[row], context, layout=params["layout"], impl="torch"
+            )
+            expected = topk.select(
+                logits, lens[row], k, page_table=table[row], page_size=INDEX_PAGE_SIZE, impl="torch"
+            )
+            wrong += k - int(torch.isin(expected[expected >= 0], out[b]).sum()) - int((expected < 0).sum())
+            total += k
+        return wrong / total
+
+    return Problem(
+        inputs=inputs,
+        run=run,
+        check=check,
+        bar=CHAIN_BAR,
+        checked=f"the sets of {min(batch, 2)} of {batch} requests against torch float32",
+        bytes=touched,
+        flops=2 * batch * context * heads * 128,
+        extra={
+            "pool": pool,
+            "lens": lens,
+            "pages": pages,
+            "k": k,
+            "peers_need": _row_major_only(params, "sglang_chain"),
+        },
+    )
+
+
+def _batch(params: Mapping[str, Any]) -> int:
+    return int(params["batch"])
+
+
+_PAGED = {"batch": 1, "context": 8192, "heads": 64, "next_n": 1, "layout": "row_major", "min_sets": 2}
+PAGED = Workload("logits_paged", ("mqa_logits.paged",), build_paged, _PAGED, same_job=("layout",), batch=_batch)
+RAGGED = Workload(
+    "logits_ragged",
+    ("mqa_logits.ragged",),
+    build_ragged,
+    {"tokens": 1024, "context": 8192, "heads": 64, "min_sets": 2},
+)
+TOPK = Workload(
+    "topk",
+    ("topk.select",),
+    build_topk,
+    {"rows": 1, "context": 8192, "k": 2048, "width": None, "deterministic": False, "min_sets": 2},
+    batch=lambda params: int(params["rows"]),
+)
+CHAIN = Workload(
+    "indexer_chain",
+    ("mqa_logits.paged", "topk.select"),
+    build_chain,
+    {"batch": 1, "context": 8192, "heads": 64, "k": 2048, "layout": "row_major", "min_sets": 2},
+    same_job=("layout",),
+    batch=_batch,
+)

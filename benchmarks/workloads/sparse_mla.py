@@ -1,0 +1,110 @@
+"""Sparse MLA attention: decode (every query has its own tokens) and prefill (all queries select from one context)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from clock import input_sets
+from workloads import base
+from workloads.base import Problem, Workload
+
+from nsa_backend_plugin.ops import sparse_mla
+
+ROW_BYTES = {"bf16": 2 * base.HEAD_DIM, "packed": 656}
+
+
+def build_decode(params: Mapping[str, Any], device: torch.device) -> Problem:
+    tokens, topk = params["tokens"], params["topk"]
+    pool = base.latent_pool(params["kv"], max(params["pool_slots"], tokens * topk), device)
+
+    def indices() -> torch.Tensor:
+        picked = torch.randperm(pool.shape[0], device=device)[: tokens * topk]
+        return picked.int().view(tokens, topk)
+
+    return _problem(params, pool, indices, rows_read=tokens * topk, device=device)
+
+
+def build_prefill(params: Mapping[str, Any], device: torch.device) -> Problem:
+    """The last `tokens` queries of a context of `context` tokens; query t selects among what it sees."""
+    tokens, topk, context = params["tokens"], params["topk"], params["context"]
+    if context < tokens:
+        raise ValueError(f"context={context}: expected at least tokens={tokens}")
+    pool = base.latent_pool(params["kv"], max(params["pool_slots"], context), device)
+
+    def indices() -> torch.Tensor:
+        slots = torch.randperm(pool.shape[0], device=device)[:context].int()
+        position = torch.arange(context, device=device)
+        parts = []
+        for first in range(0, tokens, 256):
+            queries = torch.arange(first, min(first + 256, tokens), device=device)
+            score = torch.rand(queries.numel(), context, device=device)
+            score[position > context - tokens + queries[:, None]] = -1.0
+            best = score.topk(min(topk, context), dim=1, sorted=False)
+            picked = torch.where(best.values < 0, -1, slots[best.indices])
+            parts.append(torch.nn.functional.pad(picked, (0, topk - picked.shape[1]), value=-1))
+        return torch.cat(parts).contiguous()
+
+    return _problem(params, pool, indices, rows_read=min(context, tokens * topk), device=device)
+
+
+def _problem(params: Mapping[str, Any], pool: torch.Tensor, indices, rows_read: int, device: torch.device) -> Problem:
+    tokens, heads, topk = params["tokens"], params["heads"], params["topk"]
+    q_bytes = tokens * heads * base.HEAD_DIM * 2
+    index_bytes = tokens * topk * 4
+    touched = rows_read * ROW_BYTES[params["kv"]] + q_bytes + index_bytes + tokens * heads * base.VALUE_DIM * 2
+    sets = input_sets(touched, q_bytes + index_bytes, device, at_least=params["min_sets"])
+    inputs = [
+        (torch.randn(tokens, heads, base.HEAD_DIM, device=device).to(torch.bfloat16), indices()) for _ in range(sets)
+    ]
+
+    def run(impl: str | None, item: Any, poison: bool) -> torch.Tensor:
+        q, index = item
+        shape = (tokens, heads, base.VALUE_DIM)
+        out = base.poisoned(*shape, dtype=q.dtype, device=device) if poison else None
+        result = sparse_mla.attend(q, pool, index, base.SOFTMAX_SCALE, out=out, impl=impl)
+        assert isinstance(result, torch.Tensor)
+        return result
+
+    def check(out: torch.Tensor, item: Any) -> float:
+        q, index = item
+        rows = base.some_rows(tokens, device)
+        expected = sparse_mla.attend(q[rows].float(), pool, index[rows], base.SOFTMAX_SCALE, impl="torch")
+        assert isinstance(expected, torch.Tensor)
+        return base.cosine_distance(out[rows].float(), expected)
+
+    return Problem(
+        inputs=inputs,
+        run=run,
+        check=check,
+        bar=base.FP8_BAR if params["kv"] == "packed" else base.BF16_BAR,
+        checked=base.rows_checked(tokens),
+        bytes=touched,
+        flops=2 * tokens * heads * topk * (base.HEAD_DIM + base.VALUE_DIM),
+        extra={"pool": pool, "tokens": tokens, "heads": heads, "topk": topk},
+    )
+
+
+DECODE = Workload(
+    "sparse_decode",
+    ("sparse_mla.attend",),
+    build_decode,
+    {"tokens": 1, "heads": 16, "topk": 2048, "kv": "bf16", "pool_slots": 1_200_000, "min_sets": 2},
+    same_job=("kv",),
+)
+PREFILL = Workload(
+    "sparse_prefill",
+    ("sparse_mla.attend",),
+    build_prefill,
+    {
+        "tokens": 2048,
+        "heads": 16,
+        "topk": 2048,
+        "context": 32768,
+        "kv": "bf16",
+        "pool_slots": 1_200_000,
+        "min_sets": 2,
+    },
+    same_job=("kv",),
+)
