@@ -25,8 +25,8 @@ def require_supported() -> None:
     if not supported(version()):
         oldest, newest = (".".join(map(str, v)) for v in (OLDEST, NEWEST))
         raise ValueError(
-            f"SGLang {version()} is not supported by nsa_plugin: install sglang {oldest} to {newest}, or choose another "
-            "--attention-backend"
+            f"SGLang {version()} is not supported by nsa_plugin: install sglang {oldest} to {newest}, or choose "
+            "another --attention-backend"
         )
 
 

@@ -59,8 +59,8 @@ def check_arguments(server_args: Any) -> None:
     backends = {name for name in _backends(server_args) if name}
     if backends != {BACKEND_NAME}:
         raise ValueError(
-            f"attention backends {', '.join(sorted(backends))}: nsa_plugin must serve prefill and decode alike, because "
-            "one cache layout serves both. Use --attention-backend nsa_plugin alone"
+            f"attention backends {', '.join(sorted(backends))}: nsa_plugin must serve prefill and decode alike, "
+            "because one cache layout serves both. Use --attention-backend nsa_plugin alone"
         )
     for name, off, meaning in UNSUPPORTED:
         value = getattr(server_args, name, off)
@@ -79,8 +79,8 @@ def check_model(model: Any, page_size: int | None) -> None:
     name = ", ".join(model.hf_config.architectures or ["unknown architecture"])
     if model.attention_arch != AttentionArch.MLA:
         raise ValueError(
-            f"{name} does not use Multi-head Latent Attention: nsa_plugin serves MLA and DSA models only. Choose another "
-            "--attention-backend"
+            f"{name} does not use Multi-head Latent Attention: nsa_plugin serves MLA and DSA models only. Choose "
+            "another --attention-backend"
         )
     if (model.kv_lora_rank, model.qk_rope_head_dim) != (LATENT_DIM, ROPE_DIM):
         raise ValueError(

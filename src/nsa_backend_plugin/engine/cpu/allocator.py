@@ -13,6 +13,8 @@ from sglang.srt.utils import get_num_new_pages
 class TorchPagedAllocator(PagedTokenToKVPoolAllocator):
     """SGLang's allocator with the two kernel launches replaced."""
 
+    free_pages: torch.Tensor
+
     def alloc_extend(
         self,
         prefix_lens: torch.Tensor,

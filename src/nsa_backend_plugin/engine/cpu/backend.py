@@ -68,8 +68,8 @@ class NsaPluginCpuBackend(AttentionBackend):
             self._save(k, k_rope, layer, forward_batch.out_cache_loc)
         heads, value_dim = layer.tp_q_head_num, layer.v_head_dim
         q_all = concat.q_all(q.view(-1, heads, value_dim), q_rope.view(-1, heads, layer.head_dim - value_dim))
-        attend = self._attend_dense if topk_indices is None else self._attend_sparse
-        return attend(q_all, layer, topk_indices).view(-1, heads * value_dim)
+        out = self._dense(q_all, layer) if topk_indices is None else self._sparse(q_all, layer, topk_indices)
+        return out.view(-1, heads * value_dim)
 
     forward_extend = forward_decode
 
@@ -78,9 +78,10 @@ class NsaPluginCpuBackend(AttentionBackend):
         cache = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
         latent_cache.store(k.view(tokens, -1), k_rope.reshape(tokens, -1), cache, slots)
 
-    def _attend_dense(self, q_all: torch.Tensor, layer: Any, _: None) -> torch.Tensor:
+    def _dense(self, q_all: torch.Tensor, layer: Any) -> torch.Tensor:
         assert self._rows is not None
-        return dense_mla.decode(
+        out = q_all.new_empty(*q_all.shape[:2], layer.v_head_dim)
+        dense_mla.decode(
             q_all,
             self.token_to_kv_pool.get_key_buffer(layer.layer_id),
             self._rows.block_table(),
@@ -88,8 +89,12 @@ class NsaPluginCpuBackend(AttentionBackend):
             layer.scaling,
             page_size=self.page_size,
             value_dim=layer.v_head_dim,
+            out=out,
         )
+        return out
 
-    def _attend_sparse(self, q_all: torch.Tensor, layer: Any, slots: torch.Tensor) -> torch.Tensor:
+    def _sparse(self, q_all: torch.Tensor, layer: Any, slots: torch.Tensor) -> torch.Tensor:
+        out = q_all.new_empty(*q_all.shape[:2], layer.v_head_dim)
         kv = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
-        return sparse_mla.attend(q_all, kv, slots, layer.scaling, value_dim=layer.v_head_dim)
+        sparse_mla.attend(q_all, kv, slots, layer.scaling, value_dim=layer.v_head_dim, out=out)
+        return out

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
-from unittest import mock
 
 import torch
 
@@ -25,8 +24,12 @@ def no_cuda_capability() -> Iterator[None]:
     if not platform.active():
         yield
         return
-    with mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: (0, 0)):
+    original = torch.cuda.get_device_capability
+    torch.cuda.get_device_capability = lambda device=None: (0, 0)
+    try:
         yield
+    finally:
+        torch.cuda.get_device_capability = original
 
 
 def get_rope_cpu(
