@@ -72,9 +72,8 @@ def _print_layer(row: dict[str, Any]) -> None:
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
-    print(
-        f"\n{'batch':>5} {'context':>8} {'backend':>12} {'step us':>9} {'attention us':>13} {'launches':>9} {'< 3 us':>7}"
-    )
+    titles = ("step us", "attention us", "launches", "< 3 us")
+    print(f"\n{'batch':>5} {'context':>8} {'backend':>12} {titles[0]:>9} {titles[1]:>13} {titles[2]:>9} {titles[3]:>7}")
     for row in sorted(rows, key=lambda r: (r["context"], r["batch"])):
         head = f"{row['batch']:5} {row['context']:8} {row['backend']:>12}"
         if "error" in row:

@@ -1,0 +1,57 @@
+"""Arms of a comparison: an attention backend with its own variables and server arguments."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from nsa_backend_plugin.settings import OPERATIONS
+
+
+@dataclass(frozen=True)
+class Arm:
+    """text: as the user wrote it. backend: of --attention-backend. env, args: added to the server's."""
+
+    text: str
+    backend: str
+    env: dict[str, str]
+    args: tuple[str, ...]
+
+    @property
+    def file_name(self) -> str:
+        return re.sub(r"[^A-Za-z0-9_.=-]+", "-", self.text).strip("-")
+
+
+def parse_arms(texts: list[str]) -> list[Arm]:
+    """One arm per text, "BACKEND [NAME=VALUE ...] [--flag=value ...]"; one text without spaces may list backends
+    with commas. Raises ValueError for an arm without a backend, an unknown word, or two equal arms."""
+    if len(texts) == 1 and " " not in texts[0]:
+        texts = texts[0].split(",")
+    arms = []
+    for text in texts:
+        words = shlex.split(text)
+        if not words or words[0].startswith("-") or "=" in words[0]:
+            raise ValueError(f"--arms {text!r}: expected BACKEND [NAME=VALUE ...] [--flag=value ...]")
+        env, args = {}, []
+        for word in words[1:]:
+            name, equals, value = word.partition("=")
+            if word.startswith("--"):
+                args.append(word)
+            elif equals and name.isidentifier():
+                env[name] = value
+            else:
+                raise ValueError(f"--arms {text!r}: {word!r} is neither NAME=VALUE nor --flag=value")
+        arms.append(Arm(text, words[0], env, tuple(args)))
+    names = [arm.file_name for arm in arms]
+    if len(set(names)) != len(names):
+        raise ValueError(f"--arms {texts}: expected different arms")
+    return arms
+
+
+def kernel_lines(log: Path) -> list[str]:
+    """The lines `operation: implementation (why not the others)` that our backend wrote into a server's log."""
+    pattern = re.compile(rf"(?:{'|'.join(OPERATIONS)})\.\w+: .*")
+    found = (pattern.search(line) for line in log.read_text(errors="replace").splitlines())
+    return list(dict.fromkeys(match.group(0) for match in found if match))

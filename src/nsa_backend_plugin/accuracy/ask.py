@@ -1,0 +1,149 @@
+"""Ask a server every question at a given concurrency; each finished answer is kept at once, a rerun resumes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from nsa_backend_plugin.accuracy.questions import STOPS, Item, last_number
+
+
+class AskError(RuntimeError):
+    """A request failed; the finished answers are in the file and a rerun continues behind them."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One finished answer. logprobs: of the generated tokens, natural log. seconds: of the request."""
+
+    key: str
+    prompt_hash: str
+    text: str
+    predicted: float | None
+    correct: bool
+    tokens: list[int]
+    logprobs: list[float]
+    prompt_tokens: int
+    seconds: float
+
+
+def prompt_hash(item: Item) -> str:
+    return hashlib.sha256(item.prompt.encode()).hexdigest()[:16]
+
+
+def load_answers(path: Path, items: list[Item]) -> dict[str, Answer]:
+    """Finished answers of a results file that belong to these very prompts. A torn last line is dropped."""
+    if not path.exists():
+        return {}
+    wanted = {(item.key, prompt_hash(item)): item for item in items}
+    answers = {}
+    lines = path.read_text().splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            answer = Answer(**json.loads(line))
+        except (json.JSONDecodeError, TypeError) as error:
+            if number == len(lines):
+                break
+            raise ValueError(
+                f"{path}:{number}: not a finished answer ({error}); delete the file to start over"
+            ) from None
+        item = wanted.get((answer.key, answer.prompt_hash))
+        if item is not None:
+            answers[answer.key] = replace(answer, correct=answer.predicted == item.expected)
+    return answers
+
+
+class ProgressBar:
+    """tqdm where it is installed (SGLang brings it), silence elsewhere."""
+
+    def __init__(self, total: int, done: int, label: str):
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            self._bar = None
+        else:
+            self._bar = tqdm(total=total, initial=done, desc=label, unit="q")
+
+    def step(self, correct: int, finished: int) -> None:
+        if self._bar is not None:
+            self._bar.update(1)
+            self._bar.set_postfix_str(f"{correct}/{finished} right")
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def answer_all(
+    base_url: str, items: list[Item], path: Path, *, label: str, concurrency: int, max_tokens: int, timeout: float
+) -> tuple[list[Answer], float]:
+    """Answers in the order of the items, and generated tokens per second of what was asked now (0 if nothing).
+
+    Raises AskError when a request fails or takes longer than `timeout` seconds.
+    """
+    answers = load_answers(path, items)
+    todo = [item for item in items if item.key not in answers]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(asdict(a)) + "\n" for a in answers.values()))  # without a torn line
+    bar = ProgressBar(len(items), len(answers), label)
+    start, generated = time.monotonic(), 0
+    with path.open("a") as file, ThreadPoolExecutor(concurrency) as pool:
+        pending: set[Future[Answer]] = {pool.submit(_ask, base_url, i, max_tokens, timeout) for i in todo}
+        try:
+            while pending:
+                done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                for future in done:
+                    answer = future.result()
+                    file.write(json.dumps(asdict(answer)) + "\n")
+                    file.flush()
+                    answers[answer.key] = answer
+                    generated += len(answer.tokens)
+                    bar.step(sum(a.correct for a in answers.values()), len(answers))
+        except AskError as error:
+            raise AskError(f"{label}: {error} ({len(answers)} of {len(items)} answers are kept in {path})") from None
+        finally:
+            for future in pending:
+                future.cancel()
+            bar.close()
+    rate = generated / (time.monotonic() - start) if todo else 0.0
+    return [answers[item.key] for item in items], rate
+
+
+def _ask(base_url: str, item: Item, max_tokens: int, timeout: float) -> Answer:
+    body = {
+        "text": item.prompt,
+        "sampling_params": {"temperature": 0, "max_new_tokens": max_tokens, "stop": list(STOPS)},
+        "return_logprob": True,
+    }
+    request = urllib.request.Request(
+        f"{base_url}/generate", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    start = time.monotonic()
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as reply:
+            result = json.loads(reply.read())
+    except TimeoutError:
+        raise AskError(f"no answer to {item.key} within {timeout:.0f} s") from None
+    except urllib.error.HTTPError as error:
+        raise AskError(f"{item.key} was refused: {error.code} {error.read()[:300].decode(errors='replace')}") from None
+    except (urllib.error.URLError, ConnectionError) as error:
+        raise AskError(f"the server at {base_url} does not answer: {error}") from None
+    pairs = result["meta_info"]["output_token_logprobs"]
+    predicted = last_number(result["text"])
+    return Answer(
+        key=item.key,
+        prompt_hash=prompt_hash(item),
+        text=result["text"],
+        predicted=predicted,
+        correct=predicted == item.expected,
+        tokens=[int(p[1]) for p in pairs],
+        logprobs=[float(p[0]) for p in pairs],
+        prompt_tokens=int(result["meta_info"]["prompt_tokens"]),
+        seconds=round(time.monotonic() - start, 3),
+    )
