@@ -45,6 +45,7 @@ def select(
     checks.index_range("lengths", lengths, 0, columns + 1)
     if row_starts is not None:
         checks.tensor("row_starts", row_starts, (rows,), torch.int32, logits.device)
+        checks.index_range("row_starts", row_starts, 0, columns + 1)
         checks.index_range("row_starts + lengths", row_starts + lengths if rows else lengths, 0, columns + 1)
     if page_table is None:
         checks.require(page_rows is None, "page_rows", "tensor", "None without page_table")
