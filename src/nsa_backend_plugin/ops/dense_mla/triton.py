@@ -1,0 +1,73 @@
+"""Dense MLA decode in Triton: split-K over each context; lengths are read on the device only."""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from nsa_backend_plugin.ops import mla_launch, triton_support
+from nsa_backend_plugin.ops.arch import device_arch
+from nsa_backend_plugin.ops.support import Support, no
+
+available = triton_support.available
+
+
+def accepts_decode(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    softmax_scale: float,
+    *,
+    value_dim: int,
+    num_kv_splits: int | None,
+    **_: object,
+) -> Support:
+    if num_kv_splits is not None and num_kv_splits > mla_launch.MAX_FORCED_SPLITS:
+        return no(f"num_kv_splits={num_kv_splits}: at most {mla_launch.MAX_FORCED_SPLITS}")
+    return mla_launch.accepts(q, kv, "bf16", value_dim)
+
+
+def workspace_bytes_decode(max_batch: int, heads: int, value_dim: int, num_kv_splits: int | None) -> int:
+    return mla_launch.workspace_bytes(max_batch, heads, value_dim, num_kv_splits)
+
+
+def decode(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    softmax_scale: float,
+    *,
+    page_size: int,
+    value_dim: int,
+    num_kv_splits: int | None,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    workspace: torch.Tensor | None,
+) -> None:
+    batch, heads, _ = q.shape
+    arch = device_arch(q.device)
+    config = mla_launch.tile(arch, "bf16", heads)
+    splits = num_kv_splits or mla_launch.split_count(
+        arch, batch, triton.cdiv(heads, config.heads), block_table.shape[1] * page_size, config.keys
+    )
+    mla_launch.attend(
+        q,
+        kv,
+        block_table,
+        seq_lens,
+        softmax_scale,
+        kind="bf16",
+        kv_scale=None,
+        page_size=page_size,
+        config=config,
+        splits=splits,
+        out=out,
+        lse=lse,
+        workspace=workspace,
+    )
+
+
+def compile_cases(arch: str) -> list[triton_support.CompileCase]:
+    return mla_launch.compile_cases(arch, ["bf16"], [1, 64])

@@ -1,0 +1,323 @@
+"""Launching the MLA attention kernels: tile sizes and split counts from architecture and shape, scratch, launch.
+
+Shared by `sparse_mla/triton.py` and `dense_mla/triton.py`. Nothing here is tuned at serving time: `tile` and
+`split_count` are the tables, and `benchmarks/tune_mla.py` is how their sm_90 rows were found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+from nsa_backend_plugin.layouts import LATENT_DIM, LATENT_TILE, ROPE_DIM
+from nsa_backend_plugin.ops import checks, triton_support
+from nsa_backend_plugin.ops.arch import device_arch, is_cuda, is_rocm
+from nsa_backend_plugin.ops.mla_kernels import attend_kernel, combine_kernel
+from nsa_backend_plugin.ops.support import YES, Support, no
+
+#: No row is cut into more parts: the combine kernel holds one value of every part in registers.
+MAX_SPLITS = 64
+#: Same limit for a caller's own split count.
+MAX_FORCED_SPLITS = 256
+LOG2_E = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One configuration of `attend_kernel`. `swap` computes keys x heads, which fits AMD's matrix units."""
+
+    heads: int
+    keys: int
+    num_warps: int
+    num_stages: int
+    swap: bool = False
+
+
+# Measured on an H200; the largest tile listed serves every larger head count, in blocks.
+_SM_90 = {
+    "bf16": (Tile(16, 64, 4, 3), Tile(32, 64, 8, 3), Tile(64, 64, 8, 2)),
+    "packed": (Tile(16, 32, 8, 2), Tile(32, 32, 8, 2)),
+    "fp8": (Tile(16, 32, 8, 2), Tile(32, 32, 8, 2)),
+}
+# By rule, from here on: fit the architecture's shared memory (KB in the name) and compile without spills.
+# On sm_100 a 64-head tile would go through tensor memory, which Triton stages beyond the shared memory there is.
+_SM_100 = {"bf16": _SM_90["bf16"][:2], "packed": _SM_90["packed"][:1], "fp8": _SM_90["fp8"][:1]}
+_CUDA_99 = {
+    "bf16": (Tile(16, 32, 4, 3), Tile(32, 32, 8, 2)),
+    "packed": (Tile(16, 32, 8, 2), Tile(32, 32, 8, 1)),
+    "fp8": (Tile(16, 32, 8, 2), Tile(32, 32, 8, 1)),
+}
+_CUDA_163 = {**_CUDA_99, "bf16": (Tile(16, 64, 4, 3), Tile(32, 64, 8, 3), Tile(64, 32, 8, 2))}
+_GFX942 = {
+    "bf16": (Tile(16, 64, 4, 1, swap=True),),
+    "packed": (Tile(16, 32, 4, 1, swap=True),),
+    "fp8": (Tile(16, 32, 4, 1, swap=True),),
+}
+_GFX950 = {
+    "bf16": (Tile(16, 64, 4, 1, swap=True),),
+    "packed": (Tile(16, 32, 4, 1, swap=True),),
+    "fp8": (Tile(16, 32, 4, 1, swap=True),),
+}
+_TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
+    "sm_80": _CUDA_163,
+    "sm_90": _SM_90,
+    "sm_100": _SM_100,
+    "gfx942": _GFX942,
+    "gfx950": _GFX950,
+}
+_UNITS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304, "gfx950": 256}
+_DEFAULT_UNITS = 128
+
+
+def tile(arch: str, kind: str, heads: int) -> Tile:
+    """The smallest tile that holds all heads, else the largest. kind: "bf16" (and fp16), "packed" or "fp8"."""
+    default = _GFX942 if is_rocm(arch) else _CUDA_99
+    tiles = _TILES.get(arch, default)[kind]
+    return next((t for t in tiles if t.heads >= heads), tiles[-1])
+
+
+def _programs(arch: str) -> int:
+    """Programs that fill the device: two per compute unit hide each other's latency."""
+    return 2 * _UNITS.get(arch, _DEFAULT_UNITS)
+
+
+def split_count(arch: str, rows: int, head_blocks: int, keys: int, key_tile: int) -> int:
+    """Parts to cut each row's keys into: as many as fill the device, none without a tile of keys."""
+    tiles = max(1, triton.cdiv(keys, key_tile))
+    return max(1, min(_programs(arch) // max(1, rows * head_blocks), tiles, MAX_SPLITS))
+
+
+def scratch_bytes(parts: int, heads: int, value_dim: int) -> int:
+    """Scratch of `parts` (rows x splits): output and log-sum-exp per part and head, in fp32.
+
+    fp32 because one more rounding to bf16 would use up the accuracy bar; the parts stay in L2 in either size.
+    """
+    return _lse_bytes(parts, heads) + parts * heads * value_dim * 4
+
+
+def workspace_bytes(max_rows: int, heads: int, value_dim: int, num_kv_splits: int | None = None) -> int:
+    """Scratch that suffices on every architecture for every call of up to max_rows rows."""
+    if num_kv_splits is not None:
+        return scratch_bytes(max_rows * num_kv_splits, heads, value_dim)
+    # split_count keeps rows * splits * head_blocks <= programs whenever it splits at all.
+    parts = min(max_rows * MAX_SPLITS, max(_programs(arch) for arch in _UNITS))
+    return scratch_bytes(parts, heads, value_dim)
+
+
+def _lse_bytes(parts: int, heads: int) -> int:
+    return triton.cdiv(parts * heads * 4, 16) * 16
+
+
+def _scratch(workspace: torch.Tensor | None, parts: int, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(partial_out [parts, H, value_dim], partial_lse [parts, H]), fp32, inside the workspace."""
+    heads, value_dim = out.shape[1:]
+    needed = scratch_bytes(parts, heads, value_dim)
+    if workspace is None:
+        workspace = torch.empty(needed, dtype=torch.uint8, device=out.device)
+    checks.tensor("workspace", workspace, (None,), torch.uint8, out.device)
+    checks.contiguous("workspace", workspace)
+    checks.require(workspace.numel() >= needed, "workspace.numel()", workspace.numel(), f"at least {needed} bytes")
+    checks.require(workspace.data_ptr() % 16 == 0, "workspace.data_ptr()", workspace.data_ptr(), "16-byte alignment")
+    start = _lse_bytes(parts, heads)
+    return workspace[start:needed].view(torch.float32), workspace[: parts * heads * 4].view(torch.float32)
+
+
+def accepts(q: torch.Tensor, kv: torch.Tensor, kind: str, value_dim: int) -> Support:
+    """Whether the kernels take these dtypes and dimensions on q's device."""
+    arch = device_arch(q.device)
+    rope_dim = q.shape[-1] - value_dim
+    chunk = min(value_dim, LATENT_TILE)
+    if value_dim % chunk or not _dot_size(chunk) or not _dot_size(rope_dim):
+        return no(
+            f"value_dim={value_dim}, rope part {rope_dim}: needs a power of two (>= 16) or a multiple of "
+            f"{LATENT_TILE}, and a power of two"
+        )
+    if q.dtype == torch.float32:
+        return no("q is float32: matrix units would round it, torch is exact")
+    if kind == "bf16":
+        return YES if kv.dtype == q.dtype else no(f"kv is {kv.dtype} but q is {q.dtype}")
+    if q.dtype != torch.bfloat16:
+        return no(f"q is {q.dtype}: fp8 rows are widened to bfloat16, whose range they need")
+    if not triton_support.has_e4m3(arch):
+        return no(f"{arch} has no e4m3 conversion")
+    if kind == "packed":
+        if arch == "gfx942":
+            return no("packed rows hold e4m3fn, gfx942 converts e4m3fnuz only")
+        if kv.stride(0) % 4 or kv.data_ptr() % 4:
+            return no("packed rows are not aligned to 4 bytes")
+    if kv.dtype == torch.float8_e4m3fnuz and is_cuda(arch):
+        return no(f"{arch} has no e4m3fnuz conversion")
+    return YES
+
+
+def _dot_size(size: int) -> bool:
+    return size >= 16 and size & (size - 1) == 0
+
+
+def attend(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    table: torch.Tensor,
+    lengths: torch.Tensor | None,
+    softmax_scale: float,
+    *,
+    kind: str,
+    kv_scale: float | None,
+    page_size: int,
+    config: Tile,
+    splits: int,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    workspace: torch.Tensor | None,
+) -> None:
+    """Attend every row of q [rows, H, D] to its keys, cut into `splits` parts, into out and lse.
+
+    page_size 0: table [rows, K] holds slots (-1 = none), lengths is None. Else table holds pages, lengths [rows].
+    """
+    rows, heads, query_dim = q.shape
+    value_dim = out.shape[-1]
+    if rows == 0:
+        return
+    split = splits > 1
+    partial_out, partial_lse = _scratch(workspace, rows * splits, out) if split else (out, out)
+    unscaled = 1.0 if kv_scale is None else float(kv_scale)
+    early_launch = split and _has_early_launch(device_arch(q.device))
+    attend_kernel[(rows * splits * triton.cdiv(heads, config.heads),)](
+        q,
+        kv.view(torch.uint8) if kind == "packed" else kv,
+        table,
+        table if lengths is None else lengths,
+        out,
+        out if lse is None else lse,
+        partial_out,
+        partial_lse,
+        softmax_scale * LOG2_E * unscaled,
+        unscaled,
+        kv.stride(0),
+        table.stride(0),
+        table.shape[1],
+        splits,
+        **_constexprs(heads, value_dim, query_dim - value_dim, kind, page_size, config, split, lse is not None),
+        EARLY_LAUNCH=early_launch,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    if split:
+        # Programmatic dependent launch hides the second kernel's start behind the first one's end.
+        options = {"launch_pdl": True} if early_launch else {}
+        constexprs = _combine_constexprs(rows, heads, value_dim, splits, lse is not None)
+        combine_kernel[(rows, heads, value_dim // constexprs["DIM_TILE"])](
+            partial_out,
+            partial_lse,
+            out,
+            out if lse is None else lse,
+            splits,
+            **constexprs,
+            EARLY_LAUNCH=early_launch,
+            num_warps=4,
+            **options,
+        )
+
+
+def _has_early_launch(arch: str) -> bool:
+    return is_cuda(arch) and int(arch[3:]) >= 90
+
+
+def _constexprs(
+    heads: int, value_dim: int, rope_dim: int, kind: str, page_size: int, config: Tile, split: bool, write_lse: bool
+) -> dict[str, Any]:
+    return {
+        "HEADS": heads,
+        "VALUE_DIM": value_dim,
+        "ROPE_DIM": rope_dim,
+        "CHUNK": min(value_dim, LATENT_TILE),
+        "PAGE_SIZE": page_size,
+        "PACKED": kind == "packed",
+        "SPLIT": split,
+        "WRITE_LSE": write_lse,
+        "HEAD_TILE": config.heads,
+        "KEY_TILE": config.keys,
+        "STAGES": config.num_stages,
+        "SWAP": config.swap,
+    }
+
+
+def _combine_constexprs(rows: int, heads: int, value_dim: int, splits: int, write_lse: bool) -> dict[str, Any]:
+    # Few rows: small pieces to spread over the device. Many splits: small pieces to stay in registers.
+    small = rows * heads < 128 or splits > 16
+    return {
+        "HEADS": heads,
+        "VALUE_DIM": value_dim,
+        "DIM_TILE": min(value_dim, LATENT_TILE) if small else _power_of_two_part(value_dim),
+        "SPLIT_TILE": triton.next_power_of_2(splits),
+        "WRITE_LSE": write_lse,
+    }
+
+
+def _power_of_two_part(value: int) -> int:
+    return value & -value
+
+
+def compile_cases(arch: str, kinds: Iterable[str], page_sizes: Iterable[int]) -> list[triton_support.CompileCase]:
+    """Every tile that `tile` can select on an architecture, split and not, and the combine kernel."""
+    fp8 = "*fp8e4b8" if arch == "gfx942" else "*fp8e4nv"
+    kv_type = {"bf16": "*bf16", "packed": "*u8", "fp8": fp8}
+    early_launch = _has_early_launch(arch)
+    cases = []
+    for kind in kinds:
+        for page_size in page_sizes:
+            for heads in (8, 16, 32, 128):
+                config = tile(arch, kind, heads)
+                for split in (True, False):
+                    constexprs = _constexprs(heads, LATENT_DIM, ROPE_DIM, kind, page_size, config, split, True)
+                    cases.append(
+                        triton_support.CompileCase(
+                            name=f"{kind} heads={heads} page={page_size} split={split} {config}",
+                            kernel=attend_kernel,
+                            signature={
+                                "q": "*bf16",
+                                "kv": kv_type[kind],
+                                "table": "*i32",
+                                "lengths": "*i32",
+                                "out": "*bf16",
+                                "lse": "*fp32",
+                                "partial_out": "*fp32" if split else "*bf16",
+                                "partial_lse": "*fp32",
+                                "score_scale": "fp32",
+                                "value_scale": "fp32",
+                                "kv_stride": "i32",
+                                "table_stride": "i32",
+                                "context": "i32",
+                                "splits": "i32",
+                            },
+                            constexprs={**constexprs, "EARLY_LAUNCH": split and early_launch},
+                            num_warps=config.num_warps,
+                            num_stages=config.num_stages,
+                            divisible=(
+                                *("q", "kv", "table", "lengths", "out", "lse", "partial_out", "partial_lse"),
+                                *("kv_stride", "table_stride"),
+                            ),
+                        )
+                    )
+    for splits in (2, MAX_SPLITS):
+        cases.append(
+            triton_support.CompileCase(
+                name=f"combine splits={splits}",
+                kernel=combine_kernel,
+                signature={
+                    "partial_out": "*fp32",
+                    "partial_lse": "*fp32",
+                    "out": "*bf16",
+                    "lse": "*fp32",
+                    "splits": "i32",
+                },
+                constexprs={**_combine_constexprs(128, 16, LATENT_DIM, splits, True), "EARLY_LAUNCH": early_launch},
+                num_warps=4,
+                divisible=("partial_out", "partial_lse", "out", "lse"),
+            )
+        )
+    return cases
