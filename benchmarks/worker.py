@@ -30,7 +30,11 @@ def run_job(job: dict[str, Any], emit: Emit) -> None:
     from clock import measure_ceilings
     from measure import ContextLost, Settings, measure
 
+    from nsa_backend_plugin.ops import triton_support
+
     device = torch.device(job["device"])
+    if device.type == "cpu" and triton_support.available("cpu").ok:
+        import nsa_backend_plugin.ops.triton_interpreter  # noqa: F401
     settings = Settings(**job["settings"])
     if job.get("ceilings"):
         emit({"event": "ceilings", "ceilings": asdict(measure_ceilings(device))})
