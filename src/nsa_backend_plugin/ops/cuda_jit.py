@@ -115,7 +115,7 @@ def launch(
     """Enqueue a kernel on torch's current stream of `device` (default: the first tensor argument's), or on `stream`.
 
     args, in the order of the kernel's parameters: a tensor or None for a pointer, int for a 32-bit int, float for a
-    32-bit float, any ctypes value for itself (`ctypes.c_longlong(n)`).
+    32-bit float, any ctypes value or structure for itself (`ctypes.c_longlong(n)`).
     shared_bytes: dynamic shared memory per block. pdl: programmatic dependent launch, the kernel may start before its
     predecessor on the stream ends, and must execute `griddepcontrol.wait` before it reads the predecessor's output.
     """
@@ -171,7 +171,7 @@ def _as_ctype(value: object) -> Any:
         return ctypes.c_int(value)
     if isinstance(value, float):
         return ctypes.c_float(value)
-    if isinstance(value, ctypes._SimpleCData):
+    if isinstance(value, (ctypes._SimpleCData, ctypes.Structure)):
         return value
     raise ValueError(f"args contains {value!r}: expected a tensor, None, int, float or ctypes value")
 
