@@ -30,14 +30,6 @@ def require_supported() -> None:
         )
 
 
-def resolver_target() -> str:
-    """The method that turns raw arguments into final ones: `__post_init__`, in newer releases `resolve_once`."""
-    from sglang.srt.server_args import ServerArgs
-
-    name = "resolve_once" if hasattr(ServerArgs, "resolve_once") else "__post_init__"
-    return f"sglang.srt.server_args.ServerArgs.{name}"
-
-
 def model_config(server_args: Any) -> Any:
     """SGLang's ModelConfig of resolved arguments: a method, in newer releases a function."""
     if hasattr(server_args, "get_model_config"):

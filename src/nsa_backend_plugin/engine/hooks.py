@@ -9,13 +9,13 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-import pkgutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from nsa_backend_plugin import BACKEND_NAME
+from nsa_backend_plugin.engine import targets
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,8 @@ class Hook:
     shares by reference), "hook" (HookRegistry, AROUND), "op" (a module's forward on our platform) or "subclass".
     stage: "name" (by plugin.py), "start" (when the plugin loads), "cpu" (then, on our CPU platform only), "factory"
     (when nsa_plugin is selected and its backend is created), "gpu" (then, on a GPU).
-    handler: "module:function" below `nsa_backend_plugin.engine`.
+    handler: "module:function" below `nsa_backend_plugin.engine`. older_target: where it was in older releases.
+    needed: whether the installed release needs the row.
     """
 
     name: str
@@ -42,23 +43,17 @@ class Hook:
     versions: str
     upstream: str
     handler: str = ""
+    older_target: str = ""
     needed: Callable[[], bool] = lambda: True
 
     @property
     def path(self) -> str:
         """The target in the installed release."""
-        return _resolver() if self.target == _RESOLVER else self.target
+        return self.older_target if self.older_target and not targets.exists(self.target) else self.target
 
 
-_RESOLVER = "sglang.srt.server_args.ServerArgs.__post_init__"
 _ALL = "0.5.17 to 0.5.23"
 _OPEN = "public extension point"
-
-
-def _resolver() -> str:
-    from nsa_backend_plugin.engine import compat
-
-    return compat.resolver_target()
 
 
 def _bookkeeping_by_name() -> bool:
@@ -88,14 +83,15 @@ LEDGER: tuple[Hook, ...] = (
     ),
     Hook(
         "resolution",
-        _RESOLVER,
+        "sglang.srt.server_args.ServerArgs.resolve_once",
         "hook",
         "start",
         "launch checks before weights are loaded, and on a CPU the answer to the unguarded question for a CUDA "
-        "capability (newer releases: ServerArgs.resolve_once)",
+        "capability (arguments are resolved in __post_init__ in older releases)",
         _ALL,
         "not reported; the factory is SGLang's only other place to refuse, after loading",
         "launch:checked_resolution",
+        "sglang.srt.server_args.ServerArgs.__post_init__",
     ),
     Hook(
         "forward_method",
@@ -117,7 +113,7 @@ LEDGER: tuple[Hook, ...] = (
     ),
     Hook(
         "indexer",
-        "sglang.srt.layers.attention.dsa.dsa_indexer.Indexer.register_oot_forward",
+        "sglang.srt.layers.attention.dsa.dsa_indexer.Indexer",
         "op",
         "cpu",
         "the DSA indexer has no torch forward",
@@ -144,17 +140,7 @@ LEDGER: tuple[Hook, ...] = (
         "releases whose platforms have no `capabilities`",
         "solved upstream by PlatformCapabilities.supports_triton",
         "cpu.bridges:support_triton",
-        _bookkeeping_by_name,
-    ),
-    Hook(
-        "last_loc",
-        "sglang.srt.mem_cache.allocation.get_last_loc",
-        "hook",
-        "cpu",
-        "paged allocation launches Triton unless the backend's name is on a list",
-        _ALL,
-        "not reported; ignores PlatformCapabilities",
-        "cpu.bridges:get_last_loc",
+        needed=_bookkeeping_by_name,
     ),
     Hook(
         "fused_decode",
@@ -189,12 +175,8 @@ LEDGER: tuple[Hook, ...] = (
 
 
 def target_exists(row: Hook) -> bool:
-    """Whether the row's target exists in the installed SGLang (imports it)."""
-    try:
-        pkgutil.resolve_name(row.path)
-    except (ImportError, AttributeError):
-        return False
-    return True
+    """Whether the row's target exists in the installed SGLang (read from its source, nothing is imported)."""
+    return targets.exists(row.path)
 
 
 def install(stage: str) -> None:

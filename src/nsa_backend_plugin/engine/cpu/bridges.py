@@ -56,10 +56,3 @@ def get_rope_cpu(
 def support_triton(original: Callable[[str], bool], backend: str) -> bool:
     """AROUND hook: request and token bookkeeping of our backend takes the torch path."""
     return backend != BACKEND_NAME and original(backend)
-
-
-def get_last_loc(original: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
-    """AROUND hook: the torch variant, which SGLang picks for two backends by name only."""
-    from sglang.srt.mem_cache import allocation
-
-    return allocation.get_last_loc_torch(*args, **kwargs)

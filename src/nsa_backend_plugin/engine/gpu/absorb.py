@@ -20,11 +20,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from sglang.srt.layers.communicator import get_attn_tp_context
-from sglang.srt.lora.deepseek_mla_correction import is_kv_b_lora_active
 from sglang.srt.model_executor.forward_context import get_attn_backend
-from sglang.srt.runtime_context import get_parallel
-from sglang.srt.state_capturer.indexer_topk import maybe_capture_indexer_topk
+
+# The names that the replaced method uses, from its own module: their homes move between releases.
+from sglang.srt.models.deepseek_common.attention_forward_methods.forward_mla import (
+    get_attn_tp_context,
+    get_parallel,
+    is_kv_b_lora_active,
+    maybe_capture_indexer_topk,
+)
 
 from nsa_backend_plugin.engine.gpu import indexer as indexer_path
 from nsa_backend_plugin.engine.gpu.dsa_backend import NsaPluginDSABackend

@@ -46,8 +46,15 @@ def project(indexer: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, to
     if indexer.use_dsa_indexer_fusion:
         both = indexer.wk_weights_proj(hidden_states)[0]
     else:
-        both = torch.mm(hidden_states, getattr(indexer, _MERGED).t(), out_dtype=torch.float32)
+        both = _mm_fp32_out(hidden_states, getattr(indexer, _MERGED))
     return both[:, : indexer.head_dim], both[:, indexer.head_dim :]
+
+
+def _mm_fp32_out(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x @ weight.T with a float32 result, which torch offers for bf16 operands on GPUs only."""
+    if x.is_cuda:
+        return torch.mm(x, weight.t(), out_dtype=torch.float32)
+    return x.float() @ weight.float().t()
 
 
 def store_key(indexer: Any, key: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, pool: Any) -> None:
