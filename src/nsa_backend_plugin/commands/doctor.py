@@ -1,0 +1,243 @@
+"""Report versions, device, entry points, kernels, settings and hooks; say what is wrong and what to do.
+
+Exit code 0 when `--attention-backend nsa_plugin` can work here, 1 when something is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from collections.abc import Mapping
+from contextlib import redirect_stdout
+from importlib import metadata, util
+from typing import Any
+
+PLUGINS_GROUP = "sglang.srt.plugins"
+PLATFORMS_GROUP = "sglang.srt.platforms"
+PLUGIN, PLATFORM = "nsa_plugin", "nsa_plugin_cpu"
+_DISTRIBUTION = "nsa-backend-plugin"
+_KERNEL_LIBRARIES = ("sgl_kernel", "deep_gemm", "flash_mla", "flashinfer", "tilelang", "aiter")
+
+
+class Problems(list[dict[str, str]]):
+    """What is wrong, each with what to do."""
+
+    def add(self, problem: str, todo: str) -> None:
+        self.append({"problem": problem, "todo": todo})
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="machine-readable report")
+
+
+def run(options: argparse.Namespace) -> int:
+    with warnings.catch_warnings(), redirect_stdout(sys.stderr):  # SGLang's modules warn and print when imported
+        warnings.simplefilter("ignore")
+        report = collect()
+    print(json.dumps(report, indent=2) if options.json else render(report))
+    return 1 if report["problems"] else 0
+
+
+def collect() -> dict[str, Any]:
+    """The whole report as plain data; `problems` is empty when everything is right."""
+    problems = Problems()
+    report: dict[str, Any] = {"python": f"{sys.version.split()[0]} ({sys.executable})", "versions": versions()}
+    check_versions(report["versions"], problems)
+    report["device"] = device() if report["versions"]["torch"] else None
+    on_cpu = report["device"] is not None and report["device"]["arch"] == "cpu"
+    report["entry_points"] = entry_points(os.environ, on_cpu, problems)
+    report["settings"] = settings_in_force(problems)
+    report["operations"] = operations(report["device"]["device"], problems) if report["device"] else []
+    report["hooks"] = hooks(on_cpu, problems) if report["versions"]["torch"] and report["versions"]["sglang"] else []
+    report["problems"] = list(problems)
+    return report
+
+
+def versions() -> dict[str, str | None]:
+    """Installed version by module name; None when not installed."""
+    distributions = metadata.packages_distributions()
+    found: dict[str, str | None] = {_DISTRIBUTION: _version(_DISTRIBUTION)}
+    for module in ("sglang", "torch", "triton", "transformers", *_KERNEL_LIBRARIES):
+        installed = util.find_spec(module) is not None
+        names = distributions.get(module, [module])
+        found[module] = next(filter(None, map(_version, names)), "unknown version") if installed else None
+    return found
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def check_versions(found: Mapping[str, str | None], problems: Problems) -> None:
+    python = sys.executable
+    if not found["torch"]:
+        problems.add("torch is not installed", f"install the torch build of your device for {python}")
+    if not found["sglang"]:
+        problems.add("sglang is not installed", f"install SGLang for {python}, or run doctor with SGLang's Python")
+    else:
+        from nsa_backend_plugin.engine import compat
+
+        try:
+            compat.require_supported()
+        except ValueError as error:
+            problems.add(str(error), "install a supported SGLang release, see the table in README.md")
+
+
+def device() -> dict[str, str | int]:
+    """The device that SGLang would use first."""
+    import torch
+
+    from nsa_backend_plugin.ops.arch import device_arch, fp8_dtype
+
+    name = "cuda:0" if torch.cuda.is_available() else "cpu"
+    return {
+        "device": name,
+        "name": torch.cuda.get_device_name(0) if name != "cpu" else "CPU",
+        "count": torch.cuda.device_count(),
+        "arch": device_arch(name),
+        "fp8": str(fp8_dtype(name)).removeprefix("torch."),
+    }
+
+
+def entry_points(environment: Mapping[str, str], on_cpu: bool, problems: Problems) -> list[dict[str, Any]]:
+    """Whether SGLang's loader will load our two entry points.
+
+    Its rules: a non-empty SGLANG_PLUGINS lists the only names loaded, in both groups; SGLANG_PLATFORM selects one
+    platform by name (SGLANG_PLUGINS is then not asked for it) and skips the plugins of every other package that
+    provides a platform, which this one does.
+    """
+    allowed = {name.strip() for name in environment.get("SGLANG_PLUGINS", "").split(",") if name.strip()}
+    selected = environment.get("SGLANG_PLATFORM", "")
+    rows = []
+    for group, name in ((PLUGINS_GROUP, PLUGIN), (PLATFORMS_GROUP, PLATFORM)):
+        wanted = group == PLUGINS_GROUP or on_cpu
+        reason, todo = "", ""
+        points = [p for p in metadata.entry_points(group=group) if p.name == name]
+        if not points:
+            reason, todo = "the package's metadata is missing", f"pip install {_DISTRIBUTION} beside SGLang"
+        elif selected and selected != PLATFORM:
+            reason = f"SGLANG_PLATFORM={selected} skips packages with another platform"
+            todo = f"unset SGLANG_PLATFORM, or set it to {PLATFORM} on a machine without a GPU"
+        elif allowed and name not in allowed and not (selected and group == PLATFORMS_GROUP):
+            reason = f"SGLANG_PLUGINS={environment['SGLANG_PLUGINS']} does not list it"
+            todo = f"add {name} to SGLANG_PLUGINS, or unset it"
+        else:
+            try:
+                points[0].load()
+            except Exception as error:
+                reason = f"loading {points[0].value} failed: {type(error).__name__}: {error}"
+                todo = f"reinstall {_DISTRIBUTION}; SGLang logs this error and goes on without the plugin"
+        if reason and wanted:
+            problems.add(f"SGLang will not load the entry point {name} of {group}: {reason}", todo)
+        rows.append({"group": group, "name": name, "loaded": not reason, "needed": wanted, "reason": reason})
+    if selected == PLATFORM and not on_cpu:
+        problems.add(f"SGLANG_PLATFORM={PLATFORM} on a machine with a GPU stops SGLang", "unset SGLANG_PLATFORM")
+    return rows
+
+
+def settings_in_force(problems: Problems) -> list[dict[str, str]]:
+    """Every setting with its raw value and where that comes from; bad values and unknown names are problems."""
+    from nsa_backend_plugin import settings
+
+    rows = []
+    for name, setting in settings.SETTINGS.items():
+        source = "environment" if name in os.environ else "default"
+        rows.append({"name": name, "value": os.environ.get(name, setting.default), "source": source})
+        try:
+            settings.get(name)
+        except ValueError as error:
+            problems.add(str(error), f"correct or unset {name}; ENVS.md lists the values")
+    for name in sorted(os.environ):
+        if name.startswith("NSA_PLUGIN_") and name not in settings.SETTINGS:
+            problems.add(f"unknown setting {name}={os.environ[name]!r}", f"unset {name}; ENVS.md lists the valid names")
+    if os.environ.get("NSA_PLUGIN_DISABLE", "0").strip().lower() in ("1", "true", "yes", "on"):
+        problems.add("NSA_PLUGIN_DISABLE is on: the backend name is not registered", "unset NSA_PLUGIN_DISABLE")
+    return rows
+
+
+def operations(device: str, problems: Problems) -> list[dict[str, Any]]:
+    """Every operation's implementations in order of preference, chosen or declined and why."""
+    from nsa_backend_plugin.ops import registry
+
+    rows = []
+    for operation in registry.operations():
+        try:
+            candidates = operation.candidates(device)
+        except ValueError as error:  # a forced name that does not exist, or a setting reported above
+            problems.add(f"{operation.name}: {error}", "correct or unset the variable")
+            continue
+        rows.append(
+            {
+                "operation": operation.name,
+                "implementations": [
+                    {"name": c.name, "ok": c.support.ok, "reason": c.support.reason, "chosen": c.chosen}
+                    for c in candidates
+                ],
+            }
+        )
+        if not any(c.chosen for c in candidates):
+            reasons = "; ".join(f"{c.name}: {c.support.reason}" for c in candidates)
+            problems.add(f"{operation.name}: no implementation can run ({reasons})", "force none, or one that can run")
+    return rows
+
+
+def hooks(on_cpu: bool, problems: Problems) -> list[dict[str, Any]]:
+    """Every hook into SGLang and whether the installed release has its target; a missing one is a problem only where
+    the hook is used. GPU modules of SGLang do not import without GPU libraries."""
+    from nsa_backend_plugin.engine.hooks import LEDGER, target_exists
+
+    rows = []
+    for row in LEDGER:
+        needed = row.needed() and row.stage != ("gpu" if on_cpu else "cpu")
+        exists = target_exists(row)
+        rows.append(
+            {
+                "name": row.name,
+                "kind": row.kind,
+                "target": row.path,
+                "stage": row.stage,
+                "needed": needed,
+                "exists": exists,
+            }
+        )
+        if needed and not exists:
+            problems.add(
+                f"hook {row.name}: the installed SGLang has no {row.path}",
+                "install a supported SGLang release, see the table in README.md",
+            )
+    return rows
+
+
+def render(report: Mapping[str, Any]) -> str:
+    """The report as text."""
+    lines = [f"python      {report['python']}"]
+    lines += [f"{name:<20} {version or 'not installed'}" for name, version in report["versions"].items()]
+    if report["device"]:
+        d = report["device"]
+        lines += ["", f"device      {d['device']}: {d['name']}, arch {d['arch']}, fp8 {d['fp8']}, {d['count']} GPU(s)"]
+    lines += ["", "entry points"]
+    for e in report["entry_points"]:
+        verdict = "loaded by SGLang" if e["loaded"] else f"not loaded: {e['reason']}"
+        lines.append(f"  {e['group']}: {e['name']}: {verdict}")
+    lines += ["", "operations (* = chosen)"]
+    for o in report["operations"]:
+        lines.append(f"  {o['operation']}")
+        for i in o["implementations"]:
+            verdict = "ok" if i["ok"] else f"declined: {i['reason']}"
+            lines.append(f"    {'*' if i['chosen'] else ' '} {i['name']}: {verdict}")
+    lines += ["", "settings"]
+    lines += [f"  {s['name']}={s['value']} ({s['source']})" for s in report["settings"]]
+    lines += ["", "hooks"]
+    for h in report["hooks"]:
+        verdict = "ok" if h["exists"] else "missing" if h["needed"] else "missing, not needed here"
+        lines.append(f"  {h['name']} ({h['kind']}, {h['stage']}): {h['target']}: {verdict}")
+    lines += ["", f"{len(report['problems'])} problem(s)"]
+    for p in report["problems"]:
+        lines += [f"  {p['problem']}", f"    -> {p['todo']}"]
+    return "\n".join(lines)
