@@ -233,11 +233,13 @@ def _handler(path: str) -> Callable[..., Any]:
 
 def _teach_model_code() -> None:
     """The rows `forward_method` and `absorb_core`."""
+    from sglang.srt.model_executor.forward_context import get_attn_backend
     from sglang.srt.models.deepseek_common import attention_backend_handler, utils
 
     def choose(attn: Any, forward_batch: Any) -> Any:
         fired("forward_method")
-        return attention_backend_handler.handle_attention_dsa(attn, forward_batch)
+        like = getattr(get_attn_backend(), "forward_method_like", "dsa")
+        return attention_backend_handler.AttentionBackendRegistry.get_handler(like)(attn, forward_batch)
 
     attention_backend_handler.AttentionBackendRegistry.register(BACKEND_NAME, choose)
     if BACKEND_NAME not in utils.FORWARD_ABSORB_CORE_ATTENTION_BACKENDS:

@@ -17,6 +17,9 @@ from nsa_backend_plugin.ops import concat, dense_mla
 class NsaPluginMLABackend(FlashAttentionBackend):
     """Dense MLA decode through `ops.dense_mla`."""
 
+    #: Whose choice of MHA or absorbed MLA fits: the backend that prefills (read by the hook `forward_method`).
+    forward_method_like = "fa3"
+
     def __init__(self, runner: Any):
         super().__init__(runner)
         if runner.page_size not in dense_mla.PAGE_SIZES:

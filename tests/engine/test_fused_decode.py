@@ -1,0 +1,300 @@
+"""The fused decode path with the reference operations: order of issue, buffer aliasing, what lands in the caches."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from nsa_backend_plugin.layouts import index_page_bytes, packed_latent_bytes
+from nsa_backend_plugin.ops import concat, indexer_prep, latent_cache, mqa_logits, sparse_mla, topk
+from nsa_backend_plugin.ops.rotary import apply_rope
+
+pytest.importorskip("sglang", reason="needs SGLang")
+absorb = pytest.importorskip("nsa_backend_plugin.engine.gpu.absorb")
+dsa_backend = pytest.importorskip("nsa_backend_plugin.engine.gpu.dsa_backend")
+gpu_indexer = pytest.importorskip("nsa_backend_plugin.engine.gpu.indexer")
+
+HIDDEN, Q_LORA, HEADS, NOPE, INDEX_HEADS, TOPK, PAGES = 48, 32, 3, 16, 4, 20, 6
+LENGTHS = [70, 5, 130]
+T = len(LENGTHS)
+
+
+class Norm(torch.nn.Module):
+    variance_epsilon = 1e-6
+
+    def __init__(self, width: int, bias: bool = False):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.rand(width) + 0.5, requires_grad=False)
+        if bias:
+            self.bias = torch.nn.Parameter(torch.randn(width), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6) * self.weight).to(x.dtype)
+
+
+class Linear:
+    def __init__(self, outputs: int, inputs: int):
+        self.weight = (torch.randn(outputs, inputs) * inputs**-0.5).to(torch.bfloat16)
+
+    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return x @ self.weight.t(), None
+
+
+class Case:
+    """A layer, a backend and a batch, all made of CPU tensors; `log` records the order of issue."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, packed: bool, is_neox: bool):
+        self.log: list[str] = []
+        rope = SimpleNamespace(cos_sin_cache=torch.randn(256, 64), is_neox_style=is_neox)
+        self.indexer = SimpleNamespace(
+            use_dsa_indexer_fusion=not is_neox,
+            layer_id=0,
+            n_heads=INDEX_HEADS,
+            head_dim=128,
+            index_topk=TOPK,
+            softmax_scale=128**-0.5,
+            scale_fmt="ue8m0",
+            rotary_emb=rope,
+            k_norm=Norm(128, bias=True),
+            wk=Linear(128, HIDDEN),
+            weights_proj=Linear(INDEX_HEADS, HIDDEN),
+            wk_weights_proj=Linear(128 + INDEX_HEADS, HIDDEN),
+            wq_b=Linear(INDEX_HEADS * 128, Q_LORA),
+            _mask_init_and_local_tokens=lambda logits, lengths: logits,
+        )
+        gpu_indexer.merge_projection(self.indexer)
+        q_b = Linear(HEADS * (NOPE + 64), Q_LORA)
+
+        def q_b_proj(x: torch.Tensor) -> torch.Tensor:
+            self.log.append("q_b_proj")
+            return q_b(x)[0].view(-1, HEADS, NOPE + 64)
+
+        self.attn = SimpleNamespace(
+            use_dsa=True,
+            q_lora_rank=Q_LORA,
+            kv_lora_rank=512,
+            qk_nope_head_dim=NOPE,
+            qk_rope_head_dim=64,
+            rotary_emb=rope,
+            use_deep_gemm_bmm=False,
+            layer_id=0,
+            alt_stream=None,
+            indexer=self.indexer,
+            q_a_layernorm=Norm(Q_LORA),
+            kv_a_layernorm=Norm(512),
+            q_b_proj_forward=q_b_proj,
+            w_kc=torch.randn(HEADS, NOPE, 512).to(torch.bfloat16),
+            should_run_indexer=lambda previous: True,
+        )
+        width, dtype = (packed_latent_bytes(576), torch.uint8) if packed else (576, torch.bfloat16)
+        self.latent = torch.zeros(PAGES * 64, 1, width, dtype=dtype)
+        self.index_pages = torch.randint(0, 120, (PAGES, index_page_bytes()), dtype=torch.uint8)
+        for page in self.index_pages:  # finite fp32 scales of a live page
+            page[64 * 128 :] = (torch.rand(64) * 0.02 + 0.005).view(torch.uint8)
+        pool = SimpleNamespace(
+            page_size=64,
+            get_key_buffer=lambda layer_id: self.latent,
+            get_index_k_with_scale_buffer=lambda layer_id: self.index_pages,
+        )
+        order = torch.randperm(PAGES).int()
+        self.page_table = torch.stack([order[:3], order[[3, 3, 3]], order[[4, 5, 0]]])
+        lengths = torch.tensor(LENGTHS, dtype=torch.int32)
+        self.slots = torch.stack(
+            [self.page_table[b, (n - 1) // 64].long() * 64 + (n - 1) % 64 for b, n in enumerate(LENGTHS)]
+        )
+        self.backend = object.__new__(dsa_backend.NsaPluginDSABackend)
+        self.backend.token_to_kv_pool = pool
+        self.backend.forward_metadata = SimpleNamespace(real_page_table=self.page_table, cache_seqlens_int32=lengths)
+        self.backend.attention_workspace = None
+        self.positions = lengths.long() - 1
+        self.hidden = torch.randn(T, HIDDEN).to(torch.bfloat16)
+        self.qkv = torch.randn(T, Q_LORA + 576).to(torch.bfloat16)
+        mode = SimpleNamespace(is_decode=lambda: True)
+        self.batch = SimpleNamespace(forward_mode=mode, batch_size=T, out_cache_loc=self.slots)
+        self.capturing = False
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
+        monkeypatch.setattr(absorb, "get_attn_backend", lambda: self.backend)
+        monkeypatch.setattr(absorb, "get_attn_tp_context", lambda: SimpleNamespace(fetch_qkv_latent=lambda: self.qkv))
+        monkeypatch.setattr(absorb, "get_parallel", lambda: SimpleNamespace(dcp_enabled=False))
+        monkeypatch.setattr(absorb, "is_kv_b_lora_active", lambda attn: False)
+        monkeypatch.setattr(absorb, "maybe_capture_indexer_topk", lambda layer_id, slots: slots)
+
+    def prepare(self, **changes: Any) -> tuple[Any, ...]:
+        def original(*args: Any) -> str:
+            return "stock"
+
+        return absorb.forward_absorb_prepare(
+            original, self.attn, self.positions, self.hidden, self.batch, None, **changes
+        )
+
+
+@pytest.fixture(params=[(packed, neox) for packed in (False, True) for neox in (False, True)])
+def case(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Case:
+    return Case(monkeypatch, *request.param)
+
+
+def expected(case: Case) -> dict[str, torch.Tensor]:
+    """The same step from unfused pieces, each on its own buffers."""
+    attn, indexer = case.attn, case.indexer
+    cos_sin = attn.rotary_emb.cos_sin_cache[case.positions]
+    neox = attn.rotary_emb.is_neox_style
+    q_lora = attn.q_a_layernorm(case.qkv[:, :Q_LORA])
+    q = attn.q_b_proj_forward(q_lora)
+    q_rope = apply_rope(q[..., NOPE:], cos_sin, neox).to(torch.bfloat16)
+    q_nope = torch.bmm(q[..., :NOPE].transpose(0, 1), attn.w_kc).transpose(0, 1)
+    latent, pages = case.latent.clone(), case.index_pages.clone()
+    k_nope = attn.kv_a_layernorm(case.qkv[:, Q_LORA : Q_LORA + 512])
+    k_rope = apply_rope(case.qkv[:, Q_LORA + 512 :], cos_sin, neox).to(torch.bfloat16)
+    latent_cache.store(k_nope, k_rope, latent, case.slots)
+    if indexer.use_dsa_indexer_fusion:
+        both = indexer.wk_weights_proj(case.hidden)[0]
+        key, gate = both[:, :128], both[:, 128:]
+    else:
+        key = case.hidden.float() @ indexer.wk.weight.float().t()
+        gate = case.hidden.float() @ indexer.weights_proj.weight.float().t()
+    rope = {"is_neox": neox, "hadamard": neox}
+    cos_sin_cache = attn.rotary_emb.cos_sin_cache
+    norm = indexer.k_norm
+    indexer_prep.key_store(key, norm.weight, norm.bias, case.positions, cos_sin_cache, pages, case.slots, **rope)
+    query = indexer.wq_b(q_lora)[0].view(T, INDEX_HEADS, 128)
+    q_fp8, weights = indexer_prep.query(
+        query,
+        gate,
+        case.positions,
+        cos_sin_cache,
+        weight_scale=128**-0.5 * INDEX_HEADS**-0.5,
+        scale_format="ue8m0" if neox else "fp32",
+        **rope,
+    )
+    lengths = case.backend.forward_metadata.cache_seqlens_int32
+    logits = mqa_logits.paged(q_fp8[:, None], pages, weights, lengths, case.page_table, 192)
+    slots = topk.select(logits, lengths, TOPK, page_table=case.page_table, page_size=64)
+    return {"q_all": torch.cat([q_nope, q_rope], -1), "latent": latent, "pages": pages, "slots": slots}
+
+
+def test_one_step_equals_the_unfused_pieces(case: Case) -> None:
+    want = expected(case)
+    q_rope, k_rope, q_nope, k_nope, batch, _, positions, slots, _, plan = case.prepare()
+    assert k_rope is None
+    assert k_nope is None
+    assert plan is None
+    assert batch is case.batch
+    assert positions is case.positions
+    assert torch.equal(torch.cat([q_nope, q_rope], -1), want["q_all"])
+    assert torch.equal(case.latent.view(torch.uint8), want["latent"].view(torch.uint8))
+    assert torch.equal(case.index_pages, want["pages"])
+    assert torch.equal(slots, want["slots"])
+
+
+def test_cat_skip_is_a_view_and_bitwise_equal(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    q_rope, _, q_nope, _, _, _, _, slots, _, _ = case.prepare()
+    assert concat.joined(q_nope, q_rope)
+    seen: list[torch.Tensor] = []
+    attend = sparse_mla.attend
+
+    def recording(q: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen.append(q)
+        return attend(q, *args, **kwargs)
+
+    monkeypatch.setattr(dsa_backend.sparse_mla, "attend", recording)
+    layer = SimpleNamespace(tp_q_head_num=HEADS, v_head_dim=512, head_dim=576, layer_id=0, scaling=0.05)
+    before = case.latent.clone()
+    fused = case.backend.forward_decode(q_nope, None, None, layer, case.batch, q_rope=q_rope, topk_indices=slots)
+    plain = case.backend.forward_decode(
+        q_nope.clone().contiguous(), None, None, layer, case.batch, q_rope=q_rope.contiguous(), topk_indices=slots
+    )
+    assert seen[0].data_ptr() == q_nope.data_ptr()
+    assert seen[1].data_ptr() != q_nope.data_ptr()
+    assert torch.equal(fused, plain)
+    assert torch.equal(case.latent, before), "k None must not write the cache again"
+    assert torch.isfinite(fused).all()
+
+
+def test_main_lane_is_issued_first_and_joined_last(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = case.log
+
+    class Lane:
+        def fork(self) -> None:
+            log.append("fork")
+
+        def __enter__(self) -> None:
+            log.append("side")
+
+        def __exit__(self, *exception: object) -> None:
+            log.append("main")
+
+        def join(self) -> None:
+            log.append("join")
+
+    def logged(name: str, function: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            log.append(name)
+            return function(*args, **kwargs)
+
+        return run
+
+    monkeypatch.setattr(absorb, "side_lane", lambda stream, tokens: Lane())
+    monkeypatch.setattr(absorb.latent_cache, "store", logged("latent", latent_cache.store))
+    monkeypatch.setattr(gpu_indexer.indexer_prep, "key_store", logged("key", indexer_prep.key_store))
+    monkeypatch.setattr(gpu_indexer.topk, "select", logged("topk", topk.select))
+    case.prepare()
+    assert log == ["fork", "q_b_proj", "side", "key", "topk", "main", "latent", "join"]
+
+
+def test_capture_uses_the_buffers_allocated_before_it(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    want = expected(case)["slots"]
+    case.capturing = True
+    case.backend.logits_buffer = torch.full((T + 2, 192), float("nan"))
+    assert torch.equal(case.prepare()[7], want)
+    for row, length in enumerate(LENGTHS):
+        assert torch.isfinite(case.backend.logits_buffer[row, :length]).all()
+    assert torch.isnan(case.backend.logits_buffer[T:]).all()
+
+
+def test_rare_cases_keep_the_stock_path(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = case.latent.clone()
+    assert case.prepare(llama_4_scaling=torch.ones(1)) == "stock"
+    case.batch.batch_size = T - 1  # rows padded for tensor parallelism
+    assert case.prepare() == "stock"
+    case.batch.batch_size = T
+    case.batch.forward_mode = SimpleNamespace(is_decode=lambda: False)
+    assert case.prepare() == "stock"
+    case.batch.forward_mode = SimpleNamespace(is_decode=lambda: True)
+    case.attn.w_kc = case.attn.w_kc.float()
+    assert case.prepare() == "stock"
+    monkeypatch.setattr(absorb, "get_attn_backend", lambda: object())  # another backend is selected
+    assert case.prepare() == "stock"
+    assert torch.equal(case.latent, before)
+
+
+def test_layers_that_reuse_top_k_run_no_indexer(case: Case) -> None:
+    case.attn.should_run_indexer = lambda previous: False
+    pages, previous = case.index_pages.clone(), torch.zeros(T, TOPK, dtype=torch.int32)
+    slots = case.prepare(prev_topk_indices=previous)[7]
+    assert slots is previous
+    assert torch.equal(case.index_pages, pages)
+
+
+def test_merged_projection_dequantizes_fp8_blocks() -> None:
+    wk = torch.randn(128, 256)
+    scale = torch.rand(1, 2) + 0.5
+    quantized = (wk / scale.repeat_interleave(128, 1)).to(torch.float8_e4m3fn)
+    indexer = SimpleNamespace(
+        use_dsa_indexer_fusion=False,
+        wk=SimpleNamespace(
+            weight=quantized,
+            weight_scale_inv=scale,
+            quant_method=SimpleNamespace(quant_config=SimpleNamespace(weight_block_size=[128, 128])),
+        ),
+        weights_proj=SimpleNamespace(weight=torch.randn(4, 256).to(torch.bfloat16)),
+        head_dim=128,
+    )
+    gpu_indexer.merge_projection(indexer)
+    x = torch.randn(3, 256).to(torch.bfloat16)
+    key, gate = gpu_indexer.project(indexer, x)
+    dequantized = (quantized.float() * scale.repeat_interleave(128, 1)).to(torch.bfloat16).float()
+    torch.testing.assert_close(key, x.float() @ dequantized.t())
+    torch.testing.assert_close(gate, x.float() @ indexer.weights_proj.weight.float().t())
