@@ -120,7 +120,8 @@ def _amd_resources(compiled: Any) -> tuple[int, int]:
     text = compiled.asm["amdgcn"]
     registers = re.search(r"; TotalNumVgprs: (\d+)", text) or re.search(r"\.vgpr_count:\s+(\d+)", text)
     scratch = re.search(r"\.private_segment_fixed_size: (\d+)", text)
-    assert registers and scratch, "no kernel description in the assembly"
+    assert registers, "no register count in the assembly"
+    assert scratch, "no scratch size in the assembly"
     return int(registers[1]), int(scratch[1])
 
 
@@ -161,7 +162,7 @@ def compile_case(arch: str, op: str, case: CompileCase) -> Result:
 
 
 def _failed(arch: str, op: str, case: CompileCase, error: Exception) -> Result:
-    reason = f"does not compile: {type(error).__name__}: {str(error).strip()[-300:]}"
+    reason = f"does not compile: {type(error).__name__}: {str(error).strip().splitlines()[-1]}"
     return Result(arch, op, case.name, case.num_warps, case.num_stages, 0, 0, 0, (), 0.0, reason)
 
 

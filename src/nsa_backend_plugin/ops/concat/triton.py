@@ -118,6 +118,7 @@ def mla_k(k_nope: torch.Tensor, k_rope: torch.Tensor, *, out: torch.Tensor) -> N
 
 
 def compile_cases(arch: str) -> Iterator[CompileCase]:
+    strides = ("nope_stride_t", "nope_stride_h", "rope_stride_t", "rope_stride_h")
     copies = {"bf16": {"FP8": None, "FP8_MAX": 0.0}}
     if has_e4m3(arch):
         copies["fp8"] = fp8_constants(arch_fp8_dtype(arch))
@@ -131,10 +132,8 @@ def compile_cases(arch: str) -> Iterator[CompileCase]:
                     f"{function}.{target}.rows{rows}",
                     _concat_kernel,
                     dict(nope_ptr="*bf16", rope_ptr="*bf16", out_ptr="*u8" if target == "fp8" else "*bf16")
-                    | dict.fromkeys(("rows", "heads", "nope_stride_t", "nope_stride_h"), "i32")
-                    | dict.fromkeys(("rope_stride_t", "rope_stride_h"), "i32"),
+                    | dict.fromkeys(("rows", "heads", *strides), "i32"),
                     dict(NOPE=nope_dim, ROPE=64, NOPE_BLOCK=nope_dim, ROPE_BLOCK=64, BLOCK=block, **constants),
                     num_warps=warps,
-                    divisible=("nope_ptr", "rope_ptr", "out_ptr", "rows", "heads")
-                    + ("nope_stride_t", "nope_stride_h", "rope_stride_t", "rope_stride_h"),
+                    divisible=("nope_ptr", "rope_ptr", "out_ptr", "rows", "heads", *strides),
                 )

@@ -75,7 +75,9 @@ def store(
     elif kind == "fp8":
         assert kv_scale is not None
         limit = fp8_max(cache.dtype)
-        quantized = (kv.float() / torch.full_like(kv, kv_scale, dtype=torch.float32)).clamp(-limit, limit).to(cache.dtype)
+        quantized = (
+            (kv.float() / torch.full_like(kv, kv_scale, dtype=torch.float32)).clamp(-limit, limit).to(cache.dtype)
+        )
         cache.view(torch.uint8)[slot, 0] = quantized.view(torch.uint8)
     else:
         cache[slot, 0] = kv.to(cache.dtype)

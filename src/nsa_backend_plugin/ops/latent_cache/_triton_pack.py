@@ -1,0 +1,191 @@
+"""Triton kernels of the latent cache: pack rows to fp8 and unpack them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from nsa_backend_plugin.layouts import LATENT_DIM, LATENT_TILE, ROPE_DIM, packed_latent_bytes
+from nsa_backend_plugin.ops.support import Support, no
+from nsa_backend_plugin.ops.triton_quant import accepts_fp8, arch_fp8_dtype, fp8_constants, scale_from_amax, to_fp8
+from nsa_backend_plugin.ops.triton_support import CompileCase, has_e4m3
+
+PACKED_FP8 = torch.float8_e4m3fn
+
+
+@triton.jit
+def pack_values(
+    x,
+    row_ptr,  # [TOKENS * TILES, 1] start of each tile's packed row
+    tile,  # [TOKENS * TILES, 1]
+    keep,
+    VALUE_DIM: tl.constexpr,
+    TILE: tl.constexpr,
+    FP8: tl.constexpr,
+    FP8_MAX: tl.constexpr,
+):
+    """Quantize tiles x [TOKENS * TILES, TILE] fp32 and write their bytes and scales."""
+    scale = scale_from_amax(tl.max(tl.abs(x), axis=1, keep_dims=True), FP8_MAX, False)
+    value = to_fp8(x, scale, FP8, FP8_MAX, False)
+    tl.store(row_ptr + tile * TILE + tl.arange(0, TILE)[None, :], value, mask=keep)
+    tl.store((row_ptr + VALUE_DIM + 4 * tile).to(tl.pointer_type(tl.float32)), scale, mask=keep)
+
+
+@triton.jit
+def _quantize_kernel(
+    kv_ptr,  # [rows, VALUE_DIM + ROPE]
+    out_ptr,  # [rows, ROW_BYTES] uint8
+    rows,
+    kv_stride,
+    VALUE_DIM: tl.constexpr,
+    ROPE: tl.constexpr,
+    ROW_BYTES: tl.constexpr,
+    TILE: tl.constexpr,
+    TILES_BLOCK: tl.constexpr,
+    ROPE_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FP8: tl.constexpr,
+    FP8_MAX: tl.constexpr,
+):
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    index = tl.arange(0, BLOCK * TILES_BLOCK)[:, None]
+    row, tile = first + index // TILES_BLOCK, index % TILES_BLOCK
+    keep = (row < rows) & (tile < VALUE_DIM // TILE)
+    source_ptr = kv_ptr + row * kv_stride + tile * TILE + tl.arange(0, TILE)[None, :]
+    x = tl.load(source_ptr, mask=keep, other=0.0).to(tl.float32)
+    pack_values(x, out_ptr + row * ROW_BYTES, tile, keep, VALUE_DIM, TILE, FP8, FP8_MAX)
+
+    row = first + tl.arange(0, BLOCK)[:, None]
+    dim = tl.arange(0, ROPE_BLOCK)[None, :]
+    keep = (row < rows) & (dim < ROPE)
+    rope = tl.load(kv_ptr + row * kv_stride + VALUE_DIM + dim, mask=keep)
+    rope_ptr = (out_ptr + row * ROW_BYTES + (ROW_BYTES - 2 * ROPE)).to(tl.pointer_type(kv_ptr.dtype.element_ty))
+    tl.store(rope_ptr + dim, rope, mask=keep)
+
+
+@triton.jit
+def _dequantize_kernel(
+    packed_ptr,  # [rows, ROW_BYTES] uint8
+    out_ptr,  # [rows, VALUE_DIM + ROPE]
+    rows,
+    VALUE_DIM: tl.constexpr,
+    ROPE: tl.constexpr,
+    ROW_BYTES: tl.constexpr,
+    TILE: tl.constexpr,
+    TILES_BLOCK: tl.constexpr,
+    ROPE_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FP8: tl.constexpr,
+):
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    index = tl.arange(0, BLOCK * TILES_BLOCK)[:, None]
+    row, tile = first + index // TILES_BLOCK, index % TILES_BLOCK
+    keep = (row < rows) & (tile < VALUE_DIM // TILE)
+    dim = tile * TILE + tl.arange(0, TILE)[None, :]
+    row_ptr = packed_ptr + row * ROW_BYTES
+    value = tl.load(row_ptr + dim, mask=keep, other=0).to(FP8, bitcast=True).to(tl.float32)
+    scale = tl.load((row_ptr + VALUE_DIM + 4 * tile).to(tl.pointer_type(tl.float32)), mask=keep, other=0.0)
+    tl.store(out_ptr + row * (VALUE_DIM + ROPE) + dim, (value * scale).to(out_ptr.dtype.element_ty), mask=keep)
+
+    row = first + tl.arange(0, BLOCK)[:, None]
+    dim = tl.arange(0, ROPE_BLOCK)[None, :]
+    keep = (row < rows) & (dim < ROPE)
+    rope_ptr = (packed_ptr + row * ROW_BYTES + (ROW_BYTES - 2 * ROPE)).to(tl.pointer_type(out_ptr.dtype.element_ty))
+    tl.store(out_ptr + row * (VALUE_DIM + ROPE) + VALUE_DIM + dim, tl.load(rope_ptr + dim, mask=keep), mask=keep)
+
+
+def config(rows: int) -> tuple[int, int]:
+    """(rows per program, warps): one warp per row, 4 rows to a program once there are enough programs."""
+    return (1, 1) if rows <= 512 else (4, 4)
+
+
+def is_power_of_two(value: int) -> bool:
+    return value > 0 and value & (value - 1) == 0
+
+
+def _accepts_packed(device: torch.device, row_bytes: int, tile_size: int) -> Support:
+    if not is_power_of_two(tile_size):
+        return no(f"tile_size {tile_size} is not a power of two")
+    if row_bytes % 4:
+        return no(f"rows of {row_bytes} bytes leave scales unaligned")
+    return accepts_fp8(device, PACKED_FP8)
+
+
+def accepts_quantize(kv: torch.Tensor, *, value_dim: int, tile_size: int, out: torch.Tensor) -> Support:
+    return _accepts_packed(kv.device, out.shape[1], tile_size)
+
+
+def accepts_dequantize(packed: torch.Tensor, *, value_dim: int, tile_size: int, out: torch.Tensor) -> Support:
+    return _accepts_packed(packed.device, packed.shape[1], tile_size)
+
+
+def _row_constants(value_dim: int, tile_size: int, rope: int, row_bytes: int, block: int) -> dict[str, Any]:
+    return {
+        "VALUE_DIM": value_dim,
+        "ROPE": rope,
+        "ROW_BYTES": row_bytes,
+        "TILE": tile_size,
+        "TILES_BLOCK": triton.next_power_of_2(value_dim // tile_size),
+        "ROPE_BLOCK": triton.next_power_of_2(rope),
+        "BLOCK": block,
+    }
+
+
+def quantize(kv: torch.Tensor, *, value_dim: int, tile_size: int, out: torch.Tensor) -> None:
+    rows = kv.shape[0]
+    if rows == 0:
+        return
+    block, warps = config(rows)
+    _quantize_kernel[(triton.cdiv(rows, block),)](
+        kv,
+        out,
+        rows,
+        kv.stride(0),
+        num_warps=warps,
+        **_row_constants(value_dim, tile_size, kv.shape[1] - value_dim, out.shape[1], block),
+        **fp8_constants(PACKED_FP8),
+    )
+
+
+def dequantize(packed: torch.Tensor, *, value_dim: int, tile_size: int, out: torch.Tensor) -> None:
+    rows = packed.shape[0]
+    if rows == 0:
+        return
+    block, warps = config(rows)
+    _dequantize_kernel[(triton.cdiv(rows, block),)](
+        packed,
+        out,
+        rows,
+        FP8=fp8_constants(PACKED_FP8)["FP8"],
+        num_warps=warps,
+        **_row_constants(value_dim, tile_size, out.shape[1] - value_dim, packed.shape[1], block),
+    )
+
+
+def compile_cases(arch: str) -> Iterator[CompileCase]:
+    row_bytes = packed_latent_bytes(LATENT_DIM + ROPE_DIM)
+    packs = has_e4m3(arch) and arch_fp8_dtype(arch) == PACKED_FP8
+    for rows in (64, 8192):
+        block, warps = config(rows)
+        if packs:
+            constants = _row_constants(LATENT_DIM, LATENT_TILE, ROPE_DIM, row_bytes, block)
+            yield CompileCase(
+                f"quantize.rows{rows}",
+                _quantize_kernel,
+                dict(kv_ptr="*bf16", out_ptr="*u8", rows="i32", kv_stride="i32"),
+                {**constants, **fp8_constants(PACKED_FP8)},
+                num_warps=warps,
+                divisible=("kv_ptr", "out_ptr", "kv_stride"),
+            )
+            yield CompileCase(
+                f"dequantize.rows{rows}",
+                _dequantize_kernel,
+                dict(packed_ptr="*u8", out_ptr="*bf16", rows="i32"),
+                {**constants, "FP8": fp8_constants(PACKED_FP8)["FP8"]},
+                num_warps=warps,
+                divisible=("packed_ptr", "out_ptr"),
+            )

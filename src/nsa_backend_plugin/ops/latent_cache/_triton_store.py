@@ -1,0 +1,335 @@
+"""Triton kernel of `latent_cache.store`: RoPE of key and query, conversion and the cache write in one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from nsa_backend_plugin.layouts import FP8_DTYPES, LATENT_DIM, LATENT_TILE, ROPE_DIM, packed_latent_bytes
+from nsa_backend_plugin.ops.latent_cache._triton_pack import PACKED_FP8, config, is_power_of_two, pack_values
+from nsa_backend_plugin.ops.support import YES, Support, no
+from nsa_backend_plugin.ops.triton_quant import accepts_fp8, arch_fp8_dtype, fp8_constants, to_fp8
+from nsa_backend_plugin.ops.triton_support import CompileCase, has_e4m3
+
+_HEADS_PER_PROGRAM = 16
+# The products of a rotation must round separately, as torch's do: a fused multiply-add would change cache bytes.
+_EXACT_ROPE = {"enable_fp_fusion": False}
+
+
+@triton.jit
+def _rotate(
+    row_ptr, token, inside, positions_ptr, positions_stride, cos_sin_ptr, ROPE: tl.constexpr, NEOX: tl.constexpr
+):
+    """Rows [N, ROPE] of row_ptr [N, 1], rotated by their tokens' positions, as (first, second) of each pair.
+
+    A lane holds both values of its pairs, and all lanes have read before any returns, so the caller may write in place.
+    """
+    HALF: tl.constexpr = ROPE // 2
+    pair = tl.arange(0, HALF)[None, :]
+    if NEOX:
+        first = tl.load(row_ptr + pair, mask=inside)
+        second = tl.load(row_ptr + HALF + pair, mask=inside)
+    else:
+        both = tl.load(row_ptr + tl.arange(0, ROPE)[None, :], mask=inside)
+        first, second = tl.split(tl.reshape(both, [both.shape[0], HALF, 2]))
+    tl.debug_barrier()
+    if positions_ptr is not None:
+        position = tl.load(positions_ptr + token * positions_stride, mask=inside, other=0).to(tl.int64)
+        cos = tl.load(cos_sin_ptr + position * ROPE + pair, mask=inside)
+        sin = tl.load(cos_sin_ptr + position * ROPE + HALF + pair, mask=inside)
+        dtype = first.dtype
+        first, second = first.to(tl.float32), second.to(tl.float32)
+        first, second = (first * cos - second * sin).to(dtype), (second * cos + first * sin).to(dtype)
+    return first, second
+
+
+@triton.jit
+def _write_pairs(row_ptr, first, second, keep, ROPE: tl.constexpr, NEOX: tl.constexpr):
+    """Store pairs [N, ROPE // 2] into rows [N, ROPE] in the order `_rotate` read them."""
+    HALF: tl.constexpr = ROPE // 2
+    if NEOX:
+        pair = tl.arange(0, HALF)[None, :]
+        tl.store(row_ptr + pair, first, mask=keep)
+        tl.store(row_ptr + HALF + pair, second, mask=keep)
+    else:
+        both = tl.reshape(tl.join(first, second), [first.shape[0], ROPE])
+        tl.store(row_ptr + tl.arange(0, ROPE)[None, :], both, mask=keep)
+
+
+@triton.jit
+def _scaled(x, scale, FP8: tl.constexpr, FP8_MAX: tl.constexpr):
+    """Bytes of x / scale for a plain fp8 cache."""
+    return to_fp8(x.to(tl.float32), tl.full(x.shape, 0.0, tl.float32) + scale, FP8, FP8_MAX, False)
+
+
+@triton.jit
+def _write_nope(
+    nope_ptr,
+    cache_ptr,
+    slots_ptr,
+    kv_scale,
+    first_token,
+    tokens,
+    nope_stride,
+    slots_stride,
+    KIND: tl.constexpr,
+    NOPE: tl.constexpr,
+    ROW: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FP8: tl.constexpr,
+    FP8_MAX: tl.constexpr,
+):
+    """Convert BLOCK tokens' unrotated parts, one tile to a matrix row, and write them into their slots."""
+    TILES: tl.constexpr = NOPE // TILE
+    index = tl.arange(0, BLOCK * TILES)[:, None]
+    token, tile = first_token + index // TILES, index % TILES
+    inside = token < tokens
+    slot = tl.load(slots_ptr + token * slots_stride, mask=inside, other=-1).to(tl.int64)
+    dim = tile * TILE + tl.arange(0, TILE)[None, :]
+    x = tl.load(nope_ptr + token * nope_stride + dim, mask=inside, other=0.0)
+    row_ptr = cache_ptr + slot * ROW
+    if KIND == "packed":
+        x = x.to(tl.bfloat16).to(tl.float32)
+        pack_values(x, row_ptr, tile, slot >= 0, NOPE, TILE, FP8, FP8_MAX)
+    elif KIND == "fp8":
+        tl.store(row_ptr + dim, _scaled(x, kv_scale, FP8, FP8_MAX), mask=slot >= 0)
+    else:
+        tl.store(row_ptr + dim, x.to(cache_ptr.dtype.element_ty), mask=slot >= 0)
+
+
+@triton.jit
+def _write_rope(
+    x,
+    y,
+    row_ptr,
+    keep,
+    kv_scale,
+    KIND: tl.constexpr,
+    NEOX: tl.constexpr,
+    NOPE: tl.constexpr,
+    ROPE: tl.constexpr,
+    ROW: tl.constexpr,
+    FP8: tl.constexpr,
+    FP8_MAX: tl.constexpr,
+):
+    """Convert the rotated pairs (x, y) and write them at the end of their cache rows."""
+    if KIND == "packed":
+        tail_ptr = (row_ptr + (ROW - 2 * ROPE)).to(tl.pointer_type(tl.bfloat16))
+        _write_pairs(tail_ptr, x.to(tl.bfloat16), y.to(tl.bfloat16), keep, ROPE, NEOX)
+    elif KIND == "fp8":
+        x_bytes, y_bytes = _scaled(x, kv_scale, FP8, FP8_MAX), _scaled(y, kv_scale, FP8, FP8_MAX)
+        _write_pairs(row_ptr + NOPE, x_bytes, y_bytes, keep, ROPE, NEOX)
+    else:
+        dtype: tl.constexpr = row_ptr.dtype.element_ty
+        _write_pairs(row_ptr + NOPE, x.to(dtype), y.to(dtype), keep, ROPE, NEOX)
+
+
+@triton.jit
+def _rotate_query(
+    q_ptr,
+    out_ptr,
+    positions_ptr,
+    cos_sin_ptr,
+    first_token,
+    tokens,
+    heads,
+    q_stride_t,
+    q_stride_h,
+    out_stride_t,
+    out_stride_h,
+    positions_stride,
+    ROPE: tl.constexpr,
+    NEOX: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    """Rotate BLOCK tokens' next HEADS query heads; program_id(1) counts groups of heads from 1."""
+    index = tl.arange(0, BLOCK * HEADS)[:, None]
+    token = first_token + index // HEADS
+    head = (tl.program_id(1) - 1) * HEADS + index % HEADS
+    inside = (token < tokens) & (head < heads)
+    source_ptr = q_ptr + token * q_stride_t + head * q_stride_h
+    x, y = _rotate(source_ptr, token, inside, positions_ptr, positions_stride, cos_sin_ptr, ROPE, NEOX)
+    _write_pairs(out_ptr + token * out_stride_t + head * out_stride_h, x, y, inside, ROPE, NEOX)
+
+
+@triton.jit
+def _store_kernel(
+    nope_ptr,  # [tokens, NOPE]
+    rope_ptr,  # [tokens, ROPE]
+    cache_ptr,  # [slots, ROW] bf16/fp16/fp32, or uint8
+    slots_ptr,  # [tokens]
+    positions_ptr,  # [tokens] or None
+    cos_sin_ptr,  # [max_position, ROPE] fp32 or None
+    k_rope_out_ptr,  # [tokens, ROPE] or None
+    q_rope_ptr,  # [tokens, heads, ROPE] or None
+    q_out_ptr,  # as q_rope_ptr
+    kv_scale,
+    tokens,
+    heads,
+    nope_stride,
+    rope_stride,
+    slots_stride,
+    positions_stride,
+    k_rope_out_stride,
+    q_stride_t,
+    q_stride_h,
+    q_out_stride_t,
+    q_out_stride_h,
+    KIND: tl.constexpr,  # "bf16", "fp8" or "packed"
+    NEOX: tl.constexpr,
+    NOPE: tl.constexpr,
+    ROPE: tl.constexpr,
+    ROW: tl.constexpr,  # elements of a cache row
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,  # tokens per program
+    HEADS: tl.constexpr,  # query heads per program
+    FP8: tl.constexpr,
+    FP8_MAX: tl.constexpr,
+):
+    first_token = tl.program_id(0).to(tl.int64) * BLOCK
+    if tl.program_id(1) == 0:
+        _write_nope(
+            nope_ptr,
+            cache_ptr,
+            slots_ptr,
+            kv_scale,
+            first_token,
+            tokens,
+            nope_stride,
+            slots_stride,
+            KIND,
+            NOPE,
+            ROW,
+            TILE,
+            BLOCK,
+            FP8,
+            FP8_MAX,
+        )
+        token = first_token + tl.arange(0, BLOCK)[:, None]
+        inside = token < tokens
+        source_ptr = rope_ptr + token * rope_stride
+        x, y = _rotate(source_ptr, token, inside, positions_ptr, positions_stride, cos_sin_ptr, ROPE, NEOX)
+        if k_rope_out_ptr is not None:
+            _write_pairs(k_rope_out_ptr + token * k_rope_out_stride, x, y, inside, ROPE, NEOX)
+        slot = tl.load(slots_ptr + token * slots_stride, mask=inside, other=-1).to(tl.int64)
+        _write_rope(x, y, cache_ptr + slot * ROW, slot >= 0, kv_scale, KIND, NEOX, NOPE, ROPE, ROW, FP8, FP8_MAX)
+    elif q_rope_ptr is not None:
+        _rotate_query(
+            q_rope_ptr,
+            q_out_ptr,
+            positions_ptr,
+            cos_sin_ptr,
+            first_token,
+            tokens,
+            heads,
+            q_stride_t,
+            q_stride_h,
+            q_out_stride_t,
+            q_out_stride_h,
+            positions_stride,
+            ROPE,
+            NEOX,
+            BLOCK,
+            HEADS,
+        )
+
+
+def accepts_store(
+    k_nope: torch.Tensor, k_rope: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor, *, kind: str, **_
+) -> Support:
+    nope, rope = k_nope.shape[1], k_rope.shape[1]
+    if nope % LATENT_TILE or not is_power_of_two(nope // LATENT_TILE) or not is_power_of_two(rope) or rope < 2:
+        return no(f"k_nope and k_rope are {nope} and {rope} wide, not a power of two times {LATENT_TILE} and one")
+    if kind == "packed":
+        return accepts_fp8(cache.device, PACKED_FP8)
+    return accepts_fp8(cache.device, cache.dtype) if kind == "fp8" else YES
+
+
+def _store_constants(kind: str, nope: int, rope: int, row: int, block: int, fp8_dtype: torch.dtype) -> dict[str, Any]:
+    shape = {"KIND": kind, "NOPE": nope, "ROPE": rope, "ROW": row, "TILE": LATENT_TILE}
+    return {**shape, "BLOCK": block, "HEADS": _HEADS_PER_PROGRAM, **fp8_constants(fp8_dtype)}
+
+
+def store(
+    k_nope: torch.Tensor,
+    k_rope: torch.Tensor,
+    cache: torch.Tensor,
+    slots: torch.Tensor,
+    *,
+    kind: str,
+    positions: torch.Tensor | None,
+    cos_sin_cache: torch.Tensor | None,
+    is_neox: bool,
+    kv_scale: float | None,
+    k_rope_out: torch.Tensor | None,
+    q_rope: torch.Tensor | None,
+    q_rope_out: torch.Tensor | None,
+) -> None:
+    tokens, nope = k_nope.shape
+    if tokens == 0:
+        return
+    heads = 0 if q_rope is None else q_rope.shape[1]
+    block, warps = config(tokens)
+    fp8_dtype = cache.dtype if kind == "fp8" else PACKED_FP8
+    if cache.dtype in FP8_DTYPES:
+        cache = cache.view(torch.uint8)
+    _store_kernel[(triton.cdiv(tokens, block), 1 + triton.cdiv(heads, _HEADS_PER_PROGRAM))](
+        k_nope,
+        k_rope,
+        cache,
+        slots,
+        positions,
+        cos_sin_cache,
+        k_rope_out,
+        q_rope,
+        q_rope_out,
+        kv_scale,
+        tokens,
+        heads,
+        k_nope.stride(0),
+        k_rope.stride(0),
+        slots.stride(0),
+        0 if positions is None else positions.stride(0),
+        0 if k_rope_out is None else k_rope_out.stride(0),
+        *((0, 0) if q_rope is None else q_rope.stride()[:2]),
+        *((0, 0) if q_rope_out is None else q_rope_out.stride()[:2]),
+        NEOX=is_neox,
+        num_warps=warps,
+        **_store_constants(kind, nope, k_rope.shape[1], cache.shape[2], block, fp8_dtype),
+        **_EXACT_ROPE,
+    )
+
+
+def compile_cases(arch: str) -> Iterator[CompileCase]:
+    packs = has_e4m3(arch) and arch_fp8_dtype(arch) == PACKED_FP8
+    for kind, possible in (("bf16", True), ("fp8", has_e4m3(arch)), ("packed", packs)):
+        for tokens in (64, 8192) if possible else ():
+            for is_neox in (False, True):
+                yield _store_case(arch, kind, is_neox, tokens)
+
+
+def _store_case(arch: str, kind: str, is_neox: bool, tokens: int) -> CompileCase:
+    block, warps = config(tokens)
+    row = packed_latent_bytes(LATENT_DIM + ROPE_DIM) if kind == "packed" else LATENT_DIM + ROPE_DIM
+    pointers = dict.fromkeys(("nope_ptr", "rope_ptr", "k_rope_out_ptr", "q_rope_ptr", "q_out_ptr"), "*bf16")
+    pointers |= dict(cache_ptr="*bf16" if kind == "bf16" else "*u8", cos_sin_ptr="*fp32")
+    pointers |= dict(slots_ptr="*i64", positions_ptr="*i64")
+    strides = ("nope_stride", "rope_stride", "k_rope_out_stride", "q_stride_t", "q_stride_h", "q_out_stride_t")
+    numbers = dict.fromkeys(("tokens", "heads", "slots_stride", "positions_stride", *strides, "q_out_stride_h"), "i32")
+    scale = {"kv_scale": "fp32"} if kind == "fp8" else {}
+    constants = _store_constants(kind, LATENT_DIM, ROPE_DIM, row, block, arch_fp8_dtype(arch))
+    return CompileCase(
+        f"store.{kind}.{'neox' if is_neox else 'interleaved'}.T{tokens}",
+        _store_kernel,
+        pointers | numbers | scale,
+        {**constants, "NEOX": is_neox, **({} if scale else {"kv_scale": None})},
+        num_warps=warps,
+        divisible=(*pointers, *strides, "q_out_stride_h"),
+        options=_EXACT_ROPE,
+    )
