@@ -120,7 +120,7 @@ def entry_points(environment: Mapping[str, str], on_cpu: bool, problems: Problem
         reason, todo = "", ""
         points = [p for p in metadata.entry_points(group=group) if p.name == name]
         if not points:
-            reason, todo = "the package's metadata is missing", f"pip install {_DISTRIBUTION} beside SGLang"
+            reason, todo = "the package's metadata is missing", f"install {_DISTRIBUTION} for {sys.executable}: pip install --no-deps . from a clone"
         elif selected and selected != PLATFORM:
             reason = f"SGLANG_PLATFORM={selected} skips packages with another platform"
             todo = f"unset SGLANG_PLATFORM, or set it to {PLATFORM} on a machine without a GPU"
