@@ -27,6 +27,7 @@ def check_cache(cache: torch.Tensor, layout: str, page_size: int) -> None:
     checks.require(page_size % 16 == 0, "page_size", page_size, "a multiple of 16")
     checks.tensor("cache", cache, (None, index_page_bytes(page_size)), torch.uint8)
     checks.contiguous("cache", cache)
+    checks.require(cache.data_ptr() % 4 == 0, "cache.data_ptr()", cache.data_ptr(), "4-byte alignment, for the scales")
 
 
 def store(
