@@ -47,14 +47,14 @@ def is_peer(name: str) -> bool:
 def names(name: str) -> list[str]:
     """All backends of a workload, whether or not they can run here."""
     found = _implementations(name)
-    return [DEFAULT, *found, *(n for n in peers.names(name) if n not in found)]
+    return [*([DEFAULT] if found else []), *found, *(n for n in peers.names(name) if n not in found)]
 
 
 def _implementations(name: str) -> list[str]:
     """Names that implement every operation of a workload."""
     table = {o.name: o.implementations() for o in operations()}
     lists = [table[operation] for operation in workload(name).operations]
-    return [n for n in lists[0] if all(n in other for other in lists[1:])]
+    return [n for n in lists[0] if all(n in other for other in lists[1:])] if lists else []
 
 
 def choose(wanted: Sequence[str], name: str, device: str) -> list[str]:
@@ -82,7 +82,9 @@ def resolve(backend: str, name: str, problem: Problem, device: torch.device) -> 
         return Backend(backend, lambda item, poison: call(item))
     wanted = workload(name).operations
     if backend not in found:
-        raise Unavailable(f"{' and '.join(wanted)}: no implementation {backend!r}; there are {', '.join(names(name))}")
+        raise Unavailable(
+            f"{' and '.join(wanted) or name}: no implementation {backend!r}; there are {', '.join(names(name))}"
+        )
     for operation in operations():
         if operation.name in wanted:
             row = next(c for c in operation.candidates(device) if c.name == backend)

@@ -140,9 +140,7 @@ def _expand_range(entry: Mapping[str, Any]) -> list[str]:
     if sorted(fields) != sorted(given):
         raise ValueError(f"template {template!r} has fields {fields}, but values are given for {given}")
     choices = [_range_values(name, entry[name]) for name in fields]
-    return [
-        template.format(**dict(zip(fields, values, strict=True))) for values in itertools.product(*choices)
-    ]
+    return [template.format(**dict(zip(fields, values, strict=True))) for values in itertools.product(*choices)]
 
 
 def _range_values(name: str, value: Any) -> list[int]:

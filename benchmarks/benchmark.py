@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 HERE = Path(__file__).resolve().parent
 for folder in (HERE, HERE.parent / "src"):
@@ -31,6 +31,7 @@ JOURNALS = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nsa
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("compare", nargs="*", metavar="compare A.json B.json", help="compare two results files")
     parser.add_argument("--config", type=Path, help="YAML file; overrides the arguments that say what to measure")
     parser.add_argument("--quick", action="store_true", help="the config's small sizes, for a look and for a CPU")
     what = parser.add_argument_group("what to measure")
@@ -87,7 +88,10 @@ def configuration(options: argparse.Namespace) -> Config:
 
 def run(options: argparse.Namespace) -> int:
     """Exit code: 0, 1 when a row failed, 2 for bad arguments, 75 when the budget ended before the last row."""
-    os.environ.setdefault("TRITON_INTERPRET", "0" if _has_gpu() else "1")
+    if options.compare:
+        return _compare(options.compare)
+    if not _has_gpu():
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated
     device = options.device or ("cuda:0" if _has_gpu() else "cpu")
     try:
         config = configuration(options)
@@ -135,7 +139,7 @@ def _run_config(config: Config, device: str, options: argparse.Namespace) -> tup
         results, complete = sweep.run(
             rows, device, settings, journal, isolate=isolate, deadline=deadline, on_row=on_row
         )
-    formatter.ceilings = journal.ceilings
+    formatter.ceilings, formatter.complete = journal.ceilings, complete
     add_comparisons(results, journal.ceilings.get("read_gbps"))
     screen.table(formatter, results)
     if config.mode == "decode_vs_prefill":
@@ -175,13 +179,21 @@ def _has_gpu() -> bool:
     return bool(torch.version.cuda or torch.version.hip) and torch.cuda.device_count() > 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == ["compare"]:
-        from compare import main as compare
+def _compare(words: list[str]) -> int:
+    from compare import compare_files
 
-        return compare(arguments[1:])
-    return run(build_parser().parse_args(arguments))
+    if words[0] != "compare" or len(words) != 3:
+        print(f"benchmark.py: error: {' '.join(words)!r}: expected compare A.json B.json", file=sys.stderr)
+        return 2
+    try:
+        return compare_files(Path(words[1]), Path(words[2]))
+    except (OSError, ValueError, KeyError) as error:
+        print(f"benchmark.py: error: not a results file: {error}", file=sys.stderr)
+        return 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run(build_parser().parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -129,9 +129,7 @@ def _time_wall(calls: Sequence[Call], repeats: int, warmup_iters: int, budget_s:
     return summarize(_take(sample, repeats, budget_s), 1, "wall")
 
 
-def _time_graph(
-    calls: Sequence[Call], estimate_us: float, repeats: int, warmup_iters: int, budget_s: float
-) -> Timing:
+def _time_graph(calls: Sequence[Call], estimate_us: float, repeats: int, warmup_iters: int, budget_s: float) -> Timing:
     count = calls_in_graph(len(calls), estimate_us, budget_s * 1e6 / repeats)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):

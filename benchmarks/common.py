@@ -149,6 +149,7 @@ class ResultsFormatter:
     ceilings: dict[str, float] = field(default_factory=dict)
     config: str = ""
     baseline: str = ""
+    complete: bool = False
 
     COLUMNS = ("workload", "case", "backend", "us", "spread", "GB/s", "TFLOP/s", "% floor", "vs peer", "best peer")
 
@@ -164,7 +165,7 @@ class ResultsFormatter:
             *head,
             f"{row.median_us:.2f}",
             f"{100 * (row.spread or 0):.1f}%",
-            _number(row.gbps, 0),
+            _number(row.gbps, 0 if (row.gbps or 0) >= 10 else 2),
             _number(row.tflops, 1),
             _number(row.floor_percent, 1),
             _number(row.vs_peer, 2),
@@ -202,6 +203,7 @@ class ResultsFormatter:
         path = Path(path)
         content = {
             "config": self.config,
+            "complete": self.complete,
             "baseline": self.baseline,
             "environment": self.environment,
             "ceilings": self.ceilings,
@@ -219,7 +221,8 @@ def load_json(path: str | Path) -> tuple[ResultsFormatter, list[BenchmarkResult]
         environment=content["environment"],
         ceilings=content["ceilings"],
         config=content["config"],
-        baseline=content.get("baseline", ""),
+        baseline=content["baseline"],
+        complete=content["complete"],
     )
     return formatter, [BenchmarkResult.from_dict(row) for row in content["rows"]]
 

@@ -1,15 +1,15 @@
 """YAML configurations: what to measure, expanded into cases.
 
-    description: ...           what question the file answers
-    mode: sweep                or decode_vs_prefill
-    workload: sparse_decode    a name of workloads.WORKLOADS
-    backends: [all]            or names
-    params: {tokens: [1, 8], heads: 16}      lists make all combinations, the last one varying fastest
-    batch_specs: [8q1s1k, {template: ...}]   becomes the parameter batch_spec
-    targets: [{by: tokens, us: {1: 7, 8: 10.5}, when: {heads: [8, 16]}, note: ...}]     goals in microseconds
-    repeats, warmup_iters, budget_s, baseline
-    runs: [...]                several of the above in one file; each inherits the top level
-    quick: {...}               what --quick replaces (top level, or inside a run)
+description: ...           what question the file answers
+mode: sweep                or decode_vs_prefill
+workload: sparse_decode    a name of workloads.WORKLOADS
+backends: [all]            or names
+params: {tokens: [1, 8], heads: 16}      lists make all combinations, the last one varying fastest
+batch_specs: [8q1s1k, {template: ...}]   becomes the parameter batch_spec
+targets: [{by: tokens, us: {1: 7, 8: 10.5}, when: {heads: [8, 16]}, note: ...}]     goals in microseconds
+repeats, warmup_iters, budget_s, baseline
+runs: [...]                several of the above in one file; each inherits the top level
+quick: {...}               what --quick replaces (top level, or inside a run)
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import peers_standard
 import torch
 from workloads import Problem
 from workloads.base import HEAD_DIM, SOFTMAX_SCALE, VALUE_DIM
@@ -98,9 +99,7 @@ def _deep_gemm_planned(problem: Problem) -> Call:
 
     def call(item: Any) -> torch.Tensor:
         q, weights, table = item
-        return deep_gemm.fp8_paged_mqa_logits(
-            q, pages, weights, lens, table, metadata, width, clean_logits=False
-        )
+        return deep_gemm.fp8_paged_mqa_logits(q, pages, weights, lens, table, metadata, width, clean_logits=False)
 
     return call
 
@@ -235,6 +234,10 @@ PEERS = {
         Peer("latent_quantize", "sglang_quantize", _sglang_quantize, ("sglang",)),
         Peer("concat_k", "sglang_jit", _sglang_concat, ("sglang",)),
         Peer("concat_k", "torch_cat", _torch_cat, gpu=False),
+        Peer("standard", "torch", peers_standard.sdpa, gpu=False),
+        Peer("standard", "flash", peers_standard.flash, ("sgl_kernel",)),
+        Peer("standard", "flashinfer", peers_standard.flashinfer, ("flashinfer",)),
+        Peer("standard", "triton", peers_standard.triton, ("sglang",)),
     )
 }
 

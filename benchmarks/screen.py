@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from common import BenchmarkResult, ResultsFormatter
+from common import BenchmarkResult, ResultsFormatter, job_key
 from configs import Config
 
 
@@ -44,8 +44,8 @@ class Screen:
             self.progress.update(self.task, completed=done, description=f"{workload} {case} {backend}")
             return
         units = ("us", "spread", "GB/s", "TFLOP/s", "% of the byte floor")
-        shown = numbers[0] if not numbers[1] else ", ".join(
-            f"{n} {u}" for n, u in zip(numbers, units, strict=False) if n
+        shown = (
+            numbers[0] if not numbers[1] else ", ".join(f"{n} {u}" for n, u in zip(numbers, units, strict=False) if n)
         )
         print(f"[{done}/{total}] {workload} {case} {backend}: {shown}", flush=True)
 
@@ -67,10 +67,7 @@ class Screen:
 
 def _best_rows(results: Sequence[BenchmarkResult]) -> list[BenchmarkResult]:
     """The fastest row of every job."""
-    from common import job_key
-
     best: dict[str, BenchmarkResult] = {}
-    for r in results:
-        if r.median_us is not None and r.median_us < (best[k].median_us if (k := job_key(r)) in best else 1e30):
-            best[job_key(r)] = r
+    for r in sorted((r for r in results if r.median_us is not None), key=lambda r: r.median_us or 0.0):
+        best.setdefault(job_key(r), r)
     return list(best.values())

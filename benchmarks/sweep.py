@@ -42,7 +42,11 @@ class Row:
 
     def failed(self, reason: str) -> BenchmarkResult:
         return BenchmarkResult(
-            workload=self.case.workload, params=dict(self.case.params), backend=self.backend, status=ERROR, reason=reason
+            workload=self.case.workload,
+            params=dict(self.case.params),
+            backend=self.backend,
+            status=ERROR,
+            reason=reason,
         )
 
 
@@ -204,7 +208,7 @@ def _child(job, pending: list[int], journal: Journal, finish, deadline: float | 
         stderr=subprocess.PIPE,
         text=True,
     )
-    assert child.stdin and child.stdout and child.stderr
+    assert child.stdin is not None
     child.stdin.write(json.dumps(job))
     child.stdin.close()
     lines: queue.Queue[str | None] = queue.Queue()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from workloads import caches, concat, dense_mla, indexer, sparse_mla
+from workloads import caches, concat, dense_mla, indexer, mla_batch, sparse_mla, standard
 from workloads.base import Problem, Workload
 
 WORKLOADS: dict[str, Workload] = {
     w.name: w
     for w in (
         dense_mla.WORKLOAD,
+        mla_batch.WORKLOAD,
+        standard.WORKLOAD,
         sparse_mla.DECODE,
         sparse_mla.PREFILL,
         indexer.PAGED,

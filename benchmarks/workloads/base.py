@@ -31,7 +31,8 @@ class Problem:
     inputs: input sets of the same shape and fresh random content, taken in turn by the clock.
     run(impl, inputs, poison): the work through the public functions; impl None lets the registry choose; with
     poison, outputs are filled with what no correct result contains before the call.
-    check(output, inputs): distance to the reference; must not exceed bar. checked: what was compared, in words.
+    check(output, inputs): distance to the reference; must not exceed bar, or peer_bar for a peer, whose roundings
+    are its own business (None: four times the bar). checked: what was compared, in words.
     bytes: least DRAM traffic of one call. flops: of one call, multiplications and additions.
     extra: what peers need besides the inputs; "peers_need" maps a peer's name to why it cannot run this case.
     """
@@ -43,7 +44,13 @@ class Problem:
     checked: str
     bytes: int
     flops: int
+    peer_bar: float | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+
+    def bar_of(self, is_peer: bool) -> float:
+        if not is_peer:
+            return self.bar
+        return 4 * self.bar if self.peer_bar is None else self.peer_bar
 
 
 @dataclass(frozen=True)

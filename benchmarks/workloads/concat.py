@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from clock import input_sets
-from workloads.base import Problem, Workload, poisoned
 
 from nsa_backend_plugin.ops import concat
+from workloads.base import Problem, Workload, poisoned
 
 DTYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 
@@ -88,5 +88,9 @@ def build_q_all(params: Mapping[str, Any], device: torch.device) -> Problem:
     )
 
 
-MLA_K = Workload("concat_k", ("concat.mla_k",), build_mla_k, {"tokens": 512, "heads": 128, "dtype": "bf16", "min_sets": 2})
-Q_ALL = Workload("concat_q", ("concat.q_all",), build_q_all, {"tokens": 64, "heads": 16, "joined": False, "min_sets": 2})
+MLA_K = Workload(
+    "concat_k", ("concat.mla_k",), build_mla_k, {"tokens": 512, "heads": 128, "dtype": "bf16", "min_sets": 2}
+)
+Q_ALL = Workload(
+    "concat_q", ("concat.q_all",), build_q_all, {"tokens": 64, "heads": 16, "joined": False, "min_sets": 2}
+)

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from batch_spec import parse_batch_spec
 from clock import input_sets
-from workloads import base
-from workloads.base import Problem, Workload
 
 from nsa_backend_plugin.ops import dense_mla
+from workloads import base
+from workloads.base import Problem, Workload
 
 
 def build(params: Mapping[str, Any], device: torch.device) -> Problem:
@@ -64,9 +64,7 @@ def build(params: Mapping[str, Any], device: torch.device) -> Problem:
         q, table = item
         picked = base.some_rows(rows, device)
         slots = [row_slots(table[r], lengths[r], page) for r in picked.tolist()]
-        expected = [
-            reference_row(q[r], pool[slot, 0].float()) for r, slot in zip(picked.tolist(), slots, strict=True)
-        ]
+        expected = [reference_row(q[r], pool[slot, 0].float()) for r, slot in zip(picked.tolist(), slots, strict=True)]
         return base.cosine_distance(out[picked].float(), torch.stack(expected))
 
     return Problem(

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from clock import input_sets, l2_bytes
-from workloads import base
-from workloads.base import Problem, Workload
 
 from nsa_backend_plugin.layouts import INDEX_PAGE_SIZE, index_page_bytes
 from nsa_backend_plugin.ops import mqa_logits, topk
 from nsa_backend_plugin.ops.arch import fp8_dtype
+from workloads import base
+from workloads.base import Problem, Workload
 
 TOKEN_BYTES = 132
 #: Share of selected tokens that may differ from the reference's: logits near the threshold differ in the last bits.
@@ -111,9 +111,7 @@ def build_ragged(params: Mapping[str, Any], device: torch.device) -> Problem:
     def check(out: torch.Tensor, item: Any) -> float:
         q, k, scale, weights = item
         rows = base.some_rows(tokens, device)
-        expected = mqa_logits.ragged(
-            q[rows], k, scale, weights[rows], start[rows], end[rows], clean=True, impl="torch"
-        )
+        expected = mqa_logits.ragged(q[rows], k, scale, weights[rows], start[rows], end[rows], clean=True, impl="torch")
         seen = expected.isfinite()
         return base.cosine_distance(out[rows][seen], expected[seen])
 
@@ -212,9 +210,7 @@ def build_chain(params: Mapping[str, Any], device: torch.device) -> Problem:
             logits = mqa_logits.paged(
                 q[row], pool, weights[row], lens[row], table[row], context, layout=params["layout"], impl="torch"
             )
-            expected = topk.select(
-                logits, lens[row], k, page_table=table[row], page_size=INDEX_PAGE_SIZE, impl="torch"
-            )
+            expected = topk.select(logits, lens[row], k, page_table=table[row], page_size=INDEX_PAGE_SIZE, impl="torch")
             wrong += k - int(torch.isin(expected[expected >= 0], out[b]).sum()) - int((expected < 0).sum())
             total += k
         return wrong / total

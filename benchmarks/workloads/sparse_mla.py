@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from clock import input_sets
-from workloads import base
-from workloads.base import Problem, Workload
 
 from nsa_backend_plugin.ops import sparse_mla
+from workloads import base
+from workloads.base import Problem, Workload
 
 ROW_BYTES = {"bf16": 2 * base.HEAD_DIM, "packed": 656}
 
