@@ -1,0 +1,457 @@
+// Exact top-k of rows of fp32 logits, one thread block per row.
+//
+// A row is read from DRAM once in the common case:
+//   short row  (one tile)   keys stay in registers; radix select on them.
+//   long row                a sample of the row gives a threshold that about 1.5k to 3k logits pass; one streaming pass
+//                           collects those in shared memory; radix select on the collected candidates.
+//   long row, bad sample    (ties, or an order that fools the sample: too few or too many candidates)
+//                           radix select straight on global memory: correct for any input, reads the row 4 times.
+//
+// Radix select: histogram of the top 11 bits of an order-preserving key, find the bin that holds the k-th largest,
+// repeat inside that bin with the next 11, then the last 10 bits. It stops early once the bin is needed whole.
+//
+// Defines: THREADS (block size), DETERMINISTIC (0 or 1: ties to the lowest index, rows sorted by index), MAX_K,
+// SHARED_BYTES (dynamic shared memory of the launch).
+//
+// Sources: radix select, Alabi et al. 2012; threshold from a sample, Floyd and Rivest 1975.
+
+typedef unsigned int u32;
+typedef long long i64;
+
+constexpr int kWarps = THREADS / 32;
+constexpr int kVectors = 4;                       // 16-byte loads that each thread has in flight
+constexpr int kPerThread = 4 * kVectors;          // logits per thread and tile
+constexpr int kTile = THREADS * kPerThread;       // logits per tile
+constexpr int kBins = 2048;
+constexpr int kBinsPerThread = kBins / THREADS;
+constexpr int kMaxCandidates = kTile < 8192 ? kTile : 8192;  // at most 64 KB of key and index
+constexpr int kBitmapWords = 2 * kMaxCandidates;
+constexpr u32 kFull = 0xffffffffu;
+static_assert(kBins % THREADS == 0, "every thread owns the same number of bins");
+
+struct Shared {
+  u32 histogram[kBins];
+  u32 warp_sums[kWarps];
+  u32 bin, above, bin_count;  // result of one radix step
+  u32 taken, taken_equal;     // append positions
+  union {
+    struct {
+      u32 key[kMaxCandidates];
+      int index[kMaxCandidates];
+    } candidate;
+    u32 bitmap[kBitmapWords];  // of the chosen positions, for sorting them; the candidates are dead by then
+  };
+  int chosen[MAX_K];
+};
+static_assert(sizeof(Shared) <= SHARED_BYTES, "the launch reserves too little shared memory");
+
+__device__ __forceinline__ Shared& shared() {
+  extern __shared__ __align__(16) unsigned char raw[];
+  return *reinterpret_cast<Shared*>(raw);
+}
+
+// Larger float, larger key. -0 and +0 are equal logits, so they get one key.
+__device__ __forceinline__ u32 ordered_key(float logit) {
+  u32 bits = logit == 0.0f ? 0u : __float_as_uint(logit);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+// ---------------------------------------------------------------- block-wide sums
+
+// Exclusive prefix sum over the block of one value per thread; `total` is the sum over all threads.
+__device__ __forceinline__ u32 exclusive_sum(u32 value, u32& total) {
+  Shared& s = shared();
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  u32 inclusive = value;
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) {
+    const u32 other = __shfl_up_sync(kFull, inclusive, d);
+    if (lane >= d) inclusive += other;
+  }
+  if (lane == 31) s.warp_sums[warp] = inclusive;
+  __syncthreads();
+  u32 sum = lane < kWarps ? s.warp_sums[lane] : 0;
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) {
+    const u32 other = __shfl_up_sync(kFull, sum, d);
+    if (lane >= d) sum += other;
+  }
+  total = __shfl_sync(kFull, sum, kWarps - 1);
+  const u32 before = __shfl_sync(kFull, sum, warp == 0 ? 0 : warp - 1);
+  return (warp == 0 ? 0 : before) + inclusive - value;
+}
+
+// ---------------------------------------------------------------- where keys come from
+// A source hands out tiles of kPerThread keys per thread, as a bit mask of the keys that exist, and their positions.
+
+// Logits in global memory. Loads are 16 bytes wide and aligned: the first may begin up to 3 logits before the row.
+struct Row {
+  const float4* vectors;
+  int lead;    // logits of the first vector that precede the row
+  int length;
+  int tile_count;
+
+  __device__ Row(const float* begin, int length) : length(length) {
+    lead = static_cast<int>(reinterpret_cast<unsigned long long>(begin) % 16 / sizeof(float));
+    vectors = reinterpret_cast<const float4*>(begin - lead);
+    tile_count = (length + lead + kTile - 1) / kTile;
+  }
+  __device__ __forceinline__ int tiles() const { return tile_count; }
+  __device__ __forceinline__ int vector_count() const { return (length + lead + 3) / 4; }
+
+  __device__ __forceinline__ u32 load_vectors(const int (&at)[kVectors], u32 (&keys)[kPerThread]) const {
+    float4 values[kVectors];
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      values[v] = at[v] < vector_count() ? __ldg(vectors + at[v]) : make_float4(0.f, 0.f, 0.f, 0.f);
+    }
+    u32 exists = 0;
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      const float lanes[4] = {values[v].x, values[v].y, values[v].z, values[v].w};
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int i = at[v] * 4 + e - lead;
+        keys[v * 4 + e] = ordered_key(lanes[e]);
+        exists |= static_cast<u32>(i >= 0 && i < length) << (v * 4 + e);
+      }
+    }
+    return exists;
+  }
+  __device__ __forceinline__ int vector_at(int tile, int v) const {
+    return (tile * kVectors + v) * THREADS + static_cast<int>(threadIdx.x);
+  }
+  __device__ __forceinline__ u32 load(int tile, u32 (&keys)[kPerThread]) const {
+    int at[kVectors];
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) at[v] = vector_at(tile, v);
+    return load_vectors(at, keys);
+  }
+  // One tile of vectors spread evenly over the row.
+  __device__ __forceinline__ u32 load_sample(u32 (&keys)[kPerThread]) const {
+    int at[kVectors];
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      at[v] = static_cast<int>(static_cast<i64>(vector_at(0, v)) * vector_count() / (THREADS * kVectors));
+    }
+    return load_vectors(at, keys);
+  }
+  __device__ __forceinline__ int index(int tile, int slot) const {
+    return vector_at(tile, slot / 4) * 4 + slot % 4 - lead;
+  }
+};
+
+// Keys of one tile, held in registers. `Origin` knows the logit's index of each.
+template <class Origin>
+struct Resident {
+  const Origin& origin;
+  u32 keys[kPerThread];
+  u32 exists;
+
+  __device__ __forceinline__ explicit Resident(const Origin& origin) : origin(origin) { exists = origin.load(0, keys); }
+  __device__ __forceinline__ int tiles() const { return 1; }
+  __device__ __forceinline__ u32 load(int, u32 (&out)[kPerThread]) const {
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) out[i] = keys[i];
+    return exists;
+  }
+  __device__ __forceinline__ int index(int tile, int slot) const { return origin.index(tile, slot); }
+};
+
+// A sample of a row: its indices have no meaning.
+struct Sample {
+  const Row& row;
+  __device__ __forceinline__ u32 load(int, u32 (&keys)[kPerThread]) const { return row.load_sample(keys); }
+  __device__ __forceinline__ int index(int, int) const { return 0; }
+};
+
+// The candidates that the filter pass left in shared memory.
+struct Candidates {
+  int count;
+  __device__ __forceinline__ int slot_at(int slot) const {
+    return slot * THREADS + static_cast<int>(threadIdx.x);
+  }
+  __device__ __forceinline__ u32 load(int, u32 (&keys)[kPerThread]) const {
+    u32 exists = 0;
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+      const bool inside = slot_at(i) < count;
+      keys[i] = inside ? shared().candidate.key[slot_at(i)] : 0u;
+      exists |= static_cast<u32>(inside) << i;
+    }
+    return exists;
+  }
+  __device__ __forceinline__ int index(int, int slot) const { return shared().candidate.index[slot_at(slot)]; }
+};
+
+// ---------------------------------------------------------------- radix select
+
+struct Threshold {
+  u32 key;    // the rank-th largest is in [key, key | ~mask]
+  u32 above;  // how many are larger than that range
+  u32 count;  // how many are in it
+};
+
+// One radix step: histogram of `bits` bits at `shift` of the keys that share `prefix` above them.
+template <class Source, class Project>
+__device__ __forceinline__ void count_bins(const Source& source, Project project, u32 prefix, u32 mask, int shift,
+                                           u32 digit_mask) {
+  Shared& s = shared();
+#pragma unroll
+  for (int b = 0; b < kBinsPerThread; ++b) s.histogram[b * THREADS + threadIdx.x] = 0;
+  __syncthreads();
+#pragma unroll 1
+  for (int tile = 0; tile < source.tiles(); ++tile) {
+    u32 keys[kPerThread];
+    const u32 exists = source.load(tile, keys);
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+      if (!(exists >> i & 1)) continue;
+      u32 key = keys[i];
+      if (project(key, source, tile, i) && (key & mask) == prefix) {
+        atomicAdd(&s.histogram[key >> shift & digit_mask], 1u);
+      }
+    }
+  }
+  __syncthreads();
+}
+
+// Find the bin that holds the rank-th largest (rank from 1), counting bins from the top.
+__device__ __forceinline__ void find_bin(u32 rank) {
+  Shared& s = shared();
+  // Thread t owns bins from the top: the prefix sum then counts what lies above its bins.
+  const int top = kBins - 1 - static_cast<int>(threadIdx.x) * kBinsPerThread;
+  u32 own = 0;
+#pragma unroll
+  for (int b = 0; b < kBinsPerThread; ++b) own += s.histogram[top - b];
+  u32 total;
+  u32 above = exclusive_sum(own, total);
+  if (above < rank && rank <= above + own) {
+    int b = 0;
+    while (above + s.histogram[top - b] < rank) above += s.histogram[top - b++];
+    s.bin = top - b;
+    s.above = above;
+    s.bin_count = s.histogram[top - b];
+  }
+  __syncthreads();
+}
+
+// The rank-th largest projected key (1 <= rank <= number of keys). With fewer than 3 steps, its leading bits only.
+template <class Source, class Project>
+__device__ __forceinline__ Threshold find_threshold(const Source& source, u32 rank, int steps, Project project) {
+  u32 prefix = 0, mask = 0, above = 0, count = 0;
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step) {
+    const int shift = step == 0 ? 21 : step == 1 ? 10 : 0;
+    const u32 digit_mask = step == 2 ? 1023u : 2047u;
+    count_bins(source, project, prefix, mask, shift, digit_mask);
+    find_bin(rank - above);
+    prefix |= shared().bin << shift;
+    mask |= digit_mask << shift;
+    above += shared().above;
+    count = shared().bin_count;
+    if (above + count == rank) break;  // the whole bin is wanted: no need to look inside
+  }
+  return {prefix, above, count};
+}
+
+struct WholeKey {
+  template <class Source>
+  __device__ __forceinline__ bool operator()(u32&, const Source&, int, int) const { return true; }
+};
+
+// Among keys equal to `key`, the lowest index is the largest.
+struct IndexOfTies {
+  u32 key;
+  template <class Source>
+  __device__ __forceinline__ bool operator()(u32& value, const Source& source, int tile, int slot) const {
+    const bool tie = value == key;
+    value = ~static_cast<u32>(source.index(tile, slot));
+    return tie;
+  }
+};
+
+// ---------------------------------------------------------------- collecting
+
+// Position in a list, for each set bit of `take` of every lane: the warp reserves its places with one atomic.
+// `store(position, slot)` is called for each. All lanes of the warp must call.
+template <class Store>
+__device__ __forceinline__ void append(u32 take, u32* counter, Store store) {
+  const int lane = threadIdx.x % 32;
+  const u32 own = __popc(take);
+  u32 inclusive = own;
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) {
+    const u32 other = __shfl_up_sync(kFull, inclusive, d);
+    if (lane >= d) inclusive += other;
+  }
+  const u32 total = __shfl_sync(kFull, inclusive, 31);
+  if (total == 0) return;
+  u32 position = 0;
+  if (lane == 31) position = atomicAdd(counter, total);
+  position = __shfl_sync(kFull, position, 31) + inclusive - own;
+#pragma unroll
+  for (int slot = 0; slot < kPerThread; ++slot) {
+    if (take >> slot & 1) store(position++, slot);
+  }
+}
+
+// Put the keys at or above `threshold` into the candidate list; the count may exceed its capacity.
+__device__ __forceinline__ int filter(const Row& row, u32 threshold) {
+  Shared& s = shared();
+#pragma unroll 1
+  for (int tile = 0; tile < row.tiles(); ++tile) {
+    u32 keys[kPerThread];
+    const u32 exists = row.load(tile, keys);
+    u32 take = 0;
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) take |= static_cast<u32>(keys[i] >= threshold) << i;
+    append(take & exists, &s.taken, [&](u32 position, int slot) {
+      if (position < kMaxCandidates) {
+        s.candidate.key[position] = keys[slot];
+        s.candidate.index[position] = row.index(tile, slot);
+      }
+    });
+  }
+  __syncthreads();
+  const int count = static_cast<int>(s.taken);
+  __syncthreads();
+  if (threadIdx.x == 0) s.taken = 0;
+  return count;
+}
+
+// Put the indices of the k largest keys into s.chosen.
+template <class Source>
+__device__ __forceinline__ void choose(const Source& source, u32 k) {
+  Shared& s = shared();
+  Threshold t = find_threshold(source, k, 3, WholeKey{});
+  const u32 wanted = k - t.above;  // of the keys in the threshold's bin
+  u32 last_tie = 0;                // ties count as chosen from this inverted index on
+  if (DETERMINISTIC && wanted < t.count) {
+    last_tie = find_threshold(source, wanted, 3, IndexOfTies{t.key}).key;
+  }
+  // If the search stopped early the bin holds several keys, all wanted, and all at or above its lower edge.
+  const bool take_bin = wanted == t.count;
+#pragma unroll 1
+  for (int tile = 0; tile < source.tiles(); ++tile) {
+    u32 keys[kPerThread];
+    const u32 exists = source.load(tile, keys);
+    u32 take = 0, ties = 0;
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+      if (keys[i] > t.key || (take_bin && keys[i] == t.key)) {
+        take |= 1u << i;
+      } else if (keys[i] == t.key && !take_bin) {
+        ties |= 1u << i;
+      }
+    }
+    take &= exists;
+    ties &= exists;
+    if (DETERMINISTIC && !take_bin) {
+#pragma unroll
+      for (int i = 0; i < kPerThread; ++i) {
+        if ((ties >> i & 1) && ~static_cast<u32>(source.index(tile, i)) >= last_tie) take |= 1u << i;
+      }
+    }
+    append(take, &s.taken, [&](u32 position, int slot) { s.chosen[position] = source.index(tile, slot); });
+    if (!DETERMINISTIC && !take_bin) {
+      append(ties, &s.taken_equal, [&](u32 position, int slot) {
+        if (position < wanted) s.chosen[t.above + position] = source.index(tile, slot);
+      });
+    }
+  }
+  __syncthreads();
+}
+
+// ---------------------------------------------------------------- output
+
+// Sort s.chosen (k distinct positions below `length`) by walking a bitmap, a window of positions at a time.
+__device__ __forceinline__ void sort_chosen(int k, int length) {
+  Shared& s = shared();
+  u32* bitmap = s.bitmap;
+  constexpr int kOwn = MAX_K / THREADS;
+  int own[kOwn];
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    const int at = i * THREADS + static_cast<int>(threadIdx.x);
+    own[i] = at < k ? s.chosen[at] : -1;
+  }
+  u32 written = 0;
+  for (int begin = 0; begin < length; begin += kBitmapWords * 32) {
+    const int words = min(kBitmapWords, (length - begin + 31) / 32);
+    const int words_per_thread = (words + THREADS - 1) / THREADS;
+    for (int w = threadIdx.x; w < words; w += THREADS) bitmap[w] = 0;
+    __syncthreads();  // also: every chosen position is in registers before the first is overwritten
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      const int at = own[i] - begin;
+      if (own[i] >= 0 && at >= 0 && at < words * 32) atomicOr(&bitmap[at / 32], 1u << at % 32);
+    }
+    __syncthreads();
+    const int first = static_cast<int>(threadIdx.x) * words_per_thread;
+    const int last = min(words, first + words_per_thread);
+    u32 count = 0;
+    for (int w = first; w < last; ++w) count += __popc(bitmap[w]);
+    u32 total;
+    u32 position = written + exclusive_sum(count, total);
+    for (int w = first; w < last; ++w) {
+      for (u32 bits = bitmap[w]; bits; bits &= bits - 1) s.chosen[position++] = begin + w * 32 + __ffs(bits) - 1;
+    }
+    written += total;
+    __syncthreads();
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    topk(const float* __restrict__ logits, const int* __restrict__ lengths, const int* __restrict__ row_starts,
+         const int* __restrict__ page_table, const int* __restrict__ page_rows, int* __restrict__ out,
+         i64 logits_stride, i64 page_table_stride, int k, int page_size) {
+  // Nothing of the predecessor's output is read before this; it costs nothing without a dependent launch.
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+  Shared& s = shared();
+  const i64 row_number = blockIdx.x;
+  const int length = max(lengths[row_number], 0);
+  const int start = row_starts ? row_starts[row_number] : 0;
+  const int* table = page_table;
+  if (page_table) table += (page_rows ? static_cast<i64>(page_rows[row_number]) : row_number) * page_table_stride;
+  if (threadIdx.x == 0) s.taken = s.taken_equal = 0;  // visible to all after the first barrier of any path below
+
+  const bool all = length <= k;
+  if (!all) {
+    const Row row(logits + row_number * logits_stride + start, length);
+    if (row.tiles() == 1) {
+      choose(Resident<Row>(row), k);
+    } else {
+      // Rank in the sample that k expects, and 4 standard deviations more. Sampled logits come in vectors of 4
+      // neighbours, which may all be alike: that doubles the deviation.
+      const float expected = static_cast<float>(k) * (kTile / static_cast<float>(length));
+      const u32 rank = static_cast<u32>(expected + 8.0f * sqrtf(expected)) + 8u;
+      int count = -1;
+      if (rank < kTile / 2) {
+        const Sample sample{row};
+        count = filter(row, find_threshold(Resident<Sample>(sample), rank, 2, WholeKey{}).key);
+      }
+      if (k <= count && count <= kMaxCandidates) {
+        __syncthreads();
+        const Candidates candidates{count};
+        choose(Resident<Candidates>(candidates), k);
+      } else {
+        choose(row, k);
+      }
+    }
+    if (DETERMINISTIC) sort_chosen(k, length);
+  }
+
+  int* row_out = out + row_number * k;
+  const int found = min(length, k);
+  for (int i = threadIdx.x; i < k; i += THREADS) {
+    int index = -1;
+    if (i < found) {
+      index = all ? i : s.chosen[i];
+      if (table) index = table[index / page_size] * page_size + index % page_size;
+    }
+    row_out[i] = index;
+  }
+}
