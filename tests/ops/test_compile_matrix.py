@@ -1,0 +1,105 @@
+"""Every Triton kernel in every configuration of the tuning tables compiles for the main targets without spills."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from nsa_backend_plugin import settings
+from nsa_backend_plugin.ops import compile_matrix
+
+COMPILE = {**os.environ, "TRITON_INTERPRET": "0"}  # interpreted kernels, as in this process, have nothing to compile
+
+SPILLING_KERNEL = """
+import triton, triton.language as tl
+from nsa_backend_plugin.ops.compile_matrix import compile_case
+from nsa_backend_plugin.ops.triton_support import CompileCase
+
+@triton.jit
+def kernel(x_ptr, N: tl.constexpr):
+    offset = tl.arange(0, N)
+    x = tl.load(x_ptr + offset)
+    tl.store(x_ptr + offset, x - tl.max(x))
+
+for target in ("sm_90", "gfx942"):
+    print(compile_case(target, "test", CompileCase("big", kernel, {"x_ptr": "*fp32"}, {"N": 65536}, num_warps=1)).problem)
+    print(compile_case(target, "test", CompileCase("small", kernel, {"x_ptr": "*fp32"}, {"N": 256}, num_warps=1)).problem)
+"""
+
+
+@pytest.mark.parametrize("target", compile_matrix.DEFAULT_TARGETS)
+def test_all_kernels_compile_without_spills(target, tmp_path):
+    report = tmp_path / "report.json"
+    command = [
+        sys.executable,
+        "-m",
+        "nsa_backend_plugin.ops.compile_matrix",
+        "--targets",
+        target,
+        "--json",
+        str(report),
+    ]
+    finished = subprocess.run(command, capture_output=True, text=True, env=COMPILE)
+    print(finished.stdout)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    results = json.loads(report.read_text())
+    operations = {op for op in settings.OPERATIONS if "triton" in compile_matrix.implementation_names(op)}
+    assert {r["op"] for r in results} == operations
+    limit = compile_matrix.hardware(target).shared_per_program
+    for result in results:
+        assert result["registers"] > 0
+        assert result["spill_bytes"] == 0
+        assert result["shared_bytes"] <= limit
+        assert 0 < result["occupancy"] <= 1
+
+
+def test_spills_are_found(tmp_path):
+    script = tmp_path / "spilling.py"
+    script.write_text(SPILLING_KERNEL)
+    output = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=COMPILE, check=True)
+    cuda_big, cuda_small, amd_big, amd_small = output.stdout.split("\n")[:4]
+    assert "spills" in cuda_big
+    assert "spills" in amd_big
+    assert cuda_small == amd_small == ""
+
+
+def test_interpreted_kernels_are_refused():
+    command = [sys.executable, "-m", "nsa_backend_plugin.ops.compile_matrix", "--ops", "concat"]
+    finished = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"})
+    assert finished.returncode == 2
+    assert "TRITON_INTERPRET" in finished.stderr
+
+
+@pytest.mark.parametrize(
+    "arch, registers, shared, warps, expected",
+    [
+        ("sm_90", 32, 0, 4, 1.0),
+        ("sm_90", 128, 0, 4, 0.25),
+        ("sm_90", 32, 100 * 1024, 4, 8 / 64),
+        ("gfx942", 64, 0, 4, 1.0),
+        ("gfx942", 65, 0, 4, 7 / 8),
+        ("gfx942", 512, 0, 4, 1 / 8),
+        ("gfx950", 64, 80 * 1024, 8, 0.5),
+    ],
+)
+def test_occupancy(arch, registers, shared, warps, expected):
+    assert compile_matrix.occupancy(arch, registers, shared, warps) == expected
+
+
+def test_unknown_targets_are_refused():
+    with pytest.raises(ValueError, match="rdna"):
+        compile_matrix.gpu_target("rdna")
+    assert compile_matrix.gpu_target("gfx1201").warp_size == 32
+    assert compile_matrix.gpu_target("gfx942").warp_size == 64
+
+
+def test_reports_are_written_where_asked(tmp_path):
+    report = pathlib.Path(tmp_path / "concat.json")
+    command = [sys.executable, "-m", "nsa_backend_plugin.ops.compile_matrix", "--targets", "sm_90", "--ops", "concat"]
+    subprocess.run([*command, "--json", str(report)], check=True, capture_output=True, env=COMPILE)
+    assert {(r["target"], r["op"]) for r in json.loads(report.read_text())} == {("sm_90", "concat")}

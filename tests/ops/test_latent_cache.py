@@ -1,0 +1,161 @@
+"""Every implementation of the latent cache against the reference, byte for byte."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nsa_backend_plugin.ops import latent_cache
+from nsa_backend_plugin.ops.arch import fp8_dtype
+from nsa_backend_plugin.ops.latent_cache import aiter
+from tests.ops import fake_aiter
+from tests.ops.common import poison
+from tests.ops.implementations import others, run
+
+PACKED = torch.float8_e4m3fn
+
+
+def latents(rows: int, width: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """Rows of magnitudes 1e-4 to 1e4 with an all-zero tile, a slice of a wider buffer."""
+    wide = torch.randn(rows, width + 64, device=device) * 10 ** (8 * torch.rand(rows, 1, device=device) - 4)
+    kv = wide.to(dtype)[:, :width]
+    kv[rows // 2 : rows // 2 + 1, :128] = 0
+    return kv
+
+
+@pytest.mark.parametrize("impl", others("latent_cache.quantize"))
+def test_quantize_and_dequantize(impl, device):
+    if fp8_dtype(device) != PACKED:
+        pytest.skip("the packed layout is e4m3fn")
+    for rows, width, value_dim, tile, dtype in [
+        (0, 576, 512, 128, torch.bfloat16),
+        (1, 576, 512, 128, torch.bfloat16),
+        (65, 576, 512, 128, torch.bfloat16),
+        (3, 248, 192, 64, torch.float16),  # three tiles, a RoPE part of 56
+    ]:
+        kv = latents(rows, width, device, dtype)
+        options = dict(value_dim=value_dim, tile_size=tile)
+        packed = run(latent_cache.quantize, impl, kv, **options)
+        assert torch.equal(packed, latent_cache.quantize(kv, impl="torch", **options))
+        restored = run(latent_cache.dequantize, impl, packed, dtype=dtype, **options)
+        expected = latent_cache.dequantize(packed, dtype=dtype, impl="torch", **options)
+        assert torch.equal(restored, expected)
+        assert torch.isfinite(restored).all()
+
+
+def empty_cache(kind: str, slots: int, device: torch.device) -> torch.Tensor:
+    """A cache whose every byte is 0x7F: NaN in all formats."""
+    width = {"bf16": 2 * 576, "fp8": 576, "packed": 656}[kind]
+    raw = poison(slots, 1, width, dtype=torch.uint8, device=device)
+    return {"bf16": raw.view(torch.bfloat16), "fp8": raw.view(fp8_dtype(device)), "packed": raw}[kind]
+
+
+class Call:
+    """Inputs of one `store`, and the buffers that it writes."""
+
+    def __init__(self, kind: str, tokens: int, heads: int, device: torch.device, dtype=torch.bfloat16, rotate=True):
+        self.kind, self.device = kind, device
+        self.kv = latents(tokens, 576, device, dtype)
+        self.slots = torch.randperm(tokens + 20, device=device)[:tokens]
+        self.slots[::5] = -1
+        self.options: dict = {"kv_scale": 37.5 if kind == "fp8" else None}
+        if rotate:
+            angle = 100 * torch.rand(300, 32, device=device)
+            self.options["cos_sin_cache"] = torch.cat([angle.cos(), angle.sin()], dim=1)
+            self.options["positions"] = torch.randint(0, 300, (2 * tokens,), device=device)[::2]
+        self.query = torch.randn(tokens, heads, 576, device=device).to(dtype)
+
+    def run(self, impl: str, in_place: bool = False, **options) -> tuple[torch.Tensor, ...]:
+        """(cache bytes, rotated key, rotated query) of one implementation."""
+        k_nope, k_rope = self.kv[:, :512], self.kv[:, 512:].clone()
+        query = self.query.clone()
+        q_rope = query[..., 512:]
+        cache = empty_cache(self.kind, self.kv.shape[0] + 20, self.device)
+        k_out = k_rope if in_place else torch.full_like(k_rope, float("nan"))
+        q_out = q_rope if in_place else torch.full_like(q_rope, float("nan"))
+        if q_rope.shape[1] and "positions" in self.options:
+            options |= {"q_rope": q_rope, "q_rope_out": q_out}
+        arguments = (k_nope, k_rope, cache, self.slots)
+        run(latent_cache.store, impl, *arguments, k_rope_out=k_out, **self.options, **options)
+        return cache.view(torch.uint8), k_out.view(torch.int16), query.view(torch.int16), q_out.view(torch.int16)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp8", "packed"])
+@pytest.mark.parametrize("is_neox", [False, True])
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("impl", others("latent_cache.store"))
+def test_store_writes_the_reference_bytes_and_no_others(impl, in_place, is_neox, kind, device):
+    if kind == "packed" and fp8_dtype(device) != PACKED:
+        pytest.skip("the packed layout is e4m3fn")
+    for tokens, heads in [(1, 1), (3, 17), (65, 0), (13, 16)]:
+        call = Call(kind, tokens, heads, device)
+        actual, expected = (call.run(name, in_place, is_neox=is_neox) for name in (impl, "torch"))
+        for a, b in zip(actual, expected, strict=True):
+            assert torch.equal(a, b), (tokens, heads)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp8", "packed"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("impl", others("latent_cache.store"))
+def test_store_without_rotation(impl, dtype, kind, device):
+    if kind == "packed" and fp8_dtype(device) != PACKED:
+        pytest.skip("the packed layout is e4m3fn")
+    call = Call(kind, 5, 0, device, dtype, rotate=False)
+    for a, b in zip(call.run(impl), call.run("torch"), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("impl", others("latent_cache.store"))
+def test_store_of_no_tokens(impl, device):
+    call = Call("bf16", 0, 4, device)
+    assert (call.run(impl)[0] == 0x7F).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["bf16", "fp8", "packed"])
+@pytest.mark.parametrize("tokens", [64, 300, 8192])
+def test_store_is_bitwise_repeatable_in_place(tokens, kind, device):
+    call = Call(kind, tokens, 24, device)
+    expected = call.run("torch", is_neox=False)
+    for _ in range(20):
+        for a, b in zip(call.run("triton", in_place=True, is_neox=False), expected, strict=True):
+            if a.shape != call.query.shape:  # in place, the query buffer itself is the output
+                assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["bf16", "fp8", "packed"])
+def test_cache_past_two_to_the_31_elements(kind, device):
+    slots = 2**31 // 576 + 1000
+    cache = empty_cache(kind, slots, device)
+    call = Call(kind, 130, 0, device)
+    call.slots = torch.randperm(900, device=device)[:130] + slots - 900
+    small = empty_cache(kind, 900, device)
+    k_nope, k_rope = call.kv[:, :512], call.kv[:, 512:]
+    latent_cache.store(k_nope, k_rope, cache, call.slots, impl="triton", **call.options)
+    latent_cache.store(k_nope, k_rope, small, call.slots - (slots - 900), impl="torch", **call.options)
+    assert torch.equal(cache[-900:].view(torch.uint8), small.view(torch.uint8))
+    assert (cache[:1000].view(torch.uint8) == 0x7F).all()
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp8"])
+@pytest.mark.parametrize("is_neox", [False, True])
+def test_aiter_is_called_as_it_wants(is_neox, kind, monkeypatch):
+    fake_aiter.install(monkeypatch)
+    call = Call(kind, 7, 0, torch.device("cpu"))
+    call.kv = torch.randn(7, 576).bfloat16()  # AITER does not saturate: stay below 448 after scaling
+    k_nope, k_rope = call.kv[:, :512], call.kv[:, 512:]
+    actual, expected = (empty_cache(kind, 27, call.device) for _ in range(2))
+    k_out, k_expected = torch.empty(7, 64).bfloat16(), torch.empty(7, 64).bfloat16()
+    options = {**call.options, "is_neox": is_neox}
+    latent_cache.store(k_nope, k_rope, expected, call.slots, k_rope_out=k_expected, impl="torch", **options)
+    options |= {"kind": kind, "q_rope": None, "q_rope_out": None}
+    assert aiter.accepts_store(k_nope, k_rope, actual, call.slots, k_rope_out=k_out, **options).ok
+    aiter.store(k_nope, k_rope, actual, call.slots, k_rope_out=k_out, **options)
+    assert torch.equal(actual.view(torch.uint8), expected.view(torch.uint8))
+    assert torch.equal(k_out, k_expected)
+
+    for change in ({"q_rope": k_rope}, {"positions": None}, {"kind": "packed"}):
+        declined = aiter.accepts_store(k_nope, k_rope, actual, call.slots, **{**options, **change})
+        assert not declined.ok
+        assert declined.reason
