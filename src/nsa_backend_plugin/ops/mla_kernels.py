@@ -60,6 +60,15 @@ def _load_tile(
 
 
 @triton.jit
+def _widen(value, dtype: tl.constexpr):
+    """fp8 to the compute type, exactly; by way of fp32 because sm_89 has no direct conversion to bf16."""
+    if value.dtype == dtype:
+        return value
+    else:
+        return value.to(tl.float32).to(dtype)
+
+
+@triton.jit
 def _zeros(HEADS: tl.constexpr, DIMS: tl.constexpr, SWAP: tl.constexpr):
     if SWAP:
         return tl.zeros([DIMS, HEADS], tl.float32)
@@ -119,7 +128,7 @@ def attend_kernel(
     HEAD_BLOCKS: tl.constexpr = (HEADS + HEAD_TILE - 1) // HEAD_TILE
     KEY_AXIS: tl.constexpr = 0 if SWAP else 1
     HEAD_AXIS: tl.constexpr = 1 - KEY_AXIS
-    compute = q.dtype.element_ty
+    compute: tl.constexpr = q.dtype.element_ty
 
     # Head blocks of the same keys run next to each other and share them through L2.
     program = tl.program_id(0)
@@ -157,9 +166,9 @@ def attend_kernel(
         slot = _tile_slots(table_row, start + tl.arange(0, KEY_TILE), last, PAGE_SIZE)
         values, key_rope, scales = _load_tile(kv, slot, kv_stride, PACKED, VALUE_DIM, ROPE_DIM, CHUNK)
 
-        score = _score_dot(query_rope, key_rope.to(compute), SWAP)
+        score = _score_dot(query_rope, _widen(key_rope, compute), SWAP)
         for c in tl.static_range(CHUNKS):
-            chunk_score = _score_dot(queries[c], values[c].to(compute), SWAP)
+            chunk_score = _score_dot(queries[c], _widen(values[c], compute), SWAP)
             if PACKED:
                 chunk_score *= tl.expand_dims(scales[c], HEAD_AXIS)
             score += chunk_score
@@ -176,7 +185,9 @@ def attend_kernel(
             chunk_weight = weight
             if PACKED:
                 chunk_weight = weight * tl.expand_dims(scales[c], HEAD_AXIS)
-            updated += (_value_dot(chunk_weight.to(compute), values[c].to(compute), accumulators[c] * decay, SWAP),)
+            updated += (
+                _value_dot(chunk_weight.to(compute), _widen(values[c], compute), accumulators[c] * decay, SWAP),
+            )
         accumulators = updated
 
     if EARLY_LAUNCH:

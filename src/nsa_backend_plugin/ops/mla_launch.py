@@ -37,37 +37,34 @@ class Tile:
     swap: bool = False
 
 
+Tiles = dict[str, tuple[Tile, ...]]
+
 # Measured on an H200; the largest tile listed serves every larger head count, in blocks.
-_SM_90 = {
+_SM_90: Tiles = {
     "bf16": (Tile(16, 64, 4, 3), Tile(32, 64, 8, 3), Tile(64, 64, 8, 2)),
-    "packed": (Tile(16, 32, 8, 2), Tile(32, 32, 8, 2)),
-    "fp8": (Tile(16, 32, 8, 2), Tile(32, 32, 8, 2)),
+    "packed": (Tile(16, 32, 8, 2),),
+    "fp8": (Tile(16, 32, 8, 2),),
 }
 # By rule, from here on: fit the architecture's shared memory (KB in the name) and compile without spills.
 # On sm_100 a 64-head tile would go through tensor memory, which Triton stages beyond the shared memory there is.
-_SM_100 = {"bf16": _SM_90["bf16"][:2], "packed": _SM_90["packed"][:1], "fp8": _SM_90["fp8"][:1]}
-_CUDA_99 = {
+_SM_100: Tiles = {**_SM_90, "bf16": _SM_90["bf16"][:2]}
+_CUDA_99: Tiles = {
     "bf16": (Tile(16, 32, 4, 3), Tile(32, 32, 8, 2)),
-    "packed": (Tile(16, 32, 8, 2), Tile(32, 32, 8, 1)),
-    "fp8": (Tile(16, 32, 8, 2), Tile(32, 32, 8, 1)),
+    "packed": (Tile(16, 32, 8, 2),),
+    "fp8": (Tile(16, 32, 8, 2),),
 }
-_CUDA_163 = {**_CUDA_99, "bf16": (Tile(16, 64, 4, 3), Tile(32, 64, 8, 3), Tile(64, 32, 8, 2))}
-_GFX942 = {
+_CUDA_163: Tiles = {**_CUDA_99, "bf16": (Tile(16, 64, 4, 3), Tile(32, 64, 8, 3), Tile(64, 32, 8, 2))}
+_AMD: Tiles = {
     "bf16": (Tile(16, 64, 4, 1, swap=True),),
     "packed": (Tile(16, 32, 4, 1, swap=True),),
     "fp8": (Tile(16, 32, 4, 1, swap=True),),
 }
-_GFX950 = {
-    "bf16": (Tile(16, 64, 4, 1, swap=True),),
-    "packed": (Tile(16, 32, 4, 1, swap=True),),
-    "fp8": (Tile(16, 32, 4, 1, swap=True),),
-}
-_TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
+_TILES = {
     "sm_80": _CUDA_163,
     "sm_90": _SM_90,
     "sm_100": _SM_100,
-    "gfx942": _GFX942,
-    "gfx950": _GFX950,
+    "gfx942": _AMD,
+    "gfx950": _AMD,
 }
 _UNITS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304, "gfx950": 256}
 _DEFAULT_UNITS = 128
@@ -75,7 +72,7 @@ _DEFAULT_UNITS = 128
 
 def tile(arch: str, kind: str, heads: int) -> Tile:
     """The smallest tile that holds all heads, else the largest. kind: "bf16" (and fp16), "packed" or "fp8"."""
-    default = _GFX942 if is_rocm(arch) else _CUDA_99
+    default = _AMD if is_rocm(arch) else _CUDA_99
     tiles = _TILES.get(arch, default)[kind]
     return next((t for t in tiles if t.heads >= heads), tiles[-1])
 
