@@ -1,0 +1,269 @@
+"""Top-k in Triton, for CUDA and ROCm: one program per row, always deterministic.
+
+A row that fits in one block is read once and kept in registers. Of a longer row, a sample gives a threshold that
+somewhat more than k logits pass; one pass collects the indices of those, in order, and the selection runs on them.
+Where the sample misleads (ties, or an order that fools it), the threshold is found on the whole row instead, in 32
+passes. The k-th largest is found by bisection on an order-preserving integer key: cheaper than Triton's
+histogram, and it needs no shared memory.
+
+Sources: threshold from a sample, Floyd and Rivest 1975.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+
+from nsa_backend_plugin.ops import triton_support
+from nsa_backend_plugin.ops.arch import device_arch, is_rocm
+from nsa_backend_plugin.ops.support import YES, Support, no
+
+MAX_K = 4096
+_MIN_BLOCK = 8192
+_PROGRAMS_PER_CORE = 2
+
+
+def available(arch: str) -> Support:
+    return triton_support.available(arch)
+
+
+def accepts_select(logits: torch.Tensor, lengths: torch.Tensor, k: int, **kwargs: object) -> Support:
+    return YES if k <= MAX_K else no(f"k {k}: at most {MAX_K}")
+
+
+@triton.jit
+def _load_keys(logits, index, exists):
+    """Order-preserving unsigned keys of logits; 0, below every logit, where there is none. -0 and +0 are equal."""
+    value = tl.load(logits + index, mask=exists, other=0.0)
+    bits = tl.where(value == 0.0, 0.0, value).to(tl.uint32, bitcast=True)
+    key = tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)
+    return tl.where(exists, key, 0)
+
+
+@triton.jit
+def _kth_largest(key, rank):
+    """Largest t with at least `rank` keys >= t; 0 if there are fewer keys."""
+    threshold = tl.zeros((), tl.uint32)
+    bit = tl.full((), 1 << 31, tl.uint32)
+    while bit > 0:
+        higher = threshold | bit
+        count = tl.sum((key >= higher).to(tl.int32), 0)
+        threshold = tl.where(count >= rank, higher, threshold)
+        bit = tl.where(count == rank, 0, bit >> 1)  # exactly the wanted keys: a finer threshold selects the same
+    return threshold
+
+
+@triton.jit
+def _slot(index, table, exists, PAGE_SIZE: tl.constexpr):
+    if PAGE_SIZE:
+        return tl.load(table + index // PAGE_SIZE, mask=exists, other=0) * PAGE_SIZE + index % PAGE_SIZE
+    return index
+
+
+@triton.jit
+def _emit(key, index, threshold, ties_wanted, ties_seen, taken, out, table, PAGE_SIZE: tl.constexpr):
+    """Write the block's share of the result: keys above the threshold, and the first ties. Returns new totals."""
+    tie = (key == threshold).to(tl.int32)
+    tie_rank = ties_seen + tl.cumsum(tie, 0) - tie
+    take = (key > threshold) | ((tie == 1) & (tie_rank < ties_wanted))
+    position = taken + tl.cumsum(take.to(tl.int32), 0) - 1
+    tl.store(out + position, _slot(index, table, take, PAGE_SIZE), mask=take)
+    return ties_seen + tl.sum(tie, 0), taken + tl.sum(take.to(tl.int32), 0)
+
+
+@triton.jit
+def _select_block(logits, index, exists, k, out, table, PAGE_SIZE: tl.constexpr):
+    """Top-k of one block of candidates, which are in index order."""
+    key = _load_keys(logits, index, exists)
+    threshold = _kth_largest(key, k)
+    wanted = k - tl.sum((key > threshold).to(tl.int32), 0)
+    _emit(key, index, threshold, wanted, 0, 0, out, table, PAGE_SIZE)
+
+
+@triton.jit
+def _sample_threshold(logits, length, k, SAMPLE: tl.constexpr):
+    """A key that a few more than k of the row's logits reach, most likely; 0 if the sample cannot tell.
+
+    Sampled are groups of 4 neighbours, evenly spread. The rank is k's expected rank in the sample and 4 standard
+    deviations more; neighbours may all be alike, which doubles the deviation.
+    """
+    i = tl.arange(0, SAMPLE)
+    index = (i // 4) * 4 * (length // SAMPLE) + i % 4
+    expected = k.to(tl.float32) * SAMPLE / length
+    rank = (expected + 8 * tl.sqrt(expected)).to(tl.int32) + 8
+    return _kth_largest(_load_keys(logits, index, index < length), rank)
+
+
+@triton.jit
+def _collect(logits, length, threshold, candidates, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    """Indices of the keys that reach the threshold, in order; returns their number, of which BLOCK are stored."""
+    i = tl.arange(0, CHUNK)
+    count = 0
+    for begin in range(0, length, CHUNK):
+        key = _load_keys(logits, begin + i, begin + i < length)
+        take = (key >= threshold) & (begin + i < length)
+        position = count + tl.cumsum(take.to(tl.int32), 0) - 1
+        tl.store(candidates + position, begin + i, mask=take & (position < BLOCK))
+        count += tl.sum(take.to(tl.int32), 0)
+    return count
+
+
+@triton.jit
+def _select_streaming(logits, length, k, out, table, PAGE_SIZE: tl.constexpr, CHUNK: tl.constexpr):
+    """Top-k of a row of any length and content: bisection on the whole row, one bit a pass."""
+    i = tl.arange(0, CHUNK)
+    threshold = tl.zeros((), tl.uint32)
+    above = 0  # keys at or past the last threshold that too few keys reach: those above the final one
+    bit = tl.full((), 1 << 31, tl.uint32)
+    while bit > 0:
+        higher = threshold | bit
+        count = 0
+        for begin in range(0, length, CHUNK):
+            key = _load_keys(logits, begin + i, begin + i < length)
+            count += tl.sum((key >= higher).to(tl.int32), 0)
+        threshold = tl.where(count >= k, higher, threshold)
+        above = tl.where(count >= k, above, count)
+        bit = bit >> 1
+    ties_seen = 0
+    taken = 0
+    for begin in range(0, length, CHUNK):
+        key = _load_keys(logits, begin + i, begin + i < length)
+        ties_seen, taken = _emit(key, begin + i, threshold, k - above, ties_seen, taken, out, table, PAGE_SIZE)
+
+
+@triton.jit
+def _select_kernel(
+    logits,
+    lengths,
+    row_starts,
+    page_table,
+    page_rows,
+    out,
+    candidates,
+    rows,
+    k,
+    logits_stride,
+    table_stride,
+    HAS_STARTS: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,  # 0: no page table
+    HAS_PAGE_ROWS: tl.constexpr,
+    LONG: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    CHUNK: tl.constexpr = BLOCK // 2  # of passes over a long row: half the registers
+    own_candidates = candidates + tl.program_id(0).to(tl.int64) * BLOCK
+    i = tl.arange(0, BLOCK)
+    row = tl.program_id(0)
+    while row < rows:
+        length = tl.load(lengths + row)
+        row_logits = logits + row.to(tl.int64) * logits_stride
+        if HAS_STARTS:
+            row_logits += tl.load(row_starts + row)
+        table = page_table
+        if PAGE_SIZE:
+            if HAS_PAGE_ROWS:
+                table += tl.load(page_rows + row).to(tl.int64) * table_stride
+            else:
+                table += row.to(tl.int64) * table_stride
+        row_out = out + row.to(tl.int64) * k
+
+        if length <= k:
+            slot = _slot(i, table, i < length, PAGE_SIZE)
+            tl.store(row_out + i, tl.where(i < length, slot, -1), mask=i < k)
+        elif length <= BLOCK:
+            _select_block(row_logits, i, i < length, k, row_out, table, PAGE_SIZE)
+        elif LONG:
+            threshold = _sample_threshold(row_logits, length, k, CHUNK)
+            count = _collect(row_logits, length, threshold, own_candidates, CHUNK, BLOCK)
+            if (count >= k) & (count <= BLOCK):
+                tl.debug_barrier()  # other threads of this program stored what this one loads
+                index = tl.load(own_candidates + i, mask=i < count, other=0)
+                _select_block(row_logits, index, i < count, k, row_out, table, PAGE_SIZE)
+                tl.debug_barrier()  # before the next row's candidates overwrite these
+            else:
+                _select_streaming(row_logits, length, k, row_out, table, PAGE_SIZE, CHUNK)
+        row += tl.num_programs(0)
+
+
+@functools.cache
+def _cores(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _num_warps(arch: str) -> int:
+    """512 threads: 16 logits each."""
+    return 8 if is_rocm(arch) else 16
+
+
+def _block(k: int) -> int:
+    """Logits that a program holds: room for k and as many candidates more as a sample's threshold lets through."""
+    return max(_MIN_BLOCK, triton.next_power_of_2(2 * k))
+
+
+def select(
+    logits: torch.Tensor,
+    lengths: torch.Tensor,
+    k: int,
+    *,
+    row_starts: torch.Tensor | None,
+    page_table: torch.Tensor | None,
+    page_rows: torch.Tensor | None,
+    page_size: int,
+    deterministic: bool,
+    out: torch.Tensor,
+) -> None:
+    rows, columns = logits.shape
+    if rows == 0:
+        return
+    block = _block(k)
+    programs = min(rows, _cores(logits.device) * _PROGRAMS_PER_CORE)
+    long = columns > block
+    candidates = torch.empty(programs * block if long else 0, dtype=torch.int32, device=logits.device)
+    _select_kernel[(programs,)](
+        logits,
+        lengths.contiguous(),
+        None if row_starts is None else row_starts.contiguous(),
+        page_table,
+        None if page_rows is None else page_rows.contiguous(),
+        out,
+        candidates,
+        rows,
+        k,
+        logits.stride(0),
+        0 if page_table is None else page_table.stride(0),
+        HAS_STARTS=row_starts is not None,
+        PAGE_SIZE=page_size if page_table is not None else 0,
+        HAS_PAGE_ROWS=page_rows is not None,
+        LONG=long,
+        BLOCK=block,
+        num_warps=_num_warps(device_arch(logits.device)),
+    )
+
+
+def compile_cases(arch: str) -> Iterator[triton_support.CompileCase]:
+    pointers = {
+        "logits": "*fp32",
+        **dict.fromkeys(("lengths", "row_starts", "page_table", "page_rows", "out", "candidates"), "*i32"),
+    }
+    for k, long in ((2048, True), (2048, False)):
+        yield triton_support.CompileCase(
+            name=f"select k {k} {'long' if long else 'short'} rows",
+            kernel=_select_kernel,
+            signature={
+                **pointers,
+                **dict.fromkeys(("rows", "k", "logits_stride", "table_stride"), "i32"),
+            },
+            constexprs={
+                "HAS_STARTS": not long,
+                "PAGE_SIZE": 64,
+                "HAS_PAGE_ROWS": not long,
+                "LONG": long,
+                "BLOCK": _block(k),
+            },
+            num_warps=_num_warps(arch),
+            divisible=tuple(pointers),
+        )

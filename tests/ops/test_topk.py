@@ -1,0 +1,201 @@
+"""Every implementation of topk.select that can run here, against the stable sort of the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nsa_backend_plugin.ops import registry, topk
+from tests.conftest import HAS_GPU
+from tests.ops.common import poison
+
+DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
+
+
+def implementations() -> list[str]:
+    candidates = registry.Operation.all["topk.select"].candidates(DEVICE)
+    return [c.name for c in candidates if c.support.ok and c.name != "torch"]
+
+
+def rows_of(kind: str, rows: int, columns: int, device: torch.device) -> torch.Tensor:
+    noise = torch.randn(rows, columns, device=device)
+    if kind == "normal":
+        return noise
+    if kind == "narrow":  # few leading key bits differ
+        return 100 + noise
+    if kind == "plateau":  # what ReLU makes: most logits are exactly 0
+        return (noise - 1.5).relu()
+    if kind == "equal":
+        return torch.full_like(noise, 7.0)
+    if kind == "zeros":  # -0 and +0 are ties
+        return torch.where(noise > 0, 0.0, -0.0)
+    if kind == "inf":
+        return torch.where(noise > -1, noise, float("-inf"))
+    assert kind == "ascending"  # an order that would fool a threshold taken from a prefix
+    return torch.arange(columns, device=device).float().expand(rows, -1).contiguous()
+
+
+KINDS = ("normal", "narrow", "plateau", "equal", "zeros", "inf", "ascending")
+
+
+def check(actual: torch.Tensor, logits: torch.Tensor, lengths: torch.Tensor, k: int, row_starts=None) -> None:
+    """The right number of distinct, valid indices; the same multiset of logits as a full sort; then -1."""
+    assert actual.shape == (logits.shape[0], k)
+    for row, length in enumerate(lengths.tolist()):
+        found = min(length, k)
+        index = actual[row, :found].long()
+        assert (actual[row, found:] == -1).all(), f"row {row}: no -1 padding"
+        assert ((index >= 0) & (index < length)).all(), f"row {row}: index out of range"
+        assert index.unique().numel() == found, f"row {row}: an index twice"
+        start = 0 if row_starts is None else int(row_starts[row])
+        candidates = logits[row, start : start + length]
+        expected = candidates.sort(descending=True).values[:found]
+        assert torch.equal(candidates[index].sort(descending=True).values, expected), f"row {row}: not the top {k}"
+
+
+def select(impl: str, logits: torch.Tensor, lengths: torch.Tensor, k: int, **kwargs) -> torch.Tensor:
+    """The call, into a poisoned output, with NaN in every column that is no candidate; skips what declines."""
+    starts = kwargs.get("row_starts")
+    first = torch.zeros_like(lengths) if starts is None else starts
+    column = torch.arange(logits.shape[1], device=logits.device)
+    inside = (column >= first[:, None]) & (column < (first + lengths)[:, None])
+    storage = poison(logits.shape[0], logits.shape[1] + 8, dtype=torch.float32, device=logits.device)
+    view = storage[:, : logits.shape[1]]  # row stride other than the width
+    view.copy_(logits.masked_fill(~inside, float("nan")))
+    out = poison(logits.shape[0], k, dtype=torch.int32, device=logits.device)
+    try:
+        return topk.select(view, lengths, k, out=out, impl=impl, **kwargs)
+    except ValueError as error:
+        if "forced implementation cannot run" in str(error):
+            pytest.skip(str(error))
+        raise
+
+
+@pytest.mark.parametrize("impl", implementations())
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("columns, k", [(300, 48), (9001, 512)])
+def test_select(device, impl, kind, columns, k):
+    logits = rows_of(kind, 6, columns, device)
+    lengths = torch.tensor([0, 1, k - 1, k, k + 1, columns], dtype=torch.int32, device=device)
+    check(select(impl, logits, lengths, k), logits, lengths, k)
+
+
+@pytest.mark.parametrize("impl", implementations())
+@pytest.mark.parametrize("kind", KINDS)
+def test_deterministic_equals_reference(device, impl, kind):
+    logits = rows_of(kind, 4, 9001, device)
+    lengths = torch.tensor([9001, 8500, 32, 200], dtype=torch.int32, device=device)
+    actual = select(impl, logits, lengths, 128, deterministic=True)
+    assert torch.equal(actual, topk.select(logits, lengths, 128, deterministic=True, impl="torch"))
+
+
+@pytest.mark.parametrize("impl", implementations())
+@pytest.mark.parametrize("page_size", [1, 16, 64])
+@pytest.mark.parametrize("shared_table", [False, True])
+def test_row_starts_and_page_table(device, impl, page_size, shared_table):
+    rows, columns, k = 7, 500, 32
+    logits = torch.randn(rows, columns, device=device)
+    starts = torch.randint(0, 200, (rows,), device=device).int()
+    lengths = torch.tensor([0, 1, 31, 32, 33, 290, 300], dtype=torch.int32, device=device)
+    tables = 3 if shared_table else rows
+    pages = -(-300 // page_size)
+    table = torch.randperm(tables * pages, device=device).int().view(tables, pages)
+    page_rows = torch.randint(0, tables, (rows,), device=device).int() if shared_table else None
+    kwargs = {"row_starts": starts, "page_table": table, "page_rows": page_rows, "page_size": page_size}
+    actual = select(impl, logits, lengths, k, deterministic=True, **kwargs)
+    expected = topk.select(logits, lengths, k, deterministic=True, impl="torch", **kwargs)
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("impl", implementations())
+@pytest.mark.parametrize("offset", [0, 1, 2, 3])
+def test_unaligned_rows(device, impl, offset):
+    logits = torch.randn(3, 401, device=device)
+    starts = torch.full((3,), offset, dtype=torch.int32, device=device)
+    lengths = torch.tensor([398, 50, 397], dtype=torch.int32, device=device)
+    check(select(impl, logits, lengths, 48, row_starts=starts), logits, lengths, 48, starts)
+
+
+@pytest.mark.parametrize("impl", implementations())
+def test_no_rows(device, impl):
+    logits = torch.empty(0, 100, device=device)
+    assert select(impl, logits, torch.empty(0, dtype=torch.int32, device=device), 16).shape == (0, 16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", implementations())
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows, columns", [(1, 8192), (64, 32768), (133, 20000), (300, 3000), (3, 1_000_000)])
+def test_select_2048(device, impl, kind, rows, columns):
+    logits = rows_of(kind, rows, columns, device)
+    lengths = torch.randint(0, columns + 1, (rows,), device=device).int()
+    for row, length in enumerate((columns, 0, 1, 2047, 2048, 2049)):
+        lengths[row % rows] = length
+    lengths[0] = columns
+    check(select(impl, logits, lengths, 2048), logits, lengths, 2048)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", implementations())
+@pytest.mark.parametrize("kind", ["plateau", "equal", "normal"])
+@pytest.mark.parametrize("rows, columns", [(4, 100_000), (140, 12_000)])
+def test_deterministic_reruns(device, impl, kind, rows, columns):
+    logits = rows_of(kind, rows, columns, device)
+    lengths = torch.full((rows,), columns, dtype=torch.int32, device=device)
+    first = select(impl, logits, lengths, 2048, deterministic=True)
+    assert torch.equal(first, topk.select(logits, lengths, 2048, deterministic=True, impl="torch"))
+    for _ in range(20):
+        assert torch.equal(select(impl, logits, lengths, 2048, deterministic=True), first)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", implementations())
+def test_logits_past_2_31_elements(device, impl):
+    rows, columns = 17, 2**27
+    if torch.cuda.mem_get_info()[0] < 12 * 2**30:
+        pytest.skip("needs 12 GiB of GPU memory")
+    logits = torch.empty(rows, columns, device=device)
+    logits[:, :5000].normal_()
+    lengths = torch.full((rows,), 5000, dtype=torch.int32, device=device)
+    actual = topk.select(logits, lengths, 2048, impl=impl)
+    check(actual, logits[:, :5000], lengths, 2048)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", implementations())
+def test_graph_replays_with_other_lengths(device, impl):
+    logits = torch.randn(4, 40_000, device=device)
+    lengths = torch.full((4,), 40_000, dtype=torch.int32, device=device)
+    out = torch.empty(4, 2048, dtype=torch.int32, device=device)
+    select(impl, logits, lengths, 2048)
+    topk.select(logits, lengths, 2048, out=out, impl=impl)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        topk.select(logits, lengths, 2048, out=out, impl=impl)
+    for replay in ([40_000, 9000, 2049, 1], [0, 0, 0, 0], [2048, 8193, 33_000, 0]):
+        lengths.copy_(torch.tensor(replay, dtype=torch.int32))
+        out.fill_(-7)
+        graph.replay()
+        check(out, logits, lengths, 2048)
+
+
+LOGITS, LENGTHS = torch.zeros(2, 10), torch.tensor([3, 10], dtype=torch.int32)
+BAD = {
+    "k": ({"k": 0}, "k"),
+    "too long": ({"lengths": torch.tensor([3, 11], dtype=torch.int32)}, "lengths"),
+    "dtype": ({"logits": LOGITS.half()}, "logits"),
+    "stride": ({"logits": torch.zeros(10, 2).T}, "logits"),
+    "starts": ({"row_starts": torch.tensor([9, 0], dtype=torch.int32)}, "row_starts"),
+    "table": ({"page_table": torch.zeros(1, 10, dtype=torch.int32)}, "page_table"),
+    "short table": ({"page_table": torch.zeros(2, 5, dtype=torch.int32)}, "lengths"),
+    "page rows": ({"page_rows": torch.zeros(2, dtype=torch.int32)}, "page_rows"),
+    "page size": ({"page_size": 0}, "page_size"),
+    "out": ({"out": torch.zeros(2, 3, dtype=torch.int32)}, "out"),
+}
+
+
+@pytest.mark.parametrize("change, name", BAD.values(), ids=BAD.keys())
+def test_refuses(change, name):
+    with pytest.raises(ValueError, match=name):
+        topk.select(**({"logits": LOGITS, "lengths": LENGTHS, "k": 4} | change))
