@@ -63,10 +63,13 @@ def _register_name() -> None:
 
 def _create_backend(runner: Any) -> Any:
     if _failure is not None:
-        raise _explained(_failure)
-    from nsa_backend_plugin.engine.factory import create_backend
+        raise _explained(_failure) from _failure
+    try:
+        from nsa_backend_plugin.engine.factory import create_backend
 
-    return create_backend(runner)
+        return create_backend(runner)
+    except ImportError as error:
+        raise _explained(error) from error
 
 
 def _register_failing_launch() -> None:
@@ -82,20 +85,18 @@ def _register_failing_launch() -> None:
         )
         if BACKEND_NAME in names:
             assert _failure is not None
-            raise _explained(_failure)
+            raise _explained(_failure) from _failure
 
     resolver = "resolve_once" if hasattr(ServerArgs, "resolve_once") else "__post_init__"
     HookRegistry.register(f"sglang.srt.server_args.ServerArgs.{resolver}", fail, HookType.BEFORE)
 
 
 def _explained(error: Exception) -> RuntimeError:
-    failure = RuntimeError(
+    return RuntimeError(
         f"nsa_plugin could not be loaded: {type(error).__name__}: {error}. Run `nsa-plugin doctor` for details, repair "
         "or reinstall the package it names, or choose another --attention-backend (NSA_PLUGIN_DISABLE=1 removes "
         "nsa_plugin altogether)"
     )
-    failure.__cause__ = error
-    return failure
 
 
 def _command_line_wants_cpu() -> bool:

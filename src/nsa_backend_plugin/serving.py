@@ -28,6 +28,7 @@ CPU_ARGS = (
     "--disable-cuda-graph",
     "--max-total-tokens=8192",
     "--max-running-requests=8",
+    "--sleep-on-idle",  # the scheduler polls at full speed otherwise
 )
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _TERM_SECONDS = 5.0

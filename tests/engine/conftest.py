@@ -1,0 +1,87 @@
+"""Models, servers and transformers references shared by the engine tests; everything lives in a temporary folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from nsa_backend_plugin import serving
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+#: One thread, because threads that spin at barriers crawl on a busy machine. The tests' own TRITON_INTERPRET must not
+#: reach SGLang, which imports Triton everywhere.
+SERVER_ENV = {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0", "HF_HUB_OFFLINE": "1"}
+
+
+def run_python(script: Path, *arguments: object, env: dict[str, str] | None = None, timeout: float = 300) -> str:
+    """Stdout of a script in the tests' interpreter; a failure shows the end of its stderr."""
+    done = subprocess.run(
+        [sys.executable, str(script), *map(str, arguments)],
+        env={**os.environ, **SERVER_ENV, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Random-weight "mla" and "dsa" models."""
+    folder = tmp_path_factory.mktemp("models")
+    for kind in ("mla", "dsa"):
+        run_python(ROOT / "examples" / "make_random_model.py", kind, folder / kind)
+    return {kind: folder / kind for kind in ("mla", "dsa")}
+
+
+@pytest.fixture(scope="session")
+def start_server(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., serving.Server]:
+    """A server that is not started yet: `with start_server(model, args, env) as server`."""
+    logs = tmp_path_factory.mktemp("logs")
+
+    def make(model: Path, args: Sequence[str] = (), env: dict[str, str] | None = None) -> serving.Server:
+        log = logs / f"{len(list(logs.iterdir()))}.log"
+        log.touch()
+        return serving.Server(model, [*serving.CPU_ARGS, *args], {**SERVER_ENV, **(env or {})}, log_path=log)
+
+    return make
+
+
+class Reference:
+    """Greedy continuations by transformers, computed once per prompt and session."""
+
+    def __init__(self, folder: Path, models: dict[str, Path]):
+        self._folder, self._models = folder, models
+        self._known: dict[tuple[str, tuple[int, ...]], dict] = {}
+
+    def learn(self, kind: str, prompts: Sequence[list[int]], guesses: Sequence[list[int]]) -> None:
+        """Compute the references that are missing; the guesses only make it fast."""
+        jobs = [
+            {"prompt": p, "guess": g}
+            for p, g in zip(prompts, guesses, strict=True)
+            if (kind, tuple(p)) not in self._known
+        ]
+        if not jobs:
+            return
+        inputs, output = self._folder / "jobs.json", self._folder / "out.json"
+        inputs.write_text(json.dumps(jobs))
+        run_python(HERE / "greedy_reference.py", self._models[kind], inputs, output)
+        for job, result in zip(jobs, json.loads(output.read_text()), strict=True):
+            self._known[kind, tuple(job["prompt"])] = result
+
+    def __call__(self, kind: str, prompt: list[int]) -> dict:
+        """{"tokens", "logprobs"} of a prompt that was learnt."""
+        return self._known[kind, tuple(prompt)]
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) -> Reference:
+    return Reference(tmp_path_factory.mktemp("reference"), models)

@@ -1,0 +1,98 @@
+"""Default mode: the bytes of a live server's index-K pages equal the reference writer's, in both layouts.
+
+A second plugin, made here and put on the server's path, records what the indexer stores and the pages that result.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from nsa_backend_plugin.ops.index_key_cache.reference import quantize_rows
+from nsa_backend_plugin.ops.indexer_prep.reference import normalize, rotate
+
+pytestmark = pytest.mark.engine
+
+PROBE = """
+import os, torch
+calls = 0
+def record(original, key, weight, bias, positions, cos_sin, cache, slots, **options):
+    global calls
+    original(key, weight, bias, positions, cos_sin, cache, slots, **options)
+    stored = dict(key=key, weight=weight, bias=bias, positions=positions, cos_sin=cos_sin, slots=slots, options=options)
+    stored["pages_at"] = cache.data_ptr()
+    torch.save(stored, f"{os.environ['PROBE_OUT']}/{calls:05d}.call")
+    torch.save(cache, f"{os.environ['PROBE_OUT']}/{cache.data_ptr()}.pages")
+    calls += 1
+def register():
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+    HookRegistry.register("nsa_backend_plugin.ops.indexer_prep.key_store", record, HookType.AROUND)
+"""
+PROMPTS = [list(range(10, 10 + n)) for n in (5, 70, 200)]
+
+
+def _install_probe(folder: Path) -> None:
+    info = folder / "probe-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: probe\nVersion: 0\n")
+    (info / "entry_points.txt").write_text("[sglang.srt.plugins]\nprobe = probe:register\n")
+    (folder / "probe.py").write_text(PROBE)
+
+
+def _value_offset(layout: str, token: int, dim: int) -> int:
+    """The formulas of the layouts' definition, for pages of 64 tokens of 128 values."""
+    if layout == "row_major":
+        return token * 128 + dim
+    return (token >> 4) * 2048 + (dim >> 4) * 256 + (token & 15) * 16 + (dim & 15)
+
+
+def _write(page: torch.Tensor, layout: str, token: int, value: torch.Tensor, scale: torch.Tensor) -> None:
+    page[[_value_offset(layout, token, d) for d in range(128)]] = value.view(torch.uint8)
+    page[8192 + 4 * token : 8192 + 4 * token + 4] = scale.reshape(1).view(torch.uint8)
+
+
+@pytest.fixture(scope="module", params=["row_major", "preshuffled"])
+def recorded(request, models, start_server, tmp_path_factory):
+    """(layout, answers, calls in order, final pages of each layer by address)."""
+    probe, out = tmp_path_factory.mktemp("probe"), tmp_path_factory.mktemp("out")
+    _install_probe(probe)
+    env = {"NSA_PLUGIN_INDEX_LAYOUT": request.param, "PYTHONPATH": str(probe), "PROBE_OUT": str(out)}
+    with start_server(models["dsa"], ("--skip-server-warmup",), env) as server:
+        sampling = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
+        answers = [
+            server.post("/generate", {"input_ids": p, "sampling_params": sampling})["output_ids"] for p in PROMPTS
+        ]
+    calls = [torch.load(path) for path in sorted(out.glob("*.call"))]
+    pages = {int(path.stem): torch.load(path) for path in out.glob("*.pages")}
+    return request.param, answers, calls, pages
+
+
+def test_live_pages_equal_the_reference_writer(recorded):
+    layout, _, calls, pages = recorded
+    assert len(pages) == 3
+    expected = {address: torch.zeros_like(page) for address, page in pages.items()}
+    stored = 0
+    for call in calls:
+        assert call["options"]["layout"] == layout
+        assert call["options"]["page_size"] == 64
+        assert call["options"]["scale_format"] == "ue8m0"
+        normed = normalize(call["key"], call["weight"], call["bias"], call["options"]["norm"], call["options"]["eps"])
+        rotated = rotate(normed, call["positions"], call["cos_sin"], call["options"]["is_neox"], hadamard=True)
+        values, scales = quantize_rows(rotated, "ue8m0", torch.float8_e4m3fn)
+        for slot, value, scale in zip(call["slots"].tolist(), values, scales, strict=True):
+            _write(expected[call["pages_at"]][slot // 64], layout, slot % 64, value, scale)
+            stored += 1
+    assert stored >= 3 * sum(len(p) for p in PROMPTS)
+    for address, page in pages.items():
+        assert torch.equal(page, expected[address])
+
+
+_ANSWERS: dict[str, list] = {}
+
+
+def test_layouts_give_the_same_answers(recorded):
+    layout, answers, _, _ = recorded
+    _ANSWERS[layout] = answers
+    assert all(other == answers for other in _ANSWERS.values())

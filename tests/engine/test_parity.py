@@ -1,0 +1,161 @@
+"""Exact mode: greedy tokens and log-probabilities of real servers equal transformers', in every way of asking."""
+
+from __future__ import annotations
+
+import json
+import random
+import socket
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from nsa_backend_plugin.engine import hooks
+from nsa_backend_plugin.ops import registry
+from nsa_backend_plugin.serving import HOST, Server
+
+pytestmark = pytest.mark.engine
+
+NEW_TOKENS = 16
+LOGPROB_BAR = 1e-3
+EXACT = {"NSA_PLUGIN_EXACT": "1"}
+CHUNKED = ("--chunked-prefill-size=128", "--enable-mixed-chunk")
+#: Name -> (model, arguments). Between them: both models, page sizes 1 and 64, whole and chunked + mixed prefill.
+SERVERS = {
+    "dsa": ("dsa", ()),
+    "dsa-chunked": ("dsa", CHUNKED),
+    "mla-page1": ("mla", ("--page-size=1",)),
+    "mla-page64-chunked": ("mla", ("--page-size=64", *CHUNKED)),
+}
+
+
+def _tokens(count: int, seed: int) -> list[int]:
+    """Fixed prompts, so that no run meets a tie of two tokens that the others did not."""
+    generator = random.Random(seed)
+    return [generator.randrange(5, 500) for _ in range(count)]
+
+
+PROMPTS = [_tokens(n, seed=n) for n in (5, 17, 64, 65, 129, 200, 333, 700)]
+SHARED = _tokens(256, seed=1)
+PREFIXED = [SHARED + _tokens(20, seed=s) for s in (2, 3)]
+
+
+def _body(prompt: list[int], **extra: Any) -> dict[str, Any]:
+    sampling = {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
+    return {"input_ids": prompt, "sampling_params": sampling, "return_logprob": True, **extra}
+
+
+def _ask(server: Server, prompt: list[int]) -> dict[str, Any]:
+    return server.post("/generate", _body(prompt))
+
+
+@pytest.fixture(scope="module", params=SERVERS, ids=str)
+def served(request, models, start_server, reference):
+    """(server, model kind, check) of one running server; check compares an answer with transformers'."""
+    kind, args = SERVERS[request.param]
+    with start_server(models[kind], ("--dtype=float32", *args), EXACT) as server:
+        prompts = [*PROMPTS, *PREFIXED]
+        reference.learn(kind, prompts, [_ask(server, p)["output_ids"] for p in prompts])
+
+        def check(prompt: list[int], answer: dict[str, Any]) -> None:
+            expected = reference(kind, prompt)
+            assert answer["output_ids"] == expected["tokens"]
+            logprobs = [row[0] for row in answer["meta_info"]["output_token_logprobs"]]
+            assert len(logprobs) == NEW_TOKENS
+            assert max(abs(a - b) for a, b in zip(logprobs, expected["logprobs"], strict=True)) < LOGPROB_BAR
+
+        yield server, kind, check
+
+
+def _forget_prefixes(server: Server) -> None:
+    request = urllib.request.Request(server.url + "/flush_cache", method="POST")
+    with urllib.request.urlopen(request, timeout=60) as reply:
+        assert reply.status == 200
+
+
+def test_one_after_the_other(served):
+    server, _, check = served
+    _forget_prefixes(server)
+    for prompt in PROMPTS:
+        answer = _ask(server, prompt)
+        assert answer["meta_info"]["cached_tokens"] == 0
+        check(prompt, answer)
+
+
+def test_eight_at_once(served):
+    server, _, check = served
+    _forget_prefixes(server)
+    with ThreadPoolExecutor(len(PROMPTS)) as pool:
+        for prompt, answer in zip(PROMPTS, pool.map(lambda p: _ask(server, p), PROMPTS), strict=True):
+            check(prompt, answer)
+
+
+def test_shared_prefix_comes_from_the_cache(served):
+    server, _, check = served
+    _forget_prefixes(server)
+    first, second = (_ask(server, p) for p in PREFIXED)
+    assert first["meta_info"]["cached_tokens"] == 0
+    assert second["meta_info"]["cached_tokens"] >= len(SHARED)
+    check(PREFIXED[0], first)
+    check(PREFIXED[1], second)
+
+
+def test_streamed(served):
+    server, _, check = served
+    prompt = PROMPTS[4]
+    request = urllib.request.Request(
+        server.url + "/generate",
+        json.dumps(_body(prompt, stream=True)).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=120) as reply:
+        events = [line[len(b"data: ") :].strip() for line in reply if line.startswith(b"data: ")]
+    assert events[-1] == b"[DONE]"
+    assert len(events) > 2, "the answer came in one piece"
+    check(prompt, json.loads(events[-2]))
+
+
+def test_after_a_client_hung_up(served):
+    """The slots of an aborted request are reused; what it wrote must not show in later answers."""
+    server, _, check = served
+    _forget_prefixes(server)
+    body = json.dumps(
+        {"input_ids": PROMPTS[6], "sampling_params": {"max_new_tokens": 3000, "ignore_eos": True}, "stream": True}
+    ).encode()
+    head = f"POST /generate HTTP/1.1\r\nHost: {HOST}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    with socket.create_connection((HOST, server.port), timeout=60) as connection:
+        connection.sendall(head.encode() + b"\r\n\r\n" + body)
+        received = b""
+        while received.count(b"data: ") < 3:
+            received += connection.recv(4096)
+    check(PROMPTS[5], _ask(server, PROMPTS[5]))
+    deadline = time.monotonic() + 30
+    while _running_requests(server) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert _running_requests(server) == 0, "the aborted request is still running"
+    check(PROMPTS[7], _ask(server, PROMPTS[7]))
+
+
+def test_every_hook_fired(served):
+    server, kind, _ = served
+    log = server.log_path.read_text()
+    rows = [row for row in hooks.LEDGER if row.stage in ("start", "cpu", "factory") and row.needed()]
+    rows = [row for row in rows if row.kind not in ("append", "op") or (row.kind, kind) == ("op", "dsa")]
+    assert len(rows) >= 3
+    for name in [row.name for row in rows] + ["factory"]:
+        assert f"nsa_plugin hook in use: {name}\n" in log
+
+
+def test_start_up_reports_every_operation(served):
+    server, _, _ = served
+    log = server.log_path.read_text()
+    for line in registry.report("cpu"):
+        assert f"nsa_plugin op {line.split(':')[0]}: torch" in log
+    assert "exact mode" in log
+
+
+def _running_requests(server: Server) -> int:
+    loads = json.loads(server.get("/v1/loads"))["loads"]
+    return sum(load["num_running_reqs"] for load in loads)

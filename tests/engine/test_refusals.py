@@ -1,0 +1,173 @@
+"""What cannot be served is refused at launch, with the argument, its value and what to do."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from nsa_backend_plugin.engine import launch
+from nsa_backend_plugin.serving import ServerError
+
+from .conftest import HERE, run_python
+
+pytestmark = pytest.mark.engine
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 1,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    "max_position_embeddings": 512,
+}
+#: name: (model, arguments, environment, SGLang version or None, pattern of the error or None)
+CASES: dict[str, tuple[str, list[str], dict[str, str], str | None, str | None]] = {
+    "dsa is served": ("dsa", [], {}, None, None),
+    "dsa with page size 64 is served": ("dsa", ["--page-size=64"], {}, None, None),
+    "mla is served": ("mla", [], {}, None, None),
+    "mla with page size 64 is served": ("mla", ["--page-size=64"], {}, None, None),
+    "model without MLA": ("llama", [], {}, None, "LlamaForCausalLM does not use Multi-head Latent Attention.*Choose"),
+    "page size of dsa": ("dsa", ["--page-size=32"], {}, None, r"--page-size 32 with .*DSA.*serves page size 64"),
+    "page size of mla": ("mla", ["--page-size=8"], {}, None, r"--page-size 8 with .*serves page size 1, 16, 32, 64"),
+    "index head dim": ("dsa-index64", [], {}, None, "index_head_dim 64: nsa_plugin serves 128"),
+    "latent width": ("mla-rank256", [], {}, None, "kv_lora_rank 256 .*serves 512 and 64"),
+    "newer sglang": ("dsa", [], {}, "0.5.24", r"SGLang 0\.5\.24 is not supported.*0\.5\.17 to 0\.5\.23"),
+    "older sglang": ("dsa", [], {}, "0.5.16.post2", r"SGLang 0\.5\.16\.post2 is not supported"),
+    "implementation name": (
+        "dsa",
+        [],
+        {"NSA_PLUGIN_TOPK_IMPL": "nonsense"},
+        None,
+        "NSA_PLUGIN_TOPK_IMPL='nonsense': expected one of .*torch",
+    ),
+    "environment value": (
+        "dsa",
+        [],
+        {"NSA_PLUGIN_INDEX_LAYOUT": "diagonal"},
+        None,
+        "NSA_PLUGIN_INDEX_LAYOUT='diagonal': expected one of auto, row_major, preshuffled",
+    ),
+    "environment name": ("dsa", [], {"NSA_PLUGIN_EXACTLY": "1"}, None, "NSA_PLUGIN_EXACTLY.*valid names are .*EXACT"),
+    "hicache": ("dsa", ["--enable-hierarchical-cache"], {}, None, r"--enable-hierarchical-cache.*\(HiCache\) yet"),
+    "prefill of pd": ("mla", ["--disaggregation-mode=prefill"], {}, None, "--disaggregation-mode.*'prefill'"),
+    "decode of pd": ("dsa", ["--disaggregation-mode=decode"], {}, None, "--disaggregation-mode.*'decode'"),
+    "speculative": ("dsa", ["--speculative-algorithm=NGRAM"], {}, None, "--speculative-algorithm.*speculative"),
+    "two backends": (
+        "mla",
+        ["--decode-attention-backend=torch_native"],
+        {},
+        None,
+        "nsa_plugin, torch_native: nsa_plugin must serve prefill and decode alike",
+    ),
+}
+#: With another backend, or none, on the command line nothing of ours may run.
+OTHERS = {"torch_native": ["--attention-backend=torch_native"], "triton": ["--attention-backend=triton"]}
+
+
+def _copy_with(model: Path, folder: Path, **changes: object) -> Path:
+    """A model folder without weights: resolving arguments reads the configuration only."""
+    folder.mkdir()
+    config = json.loads((model / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((model / name).read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def resolved(models, tmp_path_factory) -> dict[str, dict]:
+    """Outcome of every case, from one process."""
+    folder = tmp_path_factory.mktemp("resolve")
+    paths = dict(models)
+    paths["dsa-index64"] = _copy_with(models["dsa"], folder / "dsa-index64", index_head_dim=64)
+    paths["mla-rank256"] = _copy_with(models["mla"], folder / "mla-rank256", kv_lora_rank=256)
+    paths["llama"] = folder / "llama"
+    paths["llama"].mkdir()
+    (paths["llama"] / "config.json").write_text(json.dumps(LLAMA))
+    cpu = ["--device=cpu", "--sampling-backend=pytorch", "--disable-cuda-graph"]
+    cases = {
+        name: {
+            "argv": [f"--model-path={paths[model]}", "--attention-backend=nsa_plugin", *cpu, *args],
+            "env": env,
+            "sglang": version,
+        }
+        for name, (model, args, env, version, _) in CASES.items()
+    }
+    cases |= {name: {"argv": [f"--model-path={paths['llama']}", *cpu, *args]} for name, args in OTHERS.items()}
+    path = folder / "cases.json"
+    path.write_text(json.dumps(list(cases.values())))
+    output = run_python(HERE / "resolve_cases.py", path, env={"NSA_PLUGIN_CPU": "1"})
+    return dict(zip(cases, json.loads(output.splitlines()[-1]), strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_resolution(resolved, name):
+    error, pattern = resolved[name]["error"], CASES[name][-1]
+    assert resolved[name]["hooks"] == ["resolution"]
+    if pattern is None:
+        assert error is None
+    else:
+        assert error is not None, "resolved without an error"
+        assert re.match(f"ValueError: .*{pattern}", error, re.DOTALL), error
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_no_hook_acts_for_another_backend(resolved, name):
+    """`resolution` wraps SGLang's function, sees that another backend is selected, and must do nothing else."""
+    assert resolved[name]["error"] is None
+    assert set(resolved[name]["hooks"]) <= {"resolution"}
+    assert resolved[name]["taught"] is False
+
+
+LAUNCHES = {
+    # Raised by the platform's entry point first, where SGLang swallows it.
+    "bad value": ({"NSA_PLUGIN_CPU": "banana"}, "ValueError: NSA_PLUGIN_CPU='banana': expected one of auto, 0, 1"),
+    # Known only when the device is, in the scheduler process.
+    "forced": (
+        {"NSA_PLUGIN_SPARSE_MLA_IMPL": "triton"},
+        "ValueError: NSA_PLUGIN_SPARSE_MLA_IMPL=triton: cannot run on",
+    ),
+    "broken import": ({}, "RuntimeError: nsa_plugin could not be loaded: ImportError: libbroken.so: cannot open"),
+    "broken kernel library": ({}, "RuntimeError: nsa_plugin could not be loaded: ImportError: libbroken.so"),
+}
+#: Module whose import fails in each of the launches that break one; the second is first imported by the factory.
+BROKEN = {
+    "broken import": "nsa_backend_plugin.engine.targets",
+    "broken kernel library": "nsa_backend_plugin.engine.cpu.backend",
+}
+SITECUSTOMIZE = """
+import sys
+class Broken:
+    def find_spec(self, name, path, target=None):
+        if name == {module!r}:
+            raise ImportError("libbroken.so: cannot open shared object file")
+sys.meta_path.insert(0, Broken())
+"""
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_launch_dies_of_the_real_reason(models, start_server, tmp_path, name):
+    env, message = LAUNCHES[name]
+    if name in BROKEN:
+        (tmp_path / "sitecustomize.py").write_text(SITECUSTOMIZE.format(module=BROKEN[name]))
+        env = {**env, "PYTHONPATH": str(tmp_path)}
+    server = start_server(models["dsa"], (), env)
+    with pytest.raises(ServerError, match=r"exited with code -?[1-9]"):
+        server.start()
+    assert message in server.log_path.read_text()
+
+
+def test_every_refused_argument_is_one_of_sglangs():
+    """A flag that SGLang renames must not silently stop being refused."""
+    folder = importlib.util.find_spec("sglang").submodule_search_locations[0]
+    root = Path(folder) / "srt"
+    files = [root / "server_args.py", *(root / "arg_groups").rglob("*.py")]
+    fields = {name for f in files for name in re.findall(r"^    (\w+): ", f.read_text(), re.MULTILINE)}
+    assert {name for name, _, _ in launch.UNSUPPORTED} <= fields

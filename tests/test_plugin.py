@@ -1,0 +1,193 @@
+"""The entry points: when the CPU platform is taken, what the ledger holds, and that a broken part keeps the name.
+
+What needs SGLang's own start-up is in tests/engine.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from nsa_backend_plugin import plugin
+from nsa_backend_plugin.engine import compat, hooks, launch, targets
+
+CLASS = "nsa_backend_plugin.engine.cpu.platform.NsaPluginCpuPlatform"
+NAMED = ["launch_server.py", "--attention-backend", "nsa_plugin"]
+
+
+@pytest.fixture
+def command_line(monkeypatch):
+    """Set sys.argv and the environment as at the start of a server on a machine without an accelerator."""
+
+    def set_to(argv: list[str], accelerator: bool = False, **env: str) -> None:
+        for name in [n for n in os.environ if n.startswith("NSA_PLUGIN_")] + ["SGLANG_USE_CPU_ENGINE"]:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in env.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(sys, "argv", argv)
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerator)
+
+    return set_to
+
+
+@pytest.mark.parametrize(
+    "argv", [NAMED, [*NAMED, "--device", "cpu"], ["x", "--device=cpu", "--attention-backend=nsa_plugin"]]
+)
+def test_cpu_platform_is_taken_where_nsa_plugin_is_named(command_line, argv):
+    command_line(argv)
+    assert plugin.activate_cpu_platform() == CLASS
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["launch_server.py"],
+        ["launch_server.py", "--attention-backend", "torch_native", "--device", "cpu"],
+        [*NAMED, "--device", "cuda"],
+        [*NAMED, "--device=xpu"],
+    ],
+)
+def test_cpu_platform_stays_out_otherwise(command_line, argv):
+    command_line(argv)
+    assert plugin.activate_cpu_platform() is None
+
+
+def test_cpu_platform_is_inert_on_accelerator_hosts_and_beside_sglangs_cpu_engine(command_line):
+    command_line(NAMED, accelerator=True)
+    assert plugin.activate_cpu_platform() is None
+    command_line(NAMED, SGLANG_USE_CPU_ENGINE="1")
+    assert plugin.activate_cpu_platform() is None
+
+
+def test_cpu_platform_can_be_forced_and_switched_off(command_line):
+    command_line(["python"], accelerator=True, NSA_PLUGIN_CPU="1")
+    assert plugin.activate_cpu_platform() == CLASS
+    command_line(NAMED, NSA_PLUGIN_CPU="0")
+    assert plugin.activate_cpu_platform() is None
+    command_line(NAMED, NSA_PLUGIN_CPU="1", NSA_PLUGIN_DISABLE="1")
+    assert plugin.activate_cpu_platform() is None
+
+
+@pytest.mark.parametrize(
+    "release, ok",
+    [
+        ("0.5.16", False),
+        ("0.5.17", True),
+        ("0.5.19.post1", True),
+        ("0.5.23", True),
+        ("0.5.24", False),
+        ("0.6.0", False),
+        ("1.0", False),
+        ("unknown", False),
+    ],
+)
+def test_supported_range(release, ok):
+    assert compat.supported(release) is ok
+
+
+def test_unsupported_release_is_an_error_with_both_versions(monkeypatch):
+    monkeypatch.setattr(compat, "version", lambda: "0.5.24")
+    with pytest.raises(ValueError, match=r"SGLang 0\.5\.24 .*install sglang 0\.5\.17 to 0\.5\.23"):
+        compat.require_supported()
+
+
+def test_exact_mode_needs_float32_on_cpu(monkeypatch):
+    monkeypatch.setenv("NSA_PLUGIN_EXACT", "1")
+    launch.check_exact(torch.float32, torch.device("cpu"))
+    for dtype, device in ((torch.bfloat16, "cpu"), (torch.float32, "cuda")):
+        with pytest.raises(ValueError, match=r"NSA_PLUGIN_EXACT=1 .*--dtype float32"):
+            launch.check_exact(dtype, torch.device(device))
+
+
+@pytest.mark.parametrize("row", hooks.LEDGER, ids=lambda row: row.name)
+def test_target_of_every_hook_exists_in_the_installed_sglang(row):
+    assert targets.exists("sglang.srt.server_args.ServerArgs"), "SGLang is not installed"
+    assert hooks.target_exists(row) or not row.needed()
+
+
+def test_targets_tell_what_is_missing():
+    for missing in ("sglang.srt.server_args.ServerArgs.nothing", "sglang.srt.nothing.f", "sglang.nothing", "nothing.x"):
+        assert not targets.exists(missing)
+
+
+def test_ledger_rows_are_complete_and_unique():
+    assert len({row.name for row in hooks.LEDGER}) == len(hooks.LEDGER)
+    for row in hooks.LEDGER:
+        assert row.kind in ("call", "append", "hook", "subclass", "op")
+        assert row.stage in ("name", "start", "cpu", "factory", "gpu")
+        assert row.why
+        assert row.versions
+        assert row.upstream
+        assert bool(row.handler) == (row.kind in ("hook", "op"))
+
+
+PROGRAM = """
+import json, sys
+for name in {barred!r}:
+    sys.modules[name] = None
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+from sglang.srt import server_args
+from sglang.srt.plugins.hook_registry import HookRegistry
+errors = []
+factory = ATTENTION_BACKENDS.get("nsa_plugin")
+if factory:
+    try:
+        factory(None)
+    except Exception as error:
+        errors.append(f"{{type(error).__name__}}: {{error}}")
+ours = [t for t, hooks in HookRegistry._hooks.items() if any("nsa_backend" in h.__module__ for _, h, _ in hooks)]
+choices = server_args.ATTENTION_BACKEND_CHOICES
+print("\\n" + json.dumps(dict(choice="nsa_plugin" in choices, factory=bool(factory), errors=errors, hooks=ours)))
+"""
+
+
+def _load_plugins(barred: tuple[str, ...] = (), **env: str) -> dict:
+    """Outcome of loading SGLang's plugins in a fresh process in which some modules cannot be imported."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("NSA_PLUGIN_", "TRITON_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(barred=barred)],
+        env={**clean, **env},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.engine
+def test_disable_removes_even_the_name():
+    assert _load_plugins(NSA_PLUGIN_DISABLE="1") == {"choice": False, "factory": False, "errors": [], "hooks": []}
+
+
+@pytest.mark.engine
+def test_a_broken_part_keeps_the_name_and_the_reason():
+    outcome = _load_plugins(("nsa_backend_plugin.engine.hooks",))
+    assert outcome["choice"]
+    assert len(outcome["hooks"]) == 1
+    assert outcome["hooks"][0].startswith("sglang.srt.server_args.ServerArgs.")
+    [error] = outcome["errors"]
+    assert error.startswith("RuntimeError: nsa_plugin could not be loaded: ModuleNotFoundError: import of")
+    assert "nsa_backend_plugin.engine.hooks" in error
+    assert "nsa-plugin doctor" in error
+
+
+@pytest.mark.engine
+def test_without_our_platform_only_the_launch_check_is_hooked():
+    outcome = _load_plugins(NSA_PLUGIN_CPU="0")
+    assert outcome["choice"]
+    assert len(outcome["hooks"]) == 1
+
+
+def test_entry_points_are_declared():
+    for group, name in (("sglang.srt.plugins", "nsa_plugin"), ("sglang.srt.platforms", "nsa_plugin_cpu")):
+        [entry] = importlib.metadata.entry_points(group=group, name=name)
+        assert callable(entry.load())
