@@ -1,0 +1,193 @@
+"""Every implementation of dense_mla that can run here, against the float32 reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nsa_backend_plugin.ops import dense_mla, registry
+from nsa_backend_plugin.ops.dense_mla import reference
+from tests.conftest import HAS_GPU
+from tests.ops.common import assert_close, permuted_block_table, poison, slots_of
+
+DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
+QUERY_DIM = 576
+SCALE = 192**-0.5
+BAR = 5e-6
+LSE_BAR = 1e-4
+EDGE_LENGTHS = [0, 1, 63, 64, 65, 130]
+LONG_LENGTHS = [2047, 2048, 2049, 0, 1, 8192, 63, 64, 65]
+
+
+def implementations() -> list[str]:
+    candidates = registry.Operation.all["dense_mla.decode"].candidates(DEVICE)
+    return [c.name for c in candidates if c.support.ok and c.name != "torch"]
+
+
+IMPLS = implementations()
+
+
+def inputs(
+    lengths: list[int],
+    heads: int,
+    page_size: int = 64,
+    dtype: torch.dtype = torch.bfloat16,
+    q_size: float = 1.0,
+    kv_size: float = 1.0,
+) -> dict:
+    """Arguments of `decode`: permuted pages, NaN in every slot that no request owns."""
+    table, pages = permuted_block_table(lengths, page_size, DEVICE)
+    kv = poison(pages * page_size, 1, QUERY_DIM, dtype=dtype, device=DEVICE)
+    for row, length in enumerate(lengths):
+        slots = slots_of(table, length, row, page_size)
+        kv[slots, 0] = (torch.randn(length, QUERY_DIM, device=DEVICE) * kv_size).to(dtype)
+    return {
+        "q": (torch.randn(len(lengths), heads, QUERY_DIM, device=DEVICE) * q_size).to(dtype),
+        "kv": kv,
+        "block_table": table,
+        "seq_lens": torch.tensor(lengths, dtype=torch.int32, device=DEVICE),
+        "softmax_scale": SCALE,
+        "page_size": page_size,
+    }
+
+
+def expected(arguments: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and log-sum-exp of the reference, both float32."""
+    q = arguments["q"]
+    out = torch.empty(*q.shape[:2], 512, device=q.device)
+    lse = torch.empty(q.shape[:2], device=q.device)
+    reference.decode(**arguments, value_dim=512, num_kv_splits=None, out=out, lse=lse, workspace=None)
+    return out, lse
+
+
+def run(impl: str, arguments: dict, num_kv_splits: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The implementation's result in poisoned buffers; skips with the reason where it declines the call."""
+    q = arguments["q"]
+    batch, heads = q.shape[:2]
+    size = dense_mla.workspace_bytes(max(batch, 1), heads, q.device, num_kv_splits=num_kv_splits)
+    workspace = torch.full((size,), 0xFF, dtype=torch.uint8, device=q.device)
+    out = poison(batch, heads, 512, dtype=q.dtype, device=q.device)
+    options = {"num_kv_splits": num_kv_splits, "out": out, "workspace": workspace}
+    try:
+        return dense_mla.decode(**arguments, **options, return_lse=True, impl=impl)
+    except ValueError as error:
+        if impl != "triton" and "forced implementation cannot run" in str(error):
+            pytest.skip(str(error))
+        raise
+
+
+def compare(actual: tuple[torch.Tensor, torch.Tensor], want: tuple[torch.Tensor, torch.Tensor]) -> None:
+    assert_close(actual[0], want[0], BAR)
+    assert_close(actual[1], want[1], 1e-6)
+    finite = torch.isfinite(want[1])
+    torch.testing.assert_close(actual[1][finite], want[1][finite], atol=LSE_BAR, rtol=LSE_BAR)
+
+
+def check(impl: str, arguments: dict, num_kv_splits: int | None = None) -> None:
+    compare(run(impl, arguments, num_kv_splits), expected(arguments))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("heads", [1, 8, 12, 16, 24, 32, 64, 128] if HAS_GPU else [1, 12, 24, 65])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_heads(impl: str, heads: int, dtype: torch.dtype) -> None:
+    check(impl, inputs(LONG_LENGTHS if HAS_GPU else [70], heads, dtype=dtype))
+
+
+@pytest.mark.parametrize("page_size", dense_mla.PAGE_SIZES)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_page_sizes_and_edge_lengths(impl: str, page_size: int) -> None:
+    out, lse = run(impl, arguments := inputs(EDGE_LENGTHS, 8, page_size))
+    compare((out, lse), expected(arguments))
+    assert not out[0].any()
+    assert torch.isneginf(lse[0]).all()
+
+
+@pytest.mark.parametrize("num_kv_splits", [1, 2, 3, 17, 64])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_forced_splits(impl: str, num_kv_splits: int) -> None:
+    check(impl, inputs(LONG_LENGTHS if HAS_GPU else [130, 65], 16), num_kv_splits)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", [1, 2, 7, 33, 64, 128, 300])
+@pytest.mark.parametrize("heads", [16, 64, 128])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_batches(impl: str, heads: int, batch: int) -> None:
+    lengths = torch.randint(0, 1200, (batch,)).tolist()
+    check(impl, inputs(lengths, heads))
+
+
+@pytest.mark.parametrize("kv_size", [1e-4, 1.0, 1e4])
+@pytest.mark.parametrize("q_size", [1e-4, 1.0, 1e4])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_magnitudes(impl: str, q_size: float, kv_size: float) -> None:
+    check(impl, inputs([70], 8, q_size=q_size, kv_size=kv_size))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_garbage_in_unused_table_entries(impl: str) -> None:
+    """Entries past a length may name any page, also one that does not exist."""
+    arguments = inputs([65, 3], 8)
+    garbage = arguments["block_table"].clone()
+    width = garbage.shape[1]
+    wide = torch.full((2, width + 3), 2**31 - 1, dtype=torch.int32, device=DEVICE)
+    wide[0, :2] = garbage[0, :2]
+    wide[1, :1] = garbage[1, :1]
+    check(impl, {**arguments, "block_table": wide})
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_empty_batch(impl: str) -> None:
+    arguments = inputs([5], 8)
+    none = {name: arguments[name][:0] for name in ("q", "block_table", "seq_lens")}
+    check(impl, {**arguments, **none})
+
+
+def test_triton_declines_too_many_splits() -> None:
+    with pytest.raises(ValueError, match="num_kv_splits=257: at most 256"):
+        dense_mla.decode(**inputs([5], 8), num_kv_splits=257, impl="triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", IMPLS)
+def test_cache_past_two_gigabytes_and_two_billion_elements(impl: str) -> None:
+    """The pages in use lie at the end of a cache whose element offsets do not fit 32 bits."""
+    arguments = inputs([2049, 700], 16)
+    small, want = arguments["kv"], expected(arguments)
+    pages = (2**31 // QUERY_DIM + 2 * small.shape[0]) // 64
+    big = torch.empty(pages * 64, 1, QUERY_DIM, dtype=small.dtype, device=DEVICE)
+    assert big.numel() > 2**31
+    big[-small.shape[0] :] = small
+    table = arguments["block_table"] + (big.shape[0] - small.shape[0]) // 64
+    compare(run(impl, {**arguments, "kv": big, "block_table": table}), want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [16, 64])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_reruns_are_bitwise_equal(impl: str, heads: int) -> None:
+    arguments = inputs(LONG_LENGTHS, heads)
+    first = run(impl, arguments)
+    for _ in range(20):
+        again = run(impl, arguments)
+        assert torch.equal(first[0], again[0])
+        assert torch.equal(first[1], again[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", IMPLS)
+def test_graph_replay_with_other_lengths(impl: str) -> None:
+    arguments = inputs([4096] * 4, 16)
+    run(impl, arguments)  # compiles, or skips
+    size = dense_mla.workspace_bytes(4, 16, DEVICE)
+    workspace = torch.empty(size, dtype=torch.uint8, device=DEVICE)
+    out = torch.empty(4, 16, 512, dtype=arguments["q"].dtype, device=DEVICE)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        _, lse = dense_mla.decode(**arguments, out=out, workspace=workspace, return_lse=True, impl=impl)
+    for lengths in ([4096, 1, 2048, 77], [64, 65, 0, 4095], [0, 0, 0, 0]):
+        arguments["seq_lens"].copy_(torch.tensor(lengths))
+        out.fill_(float("nan"))
+        graph.replay()
+        compare((out, lse), expected(arguments))

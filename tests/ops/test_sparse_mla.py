@@ -1,0 +1,289 @@
+"""Every implementation of sparse_mla that can run here, against the float32 reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nsa_backend_plugin.layouts import FP8_DTYPES
+from nsa_backend_plugin.ops import latent_cache, mla_launch, registry, sparse_mla
+from nsa_backend_plugin.ops.arch import fp8_dtype
+from nsa_backend_plugin.ops.sparse_mla import reference
+from tests.conftest import HAS_GPU
+from tests.ops.common import assert_close, poison
+
+DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
+QUERY_DIM = 576
+SCALE = 192**-0.5
+KINDS = ["bf16", "fp16", "fp8", "packed"]
+BARS = {"bf16": 5e-6, "fp16": 5e-6, "fp8": 2e-4, "packed": 2e-4}
+LSE_BAR = 1e-4
+KV_SCALE = 0.5
+
+
+def implementations() -> list[str]:
+    candidates = registry.Operation.all["sparse_mla.attend"].candidates(DEVICE)
+    return [c.name for c in candidates if c.support.ok and c.name != "torch"]
+
+
+IMPLS = implementations()
+
+
+def cache(rows: torch.Tensor, slots: torch.Tensor, total: int, kind: str) -> torch.Tensor:
+    """A latent cache of `total` slots that holds rows [N, 576] at slots [N], and NaN everywhere else."""
+    if kind == "packed":
+        stored = latent_cache.quantize(rows, impl="torch")
+    elif kind == "fp8":
+        stored = (rows / KV_SCALE).to(fp8_dtype(rows.device))
+    else:
+        stored = rows.to(torch.float16 if kind == "fp16" else torch.bfloat16)
+    width = stored.shape[-1]
+    nan = 0x80 if stored.dtype == FP8_DTYPES[1] else 0xFF
+    raw = torch.full((total, width * stored.itemsize), nan, dtype=torch.uint8, device=rows.device)
+    raw[slots] = stored.contiguous().view(torch.uint8).view(len(slots), -1)
+    return raw.view(stored.dtype).view(total, 1, width)
+
+
+def inputs(
+    tokens: int,
+    heads: int,
+    topk: int,
+    kind: str = "bf16",
+    q_size: float = 1.0,
+    kv_size: float = 1.0,
+    missing: float = 0.1,
+) -> dict:
+    """Arguments of `attend`: random slots in random order, a share of them missing; slots nobody selects are NaN."""
+    used = max(topk, 24) + 5
+    total = 2 * used
+    slots = torch.randperm(total, device=DEVICE)[:used]
+    kv = cache((torch.randn(used, QUERY_DIM, device=DEVICE) * kv_size).bfloat16(), slots, total, kind)
+    pick = torch.rand(tokens, used, device=DEVICE).argsort(dim=1)[:, :topk]
+    indices = slots[pick].int()
+    indices[torch.rand(tokens, topk, device=DEVICE) < missing] = -1
+    dtype = torch.float16 if kind == "fp16" else torch.bfloat16
+    return {
+        "q": (torch.randn(tokens, heads, QUERY_DIM, device=DEVICE) * q_size).to(dtype),
+        "kv": kv,
+        "indices": indices,
+        "softmax_scale": SCALE,
+        "kv_scale": KV_SCALE if kind == "fp8" else None,
+    }
+
+
+def expected(arguments: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and log-sum-exp of the reference, both float32."""
+    q, kv = arguments["q"], arguments["kv"]
+    out = torch.empty(*q.shape[:2], 512, device=q.device)
+    lse = torch.empty(q.shape[:2], device=q.device)
+    kind = sparse_mla.kv_kind(kv, q.shape[-1], 512)
+    reference.attend(**arguments, kind=kind, value_dim=512, out=out, lse=lse, workspace=None)
+    return out, lse
+
+
+def run(impl: str, arguments: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """The implementation's result in poisoned buffers; skips with the reason where it declines the call."""
+    q = arguments["q"]
+    tokens, heads = q.shape[:2]
+    size = sparse_mla.workspace_bytes(max(tokens, 1), heads, arguments["indices"].shape[1], q.device)
+    workspace = torch.full((size,), 0xFF, dtype=torch.uint8, device=q.device)
+    out = poison(tokens, heads, 512, dtype=q.dtype, device=q.device)
+    try:
+        return sparse_mla.attend(**arguments, out=out, workspace=workspace, return_lse=True, impl=impl)
+    except ValueError as error:
+        if impl != "triton" and "forced implementation cannot run" in str(error):
+            pytest.skip(str(error))
+        raise
+
+
+def compare(actual: tuple[torch.Tensor, torch.Tensor], want: tuple[torch.Tensor, torch.Tensor], bar: float) -> None:
+    assert_close(actual[0], want[0], bar)
+    assert_close(actual[1], want[1], 1e-6)
+    finite = torch.isfinite(want[1])
+    torch.testing.assert_close(actual[1][finite], want[1][finite], atol=LSE_BAR, rtol=LSE_BAR)
+
+
+def check(impl: str, arguments: dict, bar: float) -> None:
+    compare(run(impl, arguments), expected(arguments), bar)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("heads", [1, 8, 12, 16, 24, 32, 64, 128] if HAS_GPU else [1, 12, 24, 65])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_heads(impl: str, heads: int, kind: str) -> None:
+    check(impl, inputs(3 if HAS_GPU else 1, heads, 2048 if HAS_GPU else 40, kind), BARS[kind])
+
+
+@pytest.mark.parametrize("kind", ["bf16", "packed"])
+@pytest.mark.parametrize("topk", [1, 31, 64, 100, 1023, 2048, 2049] if HAS_GPU else [1, 31, 64, 100])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_topk_of_any_size(impl: str, topk: int, kind: str) -> None:
+    check(impl, inputs(2, 16, topk, kind), BARS[kind])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tokens", [1, 2, 8, 33, 64, 128, 150, 300, 1500])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_token_counts(impl: str, tokens: int, kind: str) -> None:
+    check(impl, inputs(tokens, 16, 512, kind), BARS[kind])
+
+
+@pytest.mark.parametrize("kind", ["bf16", "packed"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_missing_indices(impl: str, kind: str) -> None:
+    """All missing, all but the last missing, whole tiles missing in the middle, and repeated slots."""
+    arguments = inputs(5, 8, 256, kind, missing=0.0)
+    indices = arguments["indices"]
+    indices[0] = -1
+    indices[1, :-1] = -1
+    indices[2, 30:200] = -1
+    indices[3, 1:] = -1
+    indices[4, 128:] = indices[4, :1]
+    out, lse = run(impl, arguments)
+    compare((out, lse), expected(arguments), BARS[kind])
+    assert not out[0].any()
+    assert torch.isneginf(lse[0]).all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_no_tokens_and_no_indices(impl: str) -> None:
+    arguments = inputs(2, 8, 32)
+    check(impl, {**arguments, "q": arguments["q"][:0], "indices": arguments["indices"][:0]}, BARS["bf16"])
+    check(impl, {**arguments, "indices": arguments["indices"][:, :0].contiguous()}, BARS["bf16"])
+
+
+@pytest.mark.parametrize("kind", ["bf16", "packed"])
+@pytest.mark.parametrize("kv_size", [1e-4, 1.0, 1e4])
+@pytest.mark.parametrize("q_size", [1e-4, 1.0, 1e4])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_magnitudes(impl: str, q_size: float, kv_size: float, kind: str) -> None:
+    check(impl, inputs(1, 8, 80 if HAS_GPU else 33, kind, q_size, kv_size), BARS[kind])
+
+
+@pytest.mark.parametrize("kind", ["bf16", "packed"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_all_zero_rows(impl: str, kind: str) -> None:
+    arguments = inputs(2, 8, 40, kind, kv_size=0.0)
+    out, lse = run(impl, arguments)
+    assert not out.any()
+    compare((out, lse), expected(arguments), BARS[kind])
+
+
+ALL_TILES = sorted(
+    {
+        (kind, mla_launch.tile(arch, kind, heads))
+        for arch in ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942", "gfx950")
+        for kind in ("bf16", "fp8", "packed")
+        for heads in (16, 32, 64)
+    },
+    key=str,
+)
+
+
+@pytest.mark.parametrize("kind, config", ALL_TILES, ids=str)
+@pytest.mark.skipif(HAS_GPU, reason="tiles of other architectures run in the interpreter only")
+def test_tiles_of_every_architecture(kind: str, config: mla_launch.Tile) -> None:
+    """The configurations that a call selects elsewhere, operand swap included, compute the same."""
+    heads = config.heads + 1
+    arguments = inputs(1, heads, 70, kind)
+    q = arguments["q"]
+    out = poison(1, heads, 512, dtype=q.dtype, device=q.device)
+    lse = poison(1, heads, dtype=torch.float32, device=q.device)
+    mla_launch.attend(
+        q,
+        arguments["kv"],
+        arguments["indices"],
+        None,
+        SCALE,
+        kind=kind,
+        kv_scale=arguments["kv_scale"],
+        page_size=0,
+        config=config,
+        splits=2,
+        out=out,
+        lse=lse,
+        workspace=None,
+    )
+    compare((out, lse), expected(arguments), BARS[kind])
+
+
+def test_triton_refuses_a_small_workspace() -> None:
+    arguments = inputs(1, 8, 256)
+    workspace = torch.empty(1024, dtype=torch.uint8, device=DEVICE)
+    with pytest.raises(ValueError, match=r"workspace.numel\(\)=1024: expected at least \d+ bytes"):
+        sparse_mla.attend(**arguments, workspace=workspace, impl="triton")
+
+
+def test_triton_declines_with_a_reason() -> None:
+    arguments = inputs(1, 8, 8)
+    with pytest.raises(ValueError, match="q is float32"):
+        sparse_mla.attend(**{**arguments, "q": arguments["q"].float()}, impl="triton")
+    with pytest.raises(ValueError, match=r"kv is torch.bfloat16 but q is torch.float16"):
+        sparse_mla.attend(**{**arguments, "q": arguments["q"].half()}, impl="triton")
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942", "sm_120"])
+def test_workspace_suffices_for_every_smaller_call(arch: str) -> None:
+    limit = mla_launch.workspace_bytes(200, 48, 512)
+    config = mla_launch.tile(arch, "bf16", 48)
+    blocks = -(-48 // config.heads)
+    for rows in range(1, 201):
+        splits = mla_launch.split_count(arch, rows, blocks, 1 << 20, config.keys)
+        assert splits == 1 or mla_launch.scratch_bytes(rows * splits, 48, 512) <= limit
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["bf16", "packed"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_cache_past_two_gigabytes_and_two_billion_elements(impl: str, kind: str) -> None:
+    """The selected slots lie at the end of a cache whose element offsets do not fit 32 bits."""
+    arguments = inputs(2, 16, 2048, kind)
+    small = arguments["kv"]
+    slots = 2**31 // small.shape[-1] + 2 * small.shape[0]
+    big = torch.empty(slots, 1, small.shape[-1], dtype=small.dtype, device=DEVICE)
+    assert big.numel() > 2**31
+    want = expected(arguments)
+    big[-small.shape[0] :] = small
+    indices = arguments["indices"]
+    moved = torch.where(indices >= 0, indices + (slots - small.shape[0]), indices)
+    compare(run(impl, {**arguments, "kv": big, "indices": moved}), want, BARS[kind])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["bf16", "packed"])
+@pytest.mark.parametrize("tokens", [1, 64])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_reruns_are_bitwise_equal(impl: str, tokens: int, kind: str) -> None:
+    arguments = inputs(tokens, 16, 2048, kind)
+    first = run(impl, arguments)
+    for _ in range(20):
+        again = run(impl, arguments)
+        assert torch.equal(first[0], again[0])
+        assert torch.equal(first[1], again[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["bf16", "packed"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_graph_replay_with_other_indices(impl: str, kind: str) -> None:
+    arguments = inputs(4, 16, 2048, kind)
+    run(impl, arguments)  # compiles, or skips
+    size = sparse_mla.workspace_bytes(4, 16, 2048, DEVICE)
+    workspace = torch.empty(size, dtype=torch.uint8, device=DEVICE)
+    out = torch.empty(4, 16, 512, dtype=arguments["q"].dtype, device=DEVICE)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        _, lse = sparse_mla.attend(**arguments, out=out, workspace=workspace, return_lse=True, impl=impl)
+    for keep in (2048, 700, 1, 0):
+        arguments["indices"].copy_(arguments["indices"].roll(1, 0))
+        arguments["indices"][:, keep:] = -1
+        out.fill_(float("nan"))
+        graph.replay()
+        compare((out, lse), expected(arguments), BARS[kind])
+
+
+def test_kinds_are_recognised() -> None:
+    for kind in KINDS:
+        arguments = inputs(1, 1, 1, kind)
+        assert sparse_mla.kv_kind(arguments["kv"], QUERY_DIM, 512) == ("bf16" if kind == "fp16" else kind)
