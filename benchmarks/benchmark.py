@@ -10,6 +10,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import importlib.util
 import os
 import sys
 import time
@@ -79,7 +81,7 @@ def configuration(options: argparse.Namespace) -> Config:
                 setattr(config, name, getattr(options, name))
         if options.backends or options.backend:
             chosen = tuple(options.backends or [options.backend])
-            config.cases = [configs.Case(c.workload, c.params, chosen, c.target_us, c.note) for c in config.cases]
+            config.cases = [dataclasses.replace(case, backends=chosen) for case in config.cases]
         return config
     import mla_runner
 
@@ -92,6 +94,9 @@ def run(options: argparse.Namespace) -> int:
         return _compare(options.compare)
     if not _has_gpu():
         os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated
+    if options.plot and importlib.util.find_spec("matplotlib") is None:
+        print("benchmark.py: error: --plot needs matplotlib (pip install 'nsa-backend-plugin[bench]')", file=sys.stderr)
+        return 2
     device = options.device or ("cuda:0" if _has_gpu() else "cpu")
     try:
         config = configuration(options)

@@ -73,6 +73,7 @@ class BenchmarkResult:
     best_peer: str = ""
     vs_peer: float | None = None
     target_us: float | None = None
+    target_vs_peer: float | None = None
     peak_memory_mib: float | None = None
     note: str = ""
 

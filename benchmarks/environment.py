@@ -62,7 +62,7 @@ def command_line(argv: list[str]) -> str:
 def source_digest() -> str:
     """Digest of everything that can change a timing: the operations and the suite itself."""
     digest = hashlib.sha256()
-    roots = [REPO / "src" / "nsa_backend_plugin", REPO / "benchmarks"]
+    roots = [REPO / "src" / "nsa_backend_plugin" / "ops", REPO / "benchmarks"]
     for root in roots:
         for path in sorted(p for p in root.rglob("*") if p.suffix in (".py", ".cu", ".cuh")):
             digest.update(str(path.relative_to(REPO)).encode())

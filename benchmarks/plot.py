@@ -38,7 +38,7 @@ def _roofline(axes, formatter: ResultsFormatter, rows: Sequence[BenchmarkResult]
         low, high = min(intensities) / 2, max([*intensities, 1e3 * gemm / read]) * 2
         xs = [low * (high / low) ** (i / 100) for i in range(101)]
         axes.plot(xs, [min(gemm, x * read / 1e3) for x in xs], color="black", linewidth=1)
-        axes.set_title(f"roofline: {read:.0f} GB/s read, {gemm:.0f} TFLOP/s bf16")
+        axes.set_title(f"roofline: {read:.0f} GB/s read, {gemm:.1f} TFLOP/s bf16")
     axes.set(xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="TFLOP/s")
     axes.legend(fontsize=7)
 

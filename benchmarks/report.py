@@ -46,13 +46,13 @@ def _same_case(rows: Sequence[BenchmarkResult], row: BenchmarkResult) -> list[Be
 def target_table(results: Sequence[BenchmarkResult]) -> list[str]:
     """One line per case that has a target: ours, what the registry picks, the best peer, and the verdict."""
     lines = [
-        "| case | target us | ours us (which) | registry picks us | best peer us | % of byte floor | verdict |",
+        "| case | target | ours us (which) | registry picks us | best peer us | % of byte floor | verdict |",
         "|---|---|---|---|---|---|---|",
     ]
     groups, seen = jobs(results), set()
     for row in results:
         case = f"{row.workload} {describe(row)}"
-        if row.target_us is None or case in seen:
+        if (row.target_us is None and row.target_vs_peer is None) or case in seen:
             continue
         seen.add(case)
         same = _same_case(results, row)
@@ -60,19 +60,30 @@ def target_table(results: Sequence[BenchmarkResult]) -> list[str]:
         default = next((r for r in same if r.backend == DEFAULT and r.median_us), None)
         note = f" ({row.note})" if row.note else ""
         lines.append(
-            f"| {case}{note} | {row.target_us:g} | {_cell(own)} | {_us(default)} | {_cell(peer, row)} | "
-            f"{_percent(own)} | {verdict(row.target_us, own, peer)} |"
+            f"| {case}{note} | {_goal(row)} | {_cell(own)} | {_us(default)} | {_cell(peer, row)} | "
+            f"{_percent(own)} | {verdict(row, own, peer)} |"
         )
     return lines
 
 
-def verdict(target_us: float, own: BenchmarkResult | None, peer: BenchmarkResult | None) -> str:
-    """Whether the target is met, and how ours stands against the best peer."""
+def verdict(goal: BenchmarkResult, own: BenchmarkResult | None, peer: BenchmarkResult | None) -> str:
+    """Whether the goals of a row are met by ours, and how ours stands against the best peer."""
     if own is None or own.median_us is None:
         return "**no result of ours**"
-    over = own.median_us / target_us - 1
+    limits = [] if goal.target_us is None else [goal.target_us]
+    if goal.target_vs_peer is not None:
+        if peer is None or peer.median_us is None:
+            return "no peer ran"
+        limits.append(goal.target_vs_peer * peer.median_us)
+    over = max(own.median_us / limit for limit in limits) - 1
     first = "target met" if over <= 0 else f"**missed by {100 * over:.0f}%**"
     return first if peer is None else f"{first}, {standing(own, peer)}"
+
+
+def _goal(row: BenchmarkResult) -> str:
+    us = [] if row.target_us is None else [f"{row.target_us:g}"]
+    ratio = [] if row.target_vs_peer is None else [f"{row.target_vs_peer:g} x best peer"]
+    return ", ".join(us + ratio)
 
 
 def standing(own: BenchmarkResult, peer: BenchmarkResult) -> str:
@@ -154,7 +165,7 @@ def section(formatter: ResultsFormatter, results: Sequence[BenchmarkResult]) -> 
         "Ceilings in this run: " + ", ".join(f"{k} {v:.1f}" for k, v in ceilings.items()) + ".",
         "",
     ]
-    if any(r.target_us is not None for r in results):
+    if any(r.target_us is not None or r.target_vs_peer is not None for r in results):
         lines += ["### Targets", "", *target_table(results), ""]
     if not formatter.complete:
         lines += ["**Incomplete**: the run ended before its last row.", ""]

@@ -141,7 +141,8 @@ def run(
 
     def finish(index: int, result: BenchmarkResult) -> None:
         nonlocal done
-        result.target_us, result.note = rows[index].case.target_us, rows[index].case.note
+        case = rows[index].case
+        result.target_us, result.target_vs_peer, result.note = case.target_us, case.target_vs_peer, case.note
         results[index] = result
         journal.add(rows[index], result)
         done += 1

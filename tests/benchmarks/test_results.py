@@ -1,0 +1,174 @@
+"""Results: comparisons, verdicts, tables, files, report, crossover."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import compare
+import pytest
+import report
+from common import BenchmarkResult, ResultsFormatter, add_comparisons, load_json
+from crossover import crossovers
+
+
+def row(backend: str, us: float | None, **values) -> BenchmarkResult:
+    params = values.pop("params", {"tokens": 8, "heads": 16, "kv": "packed"})
+    status = {} if us is not None else {"status": "error", "reason": "broken"}
+    times = {"median_us": us, "mean_us": us, "spread": 0.01}
+    return BenchmarkResult(
+        **{"workload": "sparse_decode", "params": params, "backend": backend, **times, **status, **values}
+    )
+
+
+def test_rates_floor_and_best_peer() -> None:
+    other_format = {"tokens": 8, "heads": 16, "kv": "bf16"}
+    rows = [
+        row("triton", 10.0, bytes=10_000_000, flops=2_000_000),
+        row("flash_mla", 30.0),
+        row("fa3", 20.0, params=other_format),
+        row("torch", 1.0),
+        row("fa3", None),
+    ]
+    add_comparisons(rows, read_gbps=2000.0)
+    ours = rows[0]
+    assert ours.gbps == pytest.approx(1000.0)
+    assert ours.tflops == pytest.approx(0.2)
+    assert ours.floor_us == pytest.approx(5.0)
+    assert ours.floor_percent == pytest.approx(50.0)
+    assert ours.best_peer == "fa3 (bf16)"  # the other cache format does the same job; torch is no peer
+    assert ours.vs_peer == pytest.approx(0.5)
+    assert rows[4].vs_peer is None
+
+
+def test_other_shapes_are_other_jobs() -> None:
+    rows = [row("triton", 10.0), row("fa3", 5.0, params={"tokens": 9, "heads": 16, "kv": "packed"})]
+    add_comparisons(rows, None)
+    assert rows[0].vs_peer is None
+    assert rows[0].floor_percent is None
+
+
+def test_a_failed_row_has_no_time() -> None:
+    failed = row("fa3", None)
+    assert not failed.success
+    with pytest.raises(RuntimeError, match="broken"):
+        failed.mean_time  # noqa: B018
+    assert row("fa3", 2.0).mean_time == pytest.approx(2e-6)
+    assert "error: broken" in ResultsFormatter().text([failed])
+
+
+def test_speed_up_over_a_baseline() -> None:
+    params = {"tokens": 8, "dtype": "bf16"}
+    rows = [row(b, us, workload="concat_k", params=params) for b, us in (("torch_cat", 8.0), ("triton", 2.0))]
+    cells = ResultsFormatter(baseline="torch_cat").cells(rows[1], rows)
+    assert cells[-2:] == ["4.00x", "75.0%"]
+
+
+def test_json_round_trip(tmp_path: Path) -> None:
+    rows = [row("triton", 10.0, target_us=7.0), row("fa3", None)]
+    formatter = ResultsFormatter({"device": "x"}, {"read_gbps": 5.0}, "ops", "", complete=True)
+    formatter.save_json(rows, tmp_path / "a.json")
+    loaded, again = load_json(tmp_path / "a.json")
+    assert loaded == formatter
+    assert again == rows
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_csv_has_every_parameter(tmp_path: Path) -> None:
+    rows = [row("triton", 10.0), row("torch", 3.0, workload="concat_k", params={"dtype": "fp8"})]
+    ResultsFormatter().save_csv(rows, tmp_path / "a.csv")
+    with (tmp_path / "a.csv").open() as file:
+        first, second = csv.DictReader(file)
+    assert (first["param.tokens"], first["param.dtype"], first["median_us"]) == ("8", "", "10.0")
+    assert (second["param.tokens"], second["param.dtype"]) == ("", "fp8")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "spread", "verdict"),
+    [
+        (10.0, 10.2, 0.0, "same within noise"),
+        (10.0, 10.5, 0.0, "slower"),
+        (10.0, 9.5, 0.0, "faster"),
+        (10.0, 10.5, 0.04, "same within noise"),  # both spreads together are 8%
+        (10.0, 20.0, 0.04, "slower"),
+        (None, 10.0, 0.0, "error -> ok"),
+        (10.0, None, 0.0, "ok -> error"),
+        (None, None, 0.0, "error"),
+    ],
+)
+def test_noise_verdict(before: float | None, after: float | None, spread: float, verdict: str) -> None:
+    [result] = compare.compare([row("triton", before, spread=spread)], [row("triton", after, spread=spread)])
+    assert result.verdict == verdict
+
+
+def test_rows_of_one_file_only() -> None:
+    verdicts = {c.row.backend: c.verdict for c in compare.compare([row("a", 1.0)], [row("b", 1.0)])}
+    assert verdicts == {"a": "only in the first", "b": "only in the second"}
+
+
+def test_compare_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, us in (("a", 10.0), ("b", 20.0)):
+        ResultsFormatter({"device": name}).save_json([row("triton", us)], tmp_path / f"{name}.json")
+    assert compare.compare_files(tmp_path / "a.json", tmp_path / "b.json") == 1
+    out = capsys.readouterr().out
+    assert "device: a -> b" in out
+    assert "2.000" in out
+    assert compare.compare_files(tmp_path / "b.json", tmp_path / "a.json") == 0
+
+
+def test_crossover() -> None:
+    def pair(q_len: int, decode: float, prefill: float) -> list[BenchmarkResult]:
+        times = {"decode": decode, "prefill": prefill}
+        return [
+            row("triton", us, workload="mla_batch", params={"batch_spec": f"2q{q_len}s1k", "pipeline": name})
+            for name, us in times.items()
+        ]
+
+    rows = [*pair(1, 1, 9), *pair(4, 9, 8), *pair(16, 9, 10), *pair(64, 20, 12), *pair(256, 90, 15)]
+    assert crossovers(rows) == {"triton": {2: 64}}  # 4 does not count: decode wins again at 16
+    assert crossovers(pair(1, 1, 9)) == {"triton": {2: None}}
+
+
+def test_target_verdicts() -> None:
+    goal = row("triton", 1.0, target_us=10.0)
+    assert report.verdict(goal, row("triton", 9.0), None) == "target met"
+    assert report.verdict(goal, row("triton", 12.0), row("fa3", 24.0)) == "**missed by 20%**, 2.00x faster than fa3"
+    assert report.verdict(goal, row("cuda", 10.0), row("fa3", 5.0)) == "target met, fa3 is 2.00x faster"
+    assert report.verdict(goal, row("cuda", 10.0), row("fa3", 10.1)) == "target met, level with fa3"
+    assert report.verdict(goal, None, row("fa3", 10.1)) == "**no result of ours**"
+
+
+def test_targets_relative_to_the_best_peer() -> None:
+    goal = row("triton", 1.0, target_vs_peer=0.5)
+    assert report.verdict(goal, row("triton", 5.0), row("fa3", 10.0)) == "target met, 2.00x faster than fa3"
+    assert report.verdict(goal, row("triton", 10.0), row("fa3", 10.0)) == "**missed by 100%**, level with fa3"
+    assert report.verdict(goal, row("triton", 5.0), None) == "no peer ran"
+
+
+def test_report_page(tmp_path: Path) -> None:
+    rows = [
+        row("triton", 9.0, target_us=7.0),
+        row("cuda", 6.0, target_us=7.0),
+        row("default", 6.1, target_us=7.0),
+        row("fa3", 15.0, target_us=7.0),
+        row("aiter", None, target_us=7.0),
+    ]
+    add_comparisons(rows, 4000.0)
+    keys = ("device", "driver", "commit", "sources", "date", "command")
+    formatter = ResultsFormatter({k: k for k in keys}, {"read_gbps": 4000.0}, "ops", complete=True)
+    formatter.save_json(rows, tmp_path / "ops-x.json")
+    text = report.page([tmp_path / "ops-x.json"])
+    assert "| 7 | 6.00 (cuda) | 6.10 | 15.00 (fa3) |" in text
+    assert "target met, 2.50x faster than fa3" in text
+    assert "1 faster, 0 level" in text
+    assert "`aiter`, 1 cases, error: broken" in text
+    assert "Incomplete" not in text
+
+
+def test_unfinished_results_are_said_to_be_incomplete(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    keys = ("device", "driver", "commit", "sources", "date", "command")
+    ResultsFormatter({k: k for k in keys}, {}, "a").save_json([row("triton", 1.0)], path)
+    assert json.loads(path.read_text())["complete"] is False
+    assert "**Incomplete**" in report.page([path])

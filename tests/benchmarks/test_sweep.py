@@ -1,0 +1,286 @@
+"""Configurations, resuming after a kill, failing backends, and the command line, on a CPU with the torch backend."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import backends
+import benchmark
+import configs
+import measure
+import mla_runner
+import pytest
+import sweep
+import torch
+from common import ERROR, OK, UNAVAILABLE, BenchmarkConfig, BenchmarkResult, load_json
+from measure import Settings
+
+from .conftest import SUITE
+
+CONFIGS = sorted((SUITE / "configs").glob("*.yaml"))
+FAST = Settings(repeats=1, warmup_iters=1, budget_s=0.0)
+CPU = torch.device("cpu")
+SMALL = {"tokens": 3, "heads": 2}
+
+
+def small_config(**extra) -> configs.Config:
+    return configs.from_mapping(
+        {"workload": "concat_k", "backends": ["torch"], "params": {"tokens": [1, 2, 3, 4], "heads": 2}, **extra}
+    )
+
+
+def run(config: configs.Config, path: Path, **arguments) -> tuple[list[BenchmarkResult], bool]:
+    journal = sweep.Journal.open(path, "mark")
+    return sweep.run(sweep.plan(config, "cpu"), "cpu", FAST, journal, isolate=False, **arguments)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_runs_at_quick_size(path: Path, tmp_path: Path) -> None:
+    config = configs.load(path, quick=True)
+    wanted = ("default", "torch", "torch_cat")
+    for i, case in enumerate(config.cases):
+        chosen = tuple(n for n in wanted if n in backends.names(case.workload))
+        config.cases[i] = configs.Case(case.workload, case.params, chosen)
+    results, complete = run(config, tmp_path / "rows.jsonl")
+    assert complete
+    assert results
+    assert {(r.status, r.reason) for r in results} == {(OK, "")}
+    assert all(r.median_us and r.distance is not None for r in results)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_plans_at_full_size(path: Path) -> None:
+    config = configs.load(path)
+    assert config.description
+    rows = sweep.plan(config, "cuda:0")
+    assert len({row.key() for row in rows}) == len(rows)
+
+
+def test_all_named_configs_exist() -> None:
+    from run_h200 import ORDER
+
+    assert sorted(p.stem for p in CONFIGS) == sorted(ORDER)
+
+
+def test_ops_config_has_a_target_for_every_row_of_the_table() -> None:
+    config = configs.load(SUITE / "configs" / "ops.yaml")
+    targets = {(c.workload, *c.params.values()): c.target_us for c in config.cases if c.target_us}
+    assert targets["sparse_decode", "packed", 16, 128] == 58
+    assert targets["sparse_decode", "packed", 32, 8] == 14
+    assert targets["sparse_decode", "bf16", 8, 1] == 7.5
+    assert targets["dense_decode", "128q1s8k", 64, 64] == 500
+    assert targets["dense_decode", "q1s8k", 16, 64] == 12
+    assert ("dense_decode", "q1s8k", 64, 64) not in targets
+    assert len(targets) == 15 + 10 + 4 + 2 + 3 + 2 + 6 + 2 + 2
+    relative = [(c.workload, c.target_vs_peer) for c in config.cases if c.target_vs_peer]
+    assert sorted(relative) == [("logits_paged", 1.15)] * 6 + [("sparse_prefill", 0.667)] * 4
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ({}, "workload"),
+        ({"workload": "nope"}, "nope"),
+        ({"workload": "topk", "parms": {}}, "parms"),
+        ({"workload": "topk", "params": {"row": 1}}, "row"),
+        ({"workload": "topk", "params": {"rows": []}}, "rows"),
+        ({"workload": "topk", "mode": "fast"}, "mode"),
+        ({"workload": "dense_decode", "batch_specs": ["8q1s1k_x"]}, "segment 'x'"),
+    ],
+)
+def test_bad_configs(content: dict, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        configs.from_mapping(content)
+
+
+def test_finished_rows_are_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "rows.jsonl"
+    measured: list[int] = []
+
+    def stop_after_two(result: BenchmarkResult, done: int, total: int) -> None:
+        measured.append(result.params["tokens"])
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(small_config(), path, on_row=stop_after_two)
+    first = json.loads(path.read_text().splitlines()[1])["result"]
+    path.write_text(path.read_text() + '{"fingerprint": "mark", "key": "half a li')  # a kill in the middle of a write
+
+    measured.clear()
+    results, complete = run(small_config(), path, on_row=lambda r, done, total: measured.append(r.params["tokens"]))
+    assert complete
+    assert measured == [3, 4]
+    assert [r.params["tokens"] for r in results] == [1, 2, 3, 4]
+    assert results[0].median_us == first["median_us"]
+    assert sweep.Journal.open(path, "mark").finished(sweep.plan(small_config(), "cpu")[3]) is not None
+    assert not sweep.Journal.open(path, "another environment").rows
+
+
+def test_failed_rows_are_tried_again(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    [row, *_] = sweep.plan(small_config(), "cpu")
+    sweep.Journal.open(path, "mark").add(row, row.failed("the process ended with code -11"))
+    results, _ = run(small_config(), path)
+    assert results[0].status == OK
+
+
+def test_the_deadline_keeps_what_is_done(tmp_path: Path) -> None:
+    results, complete = run(small_config(), tmp_path / "rows.jsonl", deadline=time.monotonic() - 1)
+    assert (results, complete) == ([], False)
+
+
+def test_the_fingerprint_follows_settings_and_environment() -> None:
+    env = {"device": "a", "driver": "1", "libraries": {}, "sources": "x", "date": "today"}
+    mark = sweep.fingerprint(FAST, env)
+    assert sweep.fingerprint(FAST, {**env, "date": "tomorrow"}) == mark
+    assert sweep.fingerprint(FAST, {**env, "sources": "y"}) != mark
+    assert sweep.fingerprint(Settings(repeats=2), env) != mark
+
+
+def test_a_crashing_row_costs_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The child dies on tokens=2; the rows before and after it keep their results."""
+    script = tmp_path / "worker_that_dies.py"
+    script.write_text(
+        "import os, sys\n"
+        f"sys.path[:0] = [{str(SUITE)!r}]\n"
+        "import worker\n"
+        "import measure\n"
+        "real = measure.measure\n"
+        "def dying(name, params, *rest):\n"
+        "    if params['tokens'] == 2:\n"
+        "        print('out of luck', file=sys.stderr, flush=True)\n"
+        "        os.kill(os.getpid(), 9)\n"
+        "    return real(name, params, *rest)\n"
+        "measure.measure = dying\n"
+        "sys.exit(worker.main())\n"
+    )
+    monkeypatch.setattr(sweep.worker, "__file__", str(script))
+    config = small_config(params={"tokens": [1, 2, 3], "heads": 2})
+    journal = sweep.Journal.open(tmp_path / "rows.jsonl", "mark")
+    results, complete = sweep.run(sweep.plan(config, "cpu"), "cpu", FAST, journal, isolate=True)
+    assert complete
+    assert [r.status for r in results] == [OK, ERROR, OK]
+    assert "code -9" in results[1].reason
+    assert "out of luck" in results[1].reason
+    assert journal.ceilings["read_gbps"] > 0
+
+
+def test_a_wrong_backend_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nsa_backend_plugin.ops.concat import reference
+
+    monkeypatch.setattr(reference, "mla_k", lambda k_nope, k_rope, *, out: out.zero_())
+    # The check compares with torch.cat's bytes through another path, so a broken implementation cannot agree with it.
+    result = measure.measure("concat_k", {"tokens": 5, "heads": 2}, "torch_cat", CPU, FAST)
+    assert result.status == ERROR
+    assert "wrong result" in result.reason
+    assert result.median_us is None
+
+
+def test_backends_that_cannot_run_say_why() -> None:
+    missing = measure.measure("concat_k", SMALL, "nonsense", CPU, FAST)
+    assert missing.status == UNAVAILABLE
+    assert "torch_cat" in missing.reason
+    peer = measure.measure("concat_k", SMALL, "sglang_jit", CPU, FAST)
+    assert (peer.status, peer.reason) == (UNAVAILABLE, "needs a GPU")
+
+
+def test_an_exception_is_an_error_row(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import peers
+
+    def broken(problem):
+        raise RuntimeError("no such kernel")
+
+    key = ("concat_k", "torch_cat")
+    monkeypatch.setitem(peers.PEERS, key, peers.Peer(*key, broken, gpu=False))
+    result = measure.measure("concat_k", SMALL, "torch_cat", CPU, FAST)
+    assert (result.status, result.reason) == (ERROR, "RuntimeError: no such kernel")
+
+
+def test_all_leaves_the_reference_out_on_a_gpu_only() -> None:
+    assert "torch" in backends.choose(["all"], "topk", "cpu")
+    assert "torch" not in backends.choose(["all"], "topk", "cuda:0")
+    assert backends.choose(["torch", "flashmla", "torch"], "topk", "cuda:0") == ["torch", "flash_mla"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "sweep_params", "workload"),
+    [
+        ("2q1s40", {"num_kv_splits": 2}, "dense_decode"),
+        ("2q1s40", {"reorder_batch_threshold": 4}, "mla_batch"),
+        ("q4s20_q1s30", {"reorder_batch_threshold": 4}, "mla_batch"),
+    ],
+)
+def test_python_api(spec: str, sweep_params: dict, workload: str) -> None:
+    config = BenchmarkConfig("torch", spec, 1, num_q_heads=2, block_size=16, device="cpu", repeats=1, warmup_iters=1)
+    result = mla_runner.run_mla_benchmark("torch", config, pool_slots=128, **sweep_params)
+    assert (result.status, result.reason) == (OK, "")
+    assert result.workload == workload
+    assert result.mean_time > 0
+    with pytest.raises(ValueError, match="num_splits"):
+        mla_runner.run_mla_benchmark("torch", config, num_splits=2)
+
+
+def options(*words: str):
+    return benchmark.build_parser().parse_args(words)
+
+
+def test_command_line_sweep() -> None:
+    words = ("--backend", "torch", "--batch-specs", "q1s8", "q2s8", "--sweep-param", "num_kv_splits")
+    config = benchmark.configuration(options(*words, "--sweep-values", "1", "2", "--num-q-heads", "4"))
+    cases = [(c.workload, c.params["num_kv_splits"], c.params["heads"]) for c in config.cases]
+    assert cases == [("dense_decode", 1, 4), ("dense_decode", 2, 4), ("mla_batch", 1, 4), ("mla_batch", 2, 4)]
+    standard = benchmark.configuration(options("--backends", "flash", "triton", "--batch-specs", "q1s8"))
+    assert standard.cases[0].workload == "standard"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        ("--batch-specs", "x"),
+        ("--batch-specs", "q1s8", "--sweep-param", "heads"),
+        ("--batch-specs", "q1s8", "--sweep-param", "nonsense", "--sweep-values", "1"),
+        ("--config", "does-not-exist.yaml"),
+        ("compare", "one.json"),
+        ("compare", "none.json", "nothing.json"),
+    ],
+)
+def test_bad_command_lines(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmark.main([*words]) == 2
+    assert "error:" in capsys.readouterr().err
+
+
+def test_killed_run_resumes(tmp_path: Path) -> None:
+    """The real command, killed with SIGKILL after its first rows, then run again."""
+    config = tmp_path / "many.yaml"
+    tokens = list(range(1, 41))
+    config.write_text(f"workload: concat_k\nbackends: [torch]\nparams: {{heads: 4, tokens: {tokens}}}\n")
+    output = tmp_path / "out.json"
+    command = [sys.executable, str(SUITE / "benchmark.py"), "--config", str(config), "--device", "cpu"]
+    command += ["--repeats", "3", "--output-json", str(output), "--output-csv", str(tmp_path / "out.csv")]
+    journal = tmp_path / "out.json.rows.jsonl"
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert child.stdout is not None
+    for line in child.stdout:
+        if line.startswith("[3/40]"):
+            break
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    kept = len(journal.read_text().splitlines()) - 1  # less the ceilings
+    assert 3 <= kept < 40
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert " rows kept from an interrupted run" in again.stdout
+    formatter, rows = load_json(output)
+    assert formatter.complete
+    assert [r.params["tokens"] for r in rows] == tokens
+    assert {"device", "driver", "libraries", "commit", "date", "command"} <= set(formatter.environment)
+    assert str(tmp_path) not in formatter.environment["command"]
+    assert not journal.exists()
