@@ -112,7 +112,8 @@ def entry_points(environment: Mapping[str, str], on_cpu: bool, problems: Problem
     platform by name (SGLANG_PLUGINS is then not asked for it) and skips the plugins of every other package that
     provides a platform, which this one does.
     """
-    allowed = {name.strip() for name in environment.get("SGLANG_PLUGINS", "").split(",") if name.strip()}
+    listed = environment.get("SGLANG_PLUGINS", "")
+    allowed = {name.strip() for name in listed.split(",")}
     selected = environment.get("SGLANG_PLATFORM", "")
     rows = []
     for group, name in ((PLUGINS_GROUP, PLUGIN), (PLATFORMS_GROUP, PLATFORM)):
@@ -120,12 +121,15 @@ def entry_points(environment: Mapping[str, str], on_cpu: bool, problems: Problem
         reason, todo = "", ""
         points = [p for p in metadata.entry_points(group=group) if p.name == name]
         if not points:
-            reason, todo = "the package's metadata is missing", f"install {_DISTRIBUTION} for {sys.executable}: pip install --no-deps . from a clone"
+            reason, todo = (
+                "the package's metadata is missing",
+                f"install {_DISTRIBUTION} for {sys.executable}: pip install --no-deps . from a clone",
+            )
         elif selected and selected != PLATFORM:
             reason = f"SGLANG_PLATFORM={selected} skips packages with another platform"
             todo = f"unset SGLANG_PLATFORM, or set it to {PLATFORM} on a machine without a GPU"
-        elif allowed and name not in allowed and not (selected and group == PLATFORMS_GROUP):
-            reason = f"SGLANG_PLUGINS={environment['SGLANG_PLUGINS']} does not list it"
+        elif listed and name not in allowed and not (selected and group == PLATFORMS_GROUP):
+            reason = f"SGLANG_PLUGINS={listed} does not list it"
             todo = f"add {name} to SGLANG_PLUGINS, or unset it"
         else:
             try:

@@ -1,0 +1,265 @@
+"""The nsa-plugin command: dispatch, doctor's findings, the demo's judgement, generated pages."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nsa_backend_plugin import cli, settings
+from nsa_backend_plugin.commands import demo, doctor, hooks
+from nsa_backend_plugin.ops import registry
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch):
+    for name in list(os.environ):
+        if name.startswith(("NSA_PLUGIN_", "SGLANG_")):
+            monkeypatch.delenv(name)
+
+
+def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "nsa_backend_plugin.cli", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "0", **environment},
+        timeout=300,
+    )
+
+
+def test_every_command_file_is_a_subcommand(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert {"demo", "doctor", "envs", "hooks"} <= set(cli.command_names())
+    assert all(name in text for name in cli.command_names())
+
+
+def test_only_the_named_command_is_imported(monkeypatch):
+    loaded = []
+    monkeypatch.setattr(cli, "_load", lambda name, load=cli._load: loaded.append(name) or load(name))
+    cli.main(["envs"])
+    assert loaded == ["envs"]
+
+
+def test_unknown_command_lists_the_valid_ones(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["doctr"])
+    assert caught.value.code == 2
+    assert "doctor" in capsys.readouterr().err
+
+
+def test_exit_code_is_the_commands(monkeypatch):
+    monkeypatch.setattr("nsa_backend_plugin.commands.envs.run", lambda options: 7)
+    assert cli.main(["envs"]) == 7
+    monkeypatch.setattr(
+        "nsa_backend_plugin.commands.envs.run", lambda options: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
+    assert cli.main(["envs"]) == 130
+
+
+def test_envs_prints_the_page(capsys):
+    assert cli.main(["envs"]) == 0
+    assert capsys.readouterr().out == settings.markdown()
+
+
+def test_hook_page_is_what_the_command_prints():
+    assert (ROOT / "docs/hooks.md").read_text() == hooks.markdown(), "run: nsa-plugin hooks > docs/hooks.md"
+
+
+def test_doctor_reports_everything_and_finds_nothing_wrong():
+    done = command("doctor", "--json")
+    report = json.loads(done.stdout)
+    assert report["problems"] == []
+    assert done.returncode == 0
+    assert report["versions"]["sglang"]
+    assert report["versions"]["torch"]
+    assert report["device"]["arch"]
+    assert report["device"]["fp8"].startswith("float8_e4m3")
+    assert [row["operation"] for row in report["operations"]] == [o.name for o in registry.operations()]
+    for row in report["operations"]:
+        assert sum(i["chosen"] for i in row["implementations"]) == 1
+        assert all(i["ok"] or i["reason"] for i in row["implementations"])
+    assert [row["name"] for row in report["settings"]] == list(settings.SETTINGS)
+    assert all(row["exists"] for row in report["hooks"] if row["needed"])
+    assert len(report["hooks"]) > 5
+
+
+def test_doctor_says_what_is_wrong_and_what_to_do():
+    done = command(
+        "doctor", NSA_PLUGIN_TOPK_IMPL="magic", NSA_PLUGIN_EXAKT="1", NSA_PLUGIN_CPU="2", SGLANG_PLUGINS="another"
+    )
+    assert done.returncode == 1
+    for words in (
+        "NSA_PLUGIN_TOPK_IMPL='magic': expected one of",
+        "unknown setting NSA_PLUGIN_EXAKT='1'",
+        "NSA_PLUGIN_CPU='2': expected one of auto, 0, 1",
+        "SGLANG_PLUGINS=another does not list it",
+        "add nsa_plugin to SGLANG_PLUGINS, or unset it",
+    ):
+        assert words in done.stdout
+    assert "    -> " in done.stdout
+
+
+def test_doctor_disabled_is_a_problem(monkeypatch):
+    monkeypatch.setenv("NSA_PLUGIN_DISABLE", "1")
+    problems = doctor.Problems()
+    rows = doctor.settings_in_force(problems)
+    assert {"name": "NSA_PLUGIN_DISABLE", "value": "1", "source": "environment"} in rows
+    assert [p["todo"] for p in problems] == ["unset NSA_PLUGIN_DISABLE"]
+
+
+def test_doctor_without_sglang_or_torch():
+    problems = doctor.Problems()
+    doctor.check_versions({"torch": None, "sglang": None}, problems)
+    assert [p["problem"] for p in problems] == ["torch is not installed", "sglang is not installed"]
+
+
+def test_doctor_refuses_an_unsupported_release(monkeypatch):
+    monkeypatch.setattr("nsa_backend_plugin.engine.compat.version", lambda: "0.5.15")
+    problems = doctor.Problems()
+    doctor.check_versions({"torch": "2", "sglang": "0.5.15"}, problems)
+    assert "SGLang 0.5.15 is not supported" in problems[0]["problem"]
+
+
+def test_doctor_reports_a_forced_implementation_that_cannot_run(monkeypatch):
+    monkeypatch.setattr(registry, "_available", lambda op, name, arch: registry.Support(False, "no such engine"))
+    problems = doctor.Problems()
+    rows = doctor.operations("cpu", problems)
+    assert len(problems) == len(rows) == len(registry.operations())
+    assert "no such engine" in problems[0]["problem"]
+
+
+ENVIRONMENTS = [
+    {},
+    {"SGLANG_PLUGINS": "nsa_plugin"},
+    {"SGLANG_PLUGINS": " nsa_plugin , nsa_plugin_cpu"},
+    {"SGLANG_PLUGINS": "another"},
+    {"SGLANG_PLUGINS": ","},
+    {"SGLANG_PLATFORM": "nsa_plugin_cpu"},
+    {"SGLANG_PLATFORM": "nsa_plugin_cpu", "SGLANG_PLUGINS": "nsa_plugin"},
+    {"SGLANG_PLATFORM": "another"},
+]
+
+
+def test_doctor_knows_sglangs_loading_rules():
+    """The doctor's verdict on nsa_plugin against SGLang's own loader, for every combination above."""
+    code = f"""
+import json, os
+from sglang.srt import plugins
+verdicts = []
+for environment in {ENVIRONMENTS!r}:
+    os.environ.update(environment)
+    loaded = plugins.load_plugins_by_group(plugins.GENERAL_PLUGINS_GROUP, plugins._get_excluded_dists())
+    verdicts.append("nsa_plugin" in loaded)
+    for name in environment:
+        del os.environ[name]
+print("VERDICTS", json.dumps(verdicts))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
+    actual = json.loads(done.stdout.rsplit("VERDICTS", 1)[1])
+    reported = [doctor.entry_points(environment, True, doctor.Problems())[0]["loaded"] for environment in ENVIRONMENTS]
+    assert reported == actual
+    assert True in actual
+    assert False in actual
+
+
+@pytest.mark.parametrize("environment, on_cpu, names", [
+    ({"SGLANG_PLUGINS": "nsa_plugin"}, True, ["nsa_plugin_cpu"]),
+    ({"SGLANG_PLUGINS": "nsa_plugin"}, False, []),
+    ({"SGLANG_PLUGINS": "nsa_plugin_cpu"}, False, ["nsa_plugin"]),
+    ({"SGLANG_PLATFORM": "another"}, False, ["nsa_plugin"]),
+    ({"SGLANG_PLATFORM": "nsa_plugin_cpu"}, True, []),
+    ({"SGLANG_PLATFORM": "nsa_plugin_cpu"}, False, ["SGLANG_PLATFORM=nsa_plugin_cpu on a machine with a GPU"]),
+])  # fmt: skip
+def test_doctor_only_complains_about_the_entry_points_that_are_needed(environment, on_cpu, names):
+    problems = doctor.Problems()
+    doctor.entry_points(environment, on_cpu, problems)
+    assert len(problems) == len(names)
+    for name, problem in zip(names, problems, strict=True):
+        assert name in problem["problem"]
+        assert problem["todo"]
+
+
+class FakeServer:
+    """Answers every question with the given text."""
+
+    def __init__(self, text: str):
+        self.text = text
+        self.bodies: list[dict] = []
+
+    def post(self, path: str, body: dict) -> dict:
+        assert path == "/generate"
+        self.bodies.append(body)
+        return {"text": self.text, "meta_info": {"prompt_tokens": 5, "completion_tokens": 3}}
+
+
+QUESTIONS = ROOT / "examples/demo/problems.jsonl"
+
+
+def test_demo_questions():
+    questions = demo.load_questions(QUESTIONS)
+    assert [q.kind for q in questions] == ["problem"] * 6 + ["recall"]
+    for q in questions:
+        assert q.answer.isdigit()
+        assert q.prompt.endswith(f"Question: {q.question}\nAnswer:")
+        assert "####" in q.prompt, "worked examples go first"
+    recall = questions[-1]
+    assert recall.prompt.index(f": {recall.answer}.") < 200, "the memo stands at the start"
+    assert len(recall.prompt) > 1500, "and the question far from it"
+
+
+def test_demo_problems_are_held_out():
+    """No operand pair of a question is one that training used (`is_test_pair` in examples/tiny_dsa/data.py)."""
+    for q in demo.load_questions(QUESTIONS)[:-1]:
+        row = next(r for r in map(json.loads, QUESTIONS.read_text().splitlines()) if r["question"] == q.question)
+        marks = [part.split("=")[0] for part in row["answer"].split("<<")[1:]]
+        for mark in marks:
+            a, b = map(int, mark.replace("-", "+").split("+"))
+            assert (a * 37 + b * 101) % 8 == 3
+
+
+@pytest.mark.parametrize(
+    "text, answer",
+    [(" 3+4=7.\n#### 7\n\n", "7"), ("#### 1\n#### 2", "1"), ("seven", None), ("####", None), ("#### -12", "-12")],
+)
+def test_demo_final_answer(text, answer):
+    assert demo.final_answer(text) == answer
+
+
+def test_demo_counts_right_answers(capsys):
+    questions = demo.load_questions(QUESTIONS)
+    first = questions[0].answer
+    server = FakeServer(f" so it is\n#### {first}")
+    right = demo.ask_all(server, questions)
+    assert right == sum(q.answer == first for q in questions) < len(questions)
+    text = capsys.readouterr().out
+    assert f"WRONG, expected {questions[1].answer}" in text
+    assert "tokens/s" in text
+    assert server.bodies[0]["sampling_params"]["temperature"] == 0
+    assert demo.ask_all(FakeServer("noise"), questions) == 0
+
+
+def test_demo_shows_the_servers_own_kernel_lines(tmp_path, capsys):
+    log = tmp_path / "server.log"
+    log.write_text(
+        "[t] nsa_plugin op topk.select: torch (x declined)\nnoise: no\n[t] nsa_plugin op concat.q_all: torch\n"
+    )
+    demo.print_kernels(log)
+    assert capsys.readouterr().out.split("\n")[2:4] == [
+        "    topk.select: torch (x declined)",
+        "    concat.q_all: torch",
+    ]
+
+
+def test_demo_without_the_model(tmp_path, capsys):
+    assert cli.main(["demo", "--model-path", str(tmp_path / "absent")]) == 2
+    assert "pass --model-path" in capsys.readouterr().err
