@@ -149,7 +149,7 @@ def test_declines_and_refuses() -> None:
     q, kv, indices = make(2, 16, 64)
     with pytest.raises(ValueError, match="only bfloat16"):
         sparse_mla.attend(q.half(), kv, indices, SCALE, impl="cuda")
+    workspace = torch.empty(8, dtype=torch.uint8, device="cuda")
     with pytest.raises(ValueError, match=r"workspace\.numel\(\)=8"):
-        workspace = torch.empty(8, dtype=torch.uint8, device="cuda")
         sparse_mla.attend(q, kv, indices, SCALE, impl="cuda", workspace=workspace)
     assert cuda.available(device_arch("cuda")).ok
