@@ -22,8 +22,8 @@ OWN = ("triton", "cuda", "tilelang")
 ALIASES = {
     "flashmla": "flash_mla",
     "flashattn_mla": "fa3",
-    "flashinfer": "flashinfer_mla",
-    "flash": "fa3",
+    "flashinfer_mla": "flashinfer",
+    "cutlass_mla": "cutlass",
     "deepgemm": "deep_gemm",
 }
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import peers_mla
 import peers_standard
 import torch
 from workloads import Problem
@@ -224,6 +225,11 @@ def _torch_cat(problem: Problem) -> Call:
 PEERS = {
     (p.workload, p.name): p
     for p in (
+        Peer("sparse_decode", "flash_mla_planned", peers_mla.flash_mla_planned, ("sgl_kernel",)),
+        Peer("sparse_decode", "fa3_planned", peers_mla.fa3_sparse, ("sgl_kernel",)),
+        Peer("sparse_prefill", "flash_mla_planned", peers_mla.flash_mla_planned, ("sgl_kernel",)),
+        Peer("dense_decode", "flash_mla_planned", peers_mla.flash_mla_dense, ("sgl_kernel",)),
+        Peer("dense_decode", "fa3_planned", peers_mla.fa3_dense, ("sgl_kernel",)),
         Peer("dense_decode", "sglang_triton", _sglang_triton_decode, ("sglang",)),
         Peer("logits_paged", "deep_gemm_planned", _deep_gemm_planned, ("deep_gemm",)),
         Peer("topk", "sglang_topk_v2", _sglang_topk, ("sglang",)),

@@ -75,7 +75,14 @@ def build(params: Mapping[str, Any], device: torch.device) -> Problem:
         checked=base.rows_checked(rows),
         bytes=touched,
         flops=2 * heads * sum(lengths) * (base.HEAD_DIM + base.VALUE_DIM),
-        extra={"pool": pool, "seq_lens": seq_lens, "lengths": lengths, "page_size": page, "heads": heads},
+        extra={
+            "pool": pool,
+            "seq_lens": seq_lens,
+            "lengths": lengths,
+            "page_size": page,
+            "heads": heads,
+            "peers_need": {} if page == 64 else {"flash_mla_planned": "reads pages of 64 tokens only"},
+        },
     )
 
 

@@ -82,7 +82,13 @@ def _problem(params: Mapping[str, Any], pool: torch.Tensor, indices, rows_read: 
         checked=base.rows_checked(tokens),
         bytes=touched,
         flops=2 * tokens * heads * topk * (base.HEAD_DIM + base.VALUE_DIM),
-        extra={"pool": pool, "tokens": tokens, "heads": heads, "topk": topk},
+        extra={
+            "pool": pool,
+            "tokens": tokens,
+            "heads": heads,
+            "topk": topk,
+            "peers_need": {} if params["kv"] == "bf16" else {"fa3_planned": "reads bf16 rows only"},
+        },
     )
 
 

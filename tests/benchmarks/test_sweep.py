@@ -176,7 +176,7 @@ def test_a_wrong_backend_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     from nsa_backend_plugin.ops.concat import reference
 
     monkeypatch.setattr(reference, "mla_k", lambda k_nope, k_rope, *, out: out.zero_())
-    # The check compares with torch.cat's bytes through another path, so a broken implementation cannot agree with it.
+    # The reference is the broken one here, so the correct backend is the one that disagrees.
     result = measure.measure("concat_k", {"tokens": 5, "heads": 2}, "torch_cat", CPU, FAST)
     assert result.status == ERROR
     assert "wrong result" in result.reason
@@ -207,6 +207,9 @@ def test_all_leaves_the_reference_out_on_a_gpu_only() -> None:
     assert "torch" in backends.choose(["all"], "topk", "cpu")
     assert "torch" not in backends.choose(["all"], "topk", "cuda:0")
     assert backends.choose(["torch", "flashmla", "torch"], "topk", "cuda:0") == ["torch", "flash_mla"]
+    assert set(backends.ALIASES.values()) <= {
+        n for w in ("dense_decode", "logits_paged") for n in backends.names(w)
+    } | {"deep_gemm"}
 
 
 @pytest.mark.parametrize(
