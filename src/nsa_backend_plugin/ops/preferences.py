@@ -32,7 +32,13 @@ def _matches(value: Any, want: Any) -> bool:
     return want[0] <= value <= want[1] if isinstance(want, tuple) else value == want
 
 
-TABLE: tuple[Preference, ...] = ()
+_OPS_RUN = "benchmarks/benchmark.py --config benchmarks/configs/ops.yaml, NVIDIA H200, 2026-11-21"
+
+TABLE: tuple[Preference, ...] = (
+    Preference("sparse_mla.attend", "sm_90", ("cuda", "triton"), _OPS_RUN, {"kv": "packed", "heads": (1, 32)}),
+    Preference("topk.select", "sm_90", ("cuda", "triton"), _OPS_RUN),
+    Preference("dense_mla.decode", "sm_90", ("fa3", "triton"), _OPS_RUN, {"heads": (33, 128), "batch": (8, 1 << 20)}),
+)
 
 
 def order(operation: str, arch: str, shape: Mapping[str, Any]) -> tuple[str, ...]:
