@@ -182,7 +182,7 @@ def tune(shape: Shape, device: torch.device, log: Callable[[str], None]) -> list
     count = clock.input_sets(bytes_read, 4 * shape.rows * (shape.keys + shape.heads * QUERY_DIM), device, cap=24)
     sets = [make_inputs(shape, device) for _ in range(count)]
     want = expected(shape, kv, sets[0])
-    results = []
+    results: list[dict[str, Any]] = []
     for config, splits in configurations(shape, arch):
         row: dict[str, Any] = {"shape": str(shape), **asdict(config), "splits": splits, "today": not results}
         results.append(row)
