@@ -73,10 +73,10 @@ def select(impl: str, logits: torch.Tensor, lengths: torch.Tensor, k: int, **kwa
 
 @pytest.mark.parametrize("impl", implementations())
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("columns, k", [(300, 48), (9001, 512)])
+@pytest.mark.parametrize("columns, k", [(300, 48), (9001, 512), (9001, 1)])
 def test_select(device, impl, kind, columns, k):
     logits = rows_of(kind, 6, columns, device)
-    lengths = torch.tensor([0, 1, k - 1, k, k + 1, columns], dtype=torch.int32, device=device)
+    lengths = torch.tensor([0, 1, max(k - 1, 1), k, k + 1, columns], dtype=torch.int32, device=device)
     check(select(impl, logits, lengths, k), logits, lengths, k)
 
 

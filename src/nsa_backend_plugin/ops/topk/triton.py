@@ -58,30 +58,23 @@ def _kth_largest(key, rank):
 
 
 @triton.jit
-def _slot(index, table, exists, PAGE_SIZE: tl.constexpr):
-    if PAGE_SIZE:
-        return tl.load(table + index // PAGE_SIZE, mask=exists, other=0) * PAGE_SIZE + index % PAGE_SIZE
-    return index
-
-
-@triton.jit
-def _emit(key, index, threshold, ties_wanted, ties_seen, taken, out, table, PAGE_SIZE: tl.constexpr):
+def _emit(key, index, threshold, ties_wanted, ties_seen, taken, out):
     """Write the block's share of the result: keys above the threshold, and the first ties. Returns new totals."""
     tie = (key == threshold).to(tl.int32)
     tie_rank = ties_seen + tl.cumsum(tie, 0) - tie
     take = (key > threshold) | ((tie == 1) & (tie_rank < ties_wanted))
     position = taken + tl.cumsum(take.to(tl.int32), 0) - 1
-    tl.store(out + position, _slot(index, table, take, PAGE_SIZE), mask=take)
+    tl.store(out + position, index, mask=take)
     return ties_seen + tl.sum(tie, 0), taken + tl.sum(take.to(tl.int32), 0)
 
 
 @triton.jit
-def _select_block(logits, index, exists, k, out, table, PAGE_SIZE: tl.constexpr):
+def _select_block(logits, index, exists, k, out):
     """Top-k of one block of candidates, which are in index order."""
     key = _load_keys(logits, index, exists)
     threshold = _kth_largest(key, k)
     wanted = k - tl.sum((key > threshold).to(tl.int32), 0)
-    _emit(key, index, threshold, wanted, 0, 0, out, table, PAGE_SIZE)
+    _emit(key, index, threshold, wanted, 0, 0, out)
 
 
 @triton.jit
@@ -93,7 +86,7 @@ def _sample_threshold(logits, length, k, SAMPLE: tl.constexpr):
     """
     i = tl.arange(0, SAMPLE)
     index = (i // 4) * 4 * (length // SAMPLE) + i % 4
-    expected = k.to(tl.float32) * SAMPLE / length
+    expected = SAMPLE / length.to(tl.float32) * k  # k, when 1, is a compile-time int
     rank = (expected + 8 * tl.sqrt(expected)).to(tl.int32) + 8
     return _kth_largest(_load_keys(logits, index, index < length), rank)
 
@@ -113,7 +106,7 @@ def _collect(logits, length, threshold, candidates, CHUNK: tl.constexpr, BLOCK: 
 
 
 @triton.jit
-def _select_streaming(logits, length, k, out, table, PAGE_SIZE: tl.constexpr, CHUNK: tl.constexpr):
+def _select_streaming(logits, length, k, out, CHUNK: tl.constexpr):
     """Top-k of a row of any length and content: bisection on the whole row, one bit a pass."""
     i = tl.arange(0, CHUNK)
     threshold = tl.zeros((), tl.uint32)
@@ -132,7 +125,7 @@ def _select_streaming(logits, length, k, out, table, PAGE_SIZE: tl.constexpr, CH
     taken = 0
     for begin in range(0, length, CHUNK):
         key = _load_keys(logits, begin + i, begin + i < length)
-        ties_seen, taken = _emit(key, begin + i, threshold, k - above, ties_seen, taken, out, table, PAGE_SIZE)
+        ties_seen, taken = _emit(key, begin + i, threshold, k - above, ties_seen, taken, out)
 
 
 @triton.jit
@@ -154,38 +147,43 @@ def _select_kernel(
     LONG: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    CHUNK: tl.constexpr = BLOCK // 2  # of passes over a long row: half the registers
+    SAMPLE: tl.constexpr = BLOCK // 2
+    CHUNK: tl.constexpr = BLOCK // 4  # of the passes over a long row, which hold more in registers
     own_candidates = candidates + tl.program_id(0).to(tl.int64) * BLOCK
     i = tl.arange(0, BLOCK)
+    j = tl.arange(0, BLOCK // 2)  # covers k
     row = tl.program_id(0)
     while row < rows:
         length = tl.load(lengths + row)
         row_logits = logits + row.to(tl.int64) * logits_stride
         if HAS_STARTS:
             row_logits += tl.load(row_starts + row)
-        table = page_table
-        if PAGE_SIZE:
-            if HAS_PAGE_ROWS:
-                table += tl.load(page_rows + row).to(tl.int64) * table_stride
-            else:
-                table += row.to(tl.int64) * table_stride
         row_out = out + row.to(tl.int64) * k
 
         if length <= k:
-            slot = _slot(i, table, i < length, PAGE_SIZE)
-            tl.store(row_out + i, tl.where(i < length, slot, -1), mask=i < k)
+            tl.store(row_out + i, tl.where(i < length, i, -1), mask=i < k)
         elif length <= BLOCK:
-            _select_block(row_logits, i, i < length, k, row_out, table, PAGE_SIZE)
+            _select_block(row_logits, i, i < length, k, row_out)
         elif LONG:
-            threshold = _sample_threshold(row_logits, length, k, CHUNK)
+            threshold = _sample_threshold(row_logits, length, k, SAMPLE)
             count = _collect(row_logits, length, threshold, own_candidates, CHUNK, BLOCK)
             if (count >= k) & (count <= BLOCK):
                 tl.debug_barrier()  # other threads of this program stored what this one loads
                 index = tl.load(own_candidates + i, mask=i < count, other=0)
-                _select_block(row_logits, index, i < count, k, row_out, table, PAGE_SIZE)
+                _select_block(row_logits, index, i < count, k, row_out)
                 tl.debug_barrier()  # before the next row's candidates overwrite these
             else:
-                _select_streaming(row_logits, length, k, row_out, table, PAGE_SIZE, CHUNK)
+                _select_streaming(row_logits, length, k, row_out, CHUNK)
+
+        if PAGE_SIZE:
+            tl.debug_barrier()  # the row's indices are stored by other threads
+            table_row = row
+            if HAS_PAGE_ROWS:
+                table_row = tl.load(page_rows + row)
+            table = page_table + table_row.to(tl.int64) * table_stride
+            index = tl.load(row_out + j, mask=j < k, other=-1)
+            page = tl.load(table + index // PAGE_SIZE, mask=index >= 0, other=0)
+            tl.store(row_out + j, page * PAGE_SIZE + index % PAGE_SIZE, mask=index >= 0)
         row += tl.num_programs(0)
 
 
