@@ -87,8 +87,8 @@ def pip(progress: Progress, python: Path, log: Path, title: str, *arguments: str
             raise
     if code:
         progress.finish()
-        errors = [line for line in lines if line.startswith("ERROR")]
-        print("".join([*lines[:1], *lines[-15:], "\n", *errors]), file=sys.stderr)
+        errors = [line for line in lines[:-15] if line.startswith("ERROR")]
+        print("".join([*errors, *lines[-15:]]), file=sys.stderr)
         raise SystemExit(f"{title}: pip failed with exit code {code}; complete output in {log}")
 
 
