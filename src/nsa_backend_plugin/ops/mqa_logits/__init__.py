@@ -51,8 +51,8 @@ def paged(
     checks.tensor("block_table", block_table, (batch, None), torch.int32, cache.device)
     checks.positive("max_context_len", max_context_len)
     checks.index_range("context_lens", context_lens, 0, min(max_context_len, block_table.shape[1] * page_size) + 1)
-    out = _output(out, batch * next_n, max_context_len, q.device)
-    _paged(
+    out = _check_output(out, batch * next_n, max_context_len, q.device)
+    return _paged(
         impl,
         q.device,
         {"batch": batch, "next_n": next_n, "heads": heads, "layout": layout, "context": max_context_len},
@@ -67,7 +67,6 @@ def paged(
         clean=clean,
         out=out,
     )
-    return out
 
 
 def ragged(
@@ -100,15 +99,30 @@ def ragged(
     checks.tensor("row_end", row_end, (tokens,), torch.int32, q.device)
     checks.index_range("row_start", row_start, 0, k.shape[0] + 1)
     checks.index_range("row_end", row_end, 0, k.shape[0] + 1)
-    out = _output(out, tokens, k.shape[0], q.device)
+    out = _check_output(out, tokens, k.shape[0], q.device)
     shape = {"tokens": tokens, "heads": heads, "context": k.shape[0]}
-    _ragged(impl, q.device, shape, q, k, k_scale, weights, row_start, row_end, clean=clean, out=out)
-    return out
+    return _ragged(impl, q.device, shape, q, k, k_scale, weights, row_start, row_end, clean=clean, out=out)
 
 
-def _output(out: torch.Tensor | None, rows: int, columns: int, device: torch.device) -> torch.Tensor:
+def new_logits(out: torch.Tensor | None, rows: int, columns: int, device: torch.device) -> torch.Tensor:
+    """The caller's output, or a new one. Implementations allocate: DeepGEMM returns a tensor of its own."""
+    return torch.empty(rows, columns, dtype=torch.float32, device=device) if out is None else out
+
+
+def finish(
+    logits: torch.Tensor, out: torch.Tensor | None, clean: bool, row_start: torch.Tensor | None, row_end: torch.Tensor
+) -> torch.Tensor:
+    """For vendor kernels that allocate their result: -inf outside each row's range if asked, and a copy into `out`."""
+    if clean:
+        column = torch.arange(logits.shape[1], device=logits.device)
+        outside = column >= row_end[:, None]
+        logits.masked_fill_(outside if row_start is None else outside | (column < row_start[:, None]), float("-inf"))
+    return logits if out is None else out.copy_(logits)
+
+
+def _check_output(out: torch.Tensor | None, rows: int, columns: int, device: torch.device) -> torch.Tensor | None:
     if out is None:
-        return torch.empty(rows, columns, dtype=torch.float32, device=device)
+        return None
     checks.tensor("out", out, (rows, None), torch.float32, device)
     checks.inner_contiguous("out", out)
     checks.require(out.shape[1] >= columns, "out.shape[1]", out.shape[1], f"at least {columns}")

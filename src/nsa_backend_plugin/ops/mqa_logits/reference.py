@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from nsa_backend_plugin.ops.index_key_cache import reference as index_key_cache
+from nsa_backend_plugin.ops.mqa_logits import new_logits
 from nsa_backend_plugin.ops.support import YES, Support
 
 
@@ -37,9 +38,10 @@ def paged(
     layout: str,
     page_size: int,
     clean: bool,
-    out: torch.Tensor,
-) -> None:
+    out: torch.Tensor | None,
+) -> torch.Tensor:
     batch, next_n = q.shape[:2]
+    out = new_logits(out, batch * next_n, max_context_len, q.device)
     if clean:
         out.fill_(float("-inf"))
     lengths = row_lengths(context_lens, next_n)
@@ -50,6 +52,7 @@ def paged(
             slots = block_table[b, position // page_size].long() * page_size + position % page_size
             k, scale = index_key_cache.read(cache, slots, layout=layout, page_size=page_size, fp8_dtype=q.dtype)
             out[row, :length] = weighted_logits(q[b, j : j + 1], k, scale, weights[row : row + 1])[0]
+    return out
 
 
 def ragged(
@@ -61,10 +64,11 @@ def ragged(
     row_end: torch.Tensor,
     *,
     clean: bool,
-    out: torch.Tensor,
-) -> None:
+    out: torch.Tensor | None,
+) -> torch.Tensor:
+    out = new_logits(out, q.shape[0], k.shape[0], q.device)
     column = torch.arange(k.shape[0], device=q.device)
     inside = (column >= row_start[:, None]) & (column < row_end[:, None])
     logits = weighted_logits(q, k, k_scale, weights)
     # Without clean the other columns keep what was there, like a kernel that skips them.
-    out.copy_(torch.where(inside, logits, torch.full_like(logits, float("-inf")) if clean else out))
+    return out.copy_(torch.where(inside, logits, torch.full_like(logits, float("-inf")) if clean else out))

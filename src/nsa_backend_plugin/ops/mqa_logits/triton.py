@@ -18,6 +18,7 @@ import triton.language as tl
 from nsa_backend_plugin.layouts import INDEX_DIM, INDEX_PAGE_SIZE
 from nsa_backend_plugin.ops import triton_support
 from nsa_backend_plugin.ops.arch import device_arch, is_cuda
+from nsa_backend_plugin.ops.mqa_logits import new_logits
 from nsa_backend_plugin.ops.mqa_logits.reference import row_lengths
 from nsa_backend_plugin.ops.support import YES, Support, no
 
@@ -268,11 +269,12 @@ def paged(
     layout: str,
     page_size: int,
     clean: bool,
-    out: torch.Tensor,
-) -> None:
+    out: torch.Tensor | None,
+) -> torch.Tensor:
     batch, next_n, heads, dim = q.shape
+    out = new_logits(out, batch * next_n, max_context_len, q.device)
     if batch * next_n * heads == 0:
-        return
+        return out
     config = _config(device_arch(q.device), "paged", next_n, heads, page_size)
     groups = triton.cdiv(next_n, config.queries)
     programs = max(1, _cores(q.device) * config.programs_per_core // groups)
@@ -303,6 +305,7 @@ def paged(
     )
     if clean:
         _fill_outside(out, None, row_lengths(context_lens, next_n).reshape(-1))
+    return out
 
 
 def ragged(
@@ -314,12 +317,13 @@ def ragged(
     row_end: torch.Tensor,
     *,
     clean: bool,
-    out: torch.Tensor,
-) -> None:
+    out: torch.Tensor | None,
+) -> torch.Tensor:
     tokens, heads, dim = q.shape
     keys = k.shape[0]
+    out = new_logits(out, tokens, keys, q.device)
     if tokens * keys * heads == 0:
-        return
+        return out
     config = _config(device_arch(q.device), "ragged", tokens, heads)
     blocks = triton.cdiv(tokens, config.queries)
     tiles = triton.cdiv(keys, config.tile)
@@ -348,6 +352,7 @@ def ragged(
     )
     if clean:
         _fill_outside(out, row_start.contiguous(), row_end.contiguous())
+    return out
 
 
 def _fill_outside(out: torch.Tensor, row_start: torch.Tensor | None, row_end: torch.Tensor) -> None:
