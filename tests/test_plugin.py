@@ -1,21 +1,19 @@
 """The entry points: when the CPU platform is taken, what the ledger holds, and that a broken part keeps the name.
 
-What needs SGLang's own start-up is in tests/engine.
+What needs SGLang itself is in tests/engine.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
-import subprocess
 import sys
 
 import pytest
 import torch
 
 from nsa_backend_plugin import plugin
-from nsa_backend_plugin.engine import compat, hooks, launch, targets
+from nsa_backend_plugin.engine import compat, hooks, launch
 
 CLASS = "nsa_backend_plugin.engine.cpu.platform.NsaPluginCpuPlatform"
 NAMED = ["launch_server.py", "--attention-backend", "nsa_plugin"]
@@ -105,17 +103,6 @@ def test_exact_mode_needs_float32_on_cpu(monkeypatch):
             launch.check_exact(dtype, torch.device(device))
 
 
-@pytest.mark.parametrize("row", hooks.LEDGER, ids=lambda row: row.name)
-def test_target_of_every_hook_exists_in_the_installed_sglang(row):
-    assert targets.exists("sglang.srt.server_args.ServerArgs"), "SGLang is not installed"
-    assert hooks.target_exists(row) or not row.needed()
-
-
-def test_targets_tell_what_is_missing():
-    for missing in ("sglang.srt.server_args.ServerArgs.nothing", "sglang.srt.nothing.f", "sglang.nothing", "nothing.x"):
-        assert not targets.exists(missing)
-
-
 def test_ledger_rows_are_complete_and_unique():
     assert len({row.name for row in hooks.LEDGER}) == len(hooks.LEDGER)
     for row in hooks.LEDGER:
@@ -125,66 +112,6 @@ def test_ledger_rows_are_complete_and_unique():
         assert row.versions
         assert row.upstream
         assert bool(row.handler) == (row.kind in ("hook", "op"))
-
-
-PROGRAM = """
-import json, sys
-for name in {barred!r}:
-    sys.modules[name] = None
-from sglang.srt.plugins import load_plugins
-load_plugins()
-from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
-from sglang.srt import server_args
-from sglang.srt.plugins.hook_registry import HookRegistry
-errors = []
-factory = ATTENTION_BACKENDS.get("nsa_plugin")
-if factory:
-    try:
-        factory(None)
-    except Exception as error:
-        errors.append(f"{{type(error).__name__}}: {{error}}")
-ours = [t for t, hooks in HookRegistry._hooks.items() if any("nsa_backend" in h.__module__ for _, h, _ in hooks)]
-choices = server_args.ATTENTION_BACKEND_CHOICES
-print("\\n" + json.dumps(dict(choice="nsa_plugin" in choices, factory=bool(factory), errors=errors, hooks=ours)))
-"""
-
-
-def _load_plugins(barred: tuple[str, ...] = (), **env: str) -> dict:
-    """Outcome of loading SGLang's plugins in a fresh process in which some modules cannot be imported."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("NSA_PLUGIN_", "TRITON_"))}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM.format(barred=barred)],
-        env={**clean, **env},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-@pytest.mark.engine
-def test_disable_removes_even_the_name():
-    assert _load_plugins(NSA_PLUGIN_DISABLE="1") == {"choice": False, "factory": False, "errors": [], "hooks": []}
-
-
-@pytest.mark.engine
-def test_a_broken_part_keeps_the_name_and_the_reason():
-    outcome = _load_plugins(("nsa_backend_plugin.engine.hooks",))
-    assert outcome["choice"]
-    assert len(outcome["hooks"]) == 1
-    assert outcome["hooks"][0].startswith("sglang.srt.server_args.ServerArgs.")
-    [error] = outcome["errors"]
-    assert error.startswith("RuntimeError: nsa_plugin could not be loaded: ModuleNotFoundError: import of")
-    assert "nsa_backend_plugin.engine.hooks" in error
-    assert "nsa-plugin doctor" in error
-
-
-@pytest.mark.engine
-def test_without_our_platform_only_the_launch_check_is_hooked():
-    outcome = _load_plugins(NSA_PLUGIN_CPU="0")
-    assert outcome["choice"]
-    assert len(outcome["hooks"]) == 1
 
 
 def test_entry_points_are_declared():

@@ -30,7 +30,7 @@ def register():
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
     HookRegistry.register("nsa_backend_plugin.ops.indexer_prep.key_store", record, HookType.AROUND)
 """
-PROMPTS = [list(range(10, 10 + n)) for n in (5, 70, 200)]
+PROMPTS = [list(range(start, start + n)) for start, n in ((10, 5), (100, 70), (200, 200))]  # no common prefix
 
 
 def _install_probe(folder: Path) -> None:

@@ -37,6 +37,7 @@ CASES: dict[str, tuple[str, list[str], dict[str, str], str | None, str | None]] 
     "page size of dsa": ("dsa", ["--page-size=32"], {}, None, r"--page-size 32 with .*DSA.*serves page size 64"),
     "page size of mla": ("mla", ["--page-size=8"], {}, None, r"--page-size 8 with .*serves page size 1, 16, 32, 64"),
     "index head dim": ("dsa-index64", [], {}, None, "index_head_dim 64: nsa_plugin serves 128"),
+    "pooled index keys": ("dsa-kpool", [], {}, None, "index_kpool 4: nsa_plugin does not serve"),
     "latent width": ("mla-rank256", [], {}, None, "kv_lora_rank 256 .*serves 512 and 64"),
     "newer sglang": ("dsa", [], {}, "0.5.24", r"SGLang 0\.5\.24 is not supported.*0\.5\.17 to 0\.5\.23"),
     "older sglang": ("dsa", [], {}, "0.5.16.post2", r"SGLang 0\.5\.16\.post2 is not supported"),
@@ -87,6 +88,7 @@ def resolved(models, tmp_path_factory) -> dict[str, dict]:
     folder = tmp_path_factory.mktemp("resolve")
     paths = dict(models)
     paths["dsa-index64"] = _copy_with(models["dsa"], folder / "dsa-index64", index_head_dim=64)
+    paths["dsa-kpool"] = _copy_with(models["dsa"], folder / "dsa-kpool", index_kpool=4)
     paths["mla-rank256"] = _copy_with(models["mla"], folder / "mla-rank256", kv_lora_rank=256)
     paths["llama"] = folder / "llama"
     paths["llama"].mkdir()
@@ -135,18 +137,13 @@ LAUNCHES = {
         "ValueError: NSA_PLUGIN_SPARSE_MLA_IMPL=triton: cannot run on",
     ),
     "broken import": ({}, "RuntimeError: nsa_plugin could not be loaded: ImportError: libbroken.so: cannot open"),
-    "broken kernel library": ({}, "RuntimeError: nsa_plugin could not be loaded: ImportError: libbroken.so"),
 }
-#: Module whose import fails in each of the launches that break one; the second is first imported by the factory.
-BROKEN = {
-    "broken import": "nsa_backend_plugin.engine.targets",
-    "broken kernel library": "nsa_backend_plugin.engine.cpu.backend",
-}
+#: Makes the import of one of our modules fail as a broken kernel library does.
 SITECUSTOMIZE = """
 import sys
 class Broken:
     def find_spec(self, name, path, target=None):
-        if name == {module!r}:
+        if name == "nsa_backend_plugin.engine.targets":
             raise ImportError("libbroken.so: cannot open shared object file")
 sys.meta_path.insert(0, Broken())
 """
@@ -155,8 +152,8 @@ sys.meta_path.insert(0, Broken())
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_launch_dies_of_the_real_reason(models, start_server, tmp_path, name):
     env, message = LAUNCHES[name]
-    if name in BROKEN:
-        (tmp_path / "sitecustomize.py").write_text(SITECUSTOMIZE.format(module=BROKEN[name]))
+    if name == "broken import":
+        (tmp_path / "sitecustomize.py").write_text(SITECUSTOMIZE)
         env = {**env, "PYTHONPATH": str(tmp_path)}
     server = start_server(models["dsa"], (), env)
     with pytest.raises(ServerError, match=r"exited with code -?[1-9]"):

@@ -94,6 +94,8 @@ def check_model(model: Any, page_size: int | None) -> None:
     config = model.hf_config
     if config.index_head_dim != INDEX_DIM:
         raise ValueError(f"{name} has index_head_dim {config.index_head_dim}: nsa_plugin serves {INDEX_DIM}")
+    if getattr(config, "index_kpool", 1) not in (None, 1):
+        raise ValueError(f"{name} has index_kpool {config.index_kpool}: nsa_plugin does not serve pooled index keys")
 
 
 def check_exact(model_dtype: torch.dtype, device: torch.device) -> None:

@@ -56,6 +56,7 @@ def forward(
     head_gate = torch.nn.functional.linear(x.float(), indexer.weights_proj.weight.float())
     logits_of = _logits if pool.exact_index_keys is None else _exact_logits
     logits = logits_of(indexer, query, head_gate, rope, pool, layer_id, rows)
+    logits = indexer._mask_init_and_local_tokens(logits, rows.lengths)  # some models always keep a few tokens
     return topk.select(
         logits,
         rows.lengths,
