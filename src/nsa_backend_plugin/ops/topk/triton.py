@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from nsa_backend_plugin.ops import triton_support
-from nsa_backend_plugin.ops.arch import device_arch, is_rocm
+from nsa_backend_plugin.ops.arch import device_arch, is_cuda
 from nsa_backend_plugin.ops.support import YES, Support, no
 
 MAX_K = 4096
@@ -58,14 +58,21 @@ def _kth_largest(key, rank):
 
 
 @triton.jit
-def _emit(key, index, threshold, ties_wanted, ties_seen, taken, out):
-    """Write the block's share of the result: keys above the threshold, and the first ties. Returns new totals."""
+def _emit(key, index, threshold, ties_wanted, taken, out):
+    """Write the block's share of the result: keys above the threshold, and the first `ties_wanted` that equal it.
+
+    Returns the ties still wanted and the number of indices written so far.
+    """
+    above = (key > threshold).to(tl.int32)
     tie = (key == threshold).to(tl.int32)
-    tie_rank = ties_seen + tl.cumsum(tie, 0) - tie
-    take = (key > threshold) | ((tie == 1) & (tie_rank < ties_wanted))
-    position = taken + tl.cumsum(take.to(tl.int32), 0) - 1
+    both = above + (tie << 16)  # two counts, each at most the block, in one scan
+    before = tl.cumsum(both, 0) - both
+    ties_before = before >> 16
+    take = (above == 1) | ((tie == 1) & (ties_before < ties_wanted))
+    position = taken + (before & 0xFFFF) + tl.minimum(ties_before, ties_wanted)
     tl.store(out + position, index, mask=take)
-    return ties_seen + tl.sum(tie, 0), taken + tl.sum(take.to(tl.int32), 0)
+    ties_taken = tl.minimum(tl.sum(tie, 0), ties_wanted)
+    return ties_wanted - ties_taken, taken + tl.sum(above, 0) + ties_taken
 
 
 @triton.jit
@@ -74,7 +81,7 @@ def _select_block(logits, index, exists, k, out):
     key = _load_keys(logits, index, exists)
     threshold = _kth_largest(key, k)
     wanted = k - tl.sum((key > threshold).to(tl.int32), 0)
-    _emit(key, index, threshold, wanted, 0, 0, out)
+    _emit(key, index, threshold, wanted, 0, out)
 
 
 @triton.jit
@@ -121,11 +128,11 @@ def _select_streaming(logits, length, k, out, CHUNK: tl.constexpr):
         threshold = tl.where(count >= k, higher, threshold)
         above = tl.where(count >= k, above, count)
         bit = bit >> 1
-    ties_seen = 0
+    ties_wanted = k - above
     taken = 0
     for begin in range(0, length, CHUNK):
         key = _load_keys(logits, begin + i, begin + i < length)
-        ties_seen, taken = _emit(key, begin + i, threshold, k - above, ties_seen, taken, out)
+        ties_wanted, taken = _emit(key, begin + i, threshold, ties_wanted, taken, out)
 
 
 @triton.jit
@@ -194,7 +201,7 @@ def _cores(device: torch.device) -> int:
 
 def _num_warps(arch: str) -> int:
     """512 threads: 16 logits each."""
-    return 8 if is_rocm(arch) else 16
+    return 16 if is_cuda(arch) else 8
 
 
 def _block(k: int) -> int:
