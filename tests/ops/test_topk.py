@@ -199,3 +199,16 @@ BAD = {
 def test_refuses(change, name):
     with pytest.raises(ValueError, match=name):
         topk.select(**({"logits": LOGITS, "lengths": LENGTHS, "k": 4} | change))
+
+
+def test_external_implementation(monkeypatch, device):
+    """An implementation that lives outside ops/ is found by name, and an unknown operation is refused."""
+    monkeypatch.setattr(registry, "_external", {})
+    registry.register_external("topk", "elsewhere", "nsa_backend_plugin.ops.topk.reference")
+    logits, lengths = torch.randn(2, 10, device=device), torch.tensor([3, 10], dtype=torch.int32, device=device)
+    check(topk.select(logits, lengths, 4, impl="elsewhere"), logits, lengths, 4)
+    with pytest.raises(ValueError, match="op='nothing'"):
+        registry.register_external("nothing", "elsewhere", "x")
+    registry._external.clear()
+    for cached in (registry.implementation_names, registry._load, registry._available):
+        cached.cache_clear()

@@ -32,14 +32,28 @@ logger = logging.getLogger(__name__)
 
 _PACKAGE = "nsa_backend_plugin.ops"
 _REFERENCE = "reference"
+_external: dict[tuple[str, str], str] = {}  # (op, implementation) -> dotted path of a module outside ops/
+
+
+def register_external(op: str, name: str, module: str) -> None:
+    """Add an implementation whose file may not live under ops/, because it imports the engine.
+
+    module: its dotted path, imported when first asked for. Same contract as a file of the operation's folder.
+    """
+    if op not in settings.OPERATIONS:
+        raise ValueError(f"op={op!r}: expected one of {', '.join(settings.OPERATIONS)}")
+    _external[op, name] = module
+    for cached in (implementation_names, _load, _available):
+        cached.cache_clear()
 
 
 @functools.cache
 def implementation_names(op: str) -> tuple[str, ...]:
-    """Names of all implementations of an operation folder, from its file names."""
+    """Names of all implementations of an operation: its folder's file names, and the registered external ones."""
     package = importlib.import_module(f"{_PACKAGE}.{op}")
     names = [m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")]
-    return tuple("torch" if n == _REFERENCE else n for n in names)
+    external = [name for owner, name in _external if owner == op]
+    return (*("torch" if n == _REFERENCE else n for n in names), *external)
 
 
 @functools.cache
@@ -47,7 +61,7 @@ def _load(op: str, name: str) -> ModuleType | Support:
     """The implementation's module, or why it cannot be imported."""
     file = _REFERENCE if name == "torch" else name
     try:
-        return importlib.import_module(f"{_PACKAGE}.{op}.{file}")
+        return importlib.import_module(_external.get((op, name), f"{_PACKAGE}.{op}.{file}"))
     except ImportError as error:
         return Support(False, f"cannot import {error.name or file}: {error}")
 
