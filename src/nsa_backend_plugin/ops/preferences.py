@@ -33,11 +33,15 @@ def _matches(value: Any, want: Any) -> bool:
 
 
 _OPS_RUN = "benchmarks/benchmark.py --config benchmarks/configs/ops.yaml, NVIDIA H200, 2026-11-21"
+_UNTRIED_ROCM = "rule: AITER's kernels are tuned on the hardware, ours are only compiled for it"
 
 TABLE: tuple[Preference, ...] = (
     Preference("sparse_mla.attend", "sm_90", ("cuda", "triton"), _OPS_RUN, {"kv": "packed", "heads": (1, 32)}),
     Preference("topk.select", "sm_90", ("cuda", "triton"), _OPS_RUN),
     Preference("dense_mla.decode", "sm_90", ("fa3", "triton"), _OPS_RUN, {"heads": (33, 128), "batch": (8, 1 << 20)}),
+    Preference("topk.select", "cuda", ("cuda", "triton"), "rule: as on sm_90"),
+    Preference("mqa_logits.paged", "rocm", ("aiter", "triton"), _UNTRIED_ROCM, {"layout": "preshuffled"}),
+    Preference("mqa_logits.ragged", "rocm", ("aiter", "triton"), _UNTRIED_ROCM),
 )
 
 
