@@ -1,0 +1,100 @@
+"""Every launch script: what it runs is a command line that both supported ends of SGLang's range can parse."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nsa_backend_plugin import settings
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = sorted((ROOT / "examples" / "launch").glob("*.sh"))
+NEWEST = ROOT / ".venv-0.5.23" / "bin" / "python"
+#: Stands in for python3 on the scripts' PATH.
+STUB = """#!/usr/bin/env bash
+printf '%s\\0' "$@" > "$CAPTURED/argv"
+env -0 > "$CAPTURED/env"
+"""
+PARSE = """
+import argparse, json, sys
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang.srt.server_args import ServerArgs
+parser = argparse.ArgumentParser()
+ServerArgs.add_cli_args(parser)
+for argv in json.loads(sys.stdin.read()):
+    print(json.dumps(parser.parse_args(argv).attention_backend))
+"""
+
+
+def _captured(path: Path) -> list[str]:
+    return path.read_text().rstrip("\0").split("\0")
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[str], dict[str, str]]]:
+    """Script name -> what it would have run: (arguments behind `-m sglang.launch_server`, variables it set)."""
+    folder = tmp_path_factory.mktemp("launch")
+    (folder / "python3").write_text(STUB)
+    (folder / "python3").chmod(0o755)
+    before = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "CAPTURED": str(folder)}
+    result = {}
+    for script in SCRIPTS:
+        subprocess.run([script, "some/model"], env=before, check=True, timeout=30)
+        argv = _captured(folder / "argv")
+        assert argv[:2] == ["-m", "sglang.launch_server"], script.name
+        after = dict(pair.split("=", 1) for pair in _captured(folder / "env"))
+        result[script.name] = argv[2:], {k: v for k, v in after.items() if before.get(k) != v}
+    return result
+
+
+@pytest.mark.parametrize("python", [Path(sys.executable), NEWEST], ids=["this SGLang", "0.5.23"])
+def test_flags_exist(launched, python):
+    if not python.exists():
+        pytest.skip(f"{python} is missing: run `make setup-test`")
+    commands = [argv for argv, _ in launched.values()]
+    env = {**os.environ, "TRITON_INTERPRET": "0", "NSA_PLUGIN_CPU": "0"}
+    done = subprocess.run(
+        [python, "-c", PARSE], input=json.dumps(commands), env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[-len(commands) :] == ['"nsa_plugin"'] * len(commands)
+
+
+def test_parser_refuses_an_unknown_flag():
+    """Or the test above could not fail."""
+    env = {**os.environ, "TRITON_INTERPRET": "0", "NSA_PLUGIN_CPU": "0"}
+    commands = json.dumps([["--model-path", "m", "--no-such-flag", "1"]])
+    done = subprocess.run(
+        [sys.executable, "-c", PARSE], input=commands, env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 2
+    assert "--no-such-flag" in done.stderr
+
+
+def test_there_is_a_script_for_every_promised_host():
+    names = " ".join(script.stem for script in SCRIPTS)
+    for host in ("glm5_h200", "deepseek_v32_h200", "glm5_mi355x", "deepseek_v32_mi355x", "mi300x", "h100", "laptop"):
+        assert host in names
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_script_says_what_was_run_and_what_to_expect(script, launched):
+    text = script.read_text()
+    on_amd = "mi3" in script.stem
+    stated = (
+        "compile-checked, not run" if on_amd else "Run in continuous" if script.stem == "laptop" else "Not run here"
+    )
+    assert stated in text
+    assert "# Expect: " in text
+    argv, variables = launched[script.name]
+    assert "some/model" in argv
+    assert {name for name in variables if name.startswith("NSA_PLUGIN_")} <= set(settings.SETTINGS)
+    if on_amd:
+        assert variables["SGLANG_ROCM_FUSED_DECODE_MLA"] == "0"
+        assert variables["ROCM_QUICK_REDUCE_QUANTIZATION"] == "INT4"
