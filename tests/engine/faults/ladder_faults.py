@@ -1,0 +1,94 @@
+"""Deliberate faults inside a running server, for `test_ladder.py` only.
+
+`install` becomes an entry point of SGLang's plugin group in that test's server. It wraps our torch implementations;
+every wrapped call reads the fault in force from the file named by LADDER_FAULT_FILE, so that one server climbs the
+whole ladder. With any other word in the file than a fault's name the originals run.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PAGE = 64
+DROPPED = 0.1
+SCALE_ERROR = 1.7
+STALE_EVERY = 3  # one page of three is never written
+ROPE_THETA = 10000.0  # of the model under test
+
+
+def install() -> None:
+    from nsa_backend_plugin.engine.cpu.backend import NsaPluginCpuBackend
+    from nsa_backend_plugin.ops.indexer_prep import reference as indexer_prep
+    from nsa_backend_plugin.ops.latent_cache import reference as latent_cache
+    from nsa_backend_plugin.ops.sparse_mla import reference as sparse_mla
+    from nsa_backend_plugin.ops.topk import reference as topk
+
+    _wrap(topk, "select", _select)
+    _wrap(sparse_mla, "attend", _attend)
+    _wrap(indexer_prep, "rotate", _rotate)
+    _wrap(latent_cache, "store", _store)
+    _wrap(NsaPluginCpuBackend, "forward_decode", _forward)
+    _wrap(NsaPluginCpuBackend, "forward_extend", _forward)
+
+
+def _wrap(owner: Any, name: str, faulty: Callable[..., Any]) -> None:
+    """`faulty(fault, original, *args, **kwargs)` stands in for `owner.name`."""
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        fault = Path(os.environ["LADDER_FAULT_FILE"]).read_text().strip()
+        return faulty(fault, original, *args, **kwargs)
+
+    setattr(owner, name, wrapped)
+
+
+def _select(fault: str, original: Any, logits: torch.Tensor, *args: Any, out: torch.Tensor, **kwargs: Any) -> None:
+    if fault == "random":
+        logits = torch.rand_like(logits)
+    elif fault == "bottom_k":
+        logits = -logits
+    elif fault == "shifted_by_one_page":  # every token stands where the one a page later belongs
+        logits = torch.roll(logits, -PAGE, dims=1)
+    elif fault == "last_window":
+        logits = torch.arange(logits.shape[1], dtype=torch.float32).expand_as(logits)
+    original(logits, *args, out=out, **kwargs)
+    if fault == "dropped":
+        out[torch.rand(out.shape) < DROPPED] = -1
+
+
+def _attend(fault: str, original: Any, q: Any, kv: Any, indices: Any, softmax_scale: float, **kwargs: Any) -> None:
+    original(q, kv, indices, softmax_scale * (SCALE_ERROR if fault == "softmax_scale" else 1.0), **kwargs)
+
+
+def _rotate(fault: str, original: Any, x: torch.Tensor, positions: Any, cos_sin: torch.Tensor, *args: Any) -> Any:
+    is_key = x.dim() == 2  # queries have a head dimension
+    if fault == "index_key_without_rope" and is_key:
+        cosines, sines = cos_sin.chunk(2, dim=-1)
+        cos_sin = torch.cat([torch.ones_like(cosines), torch.zeros_like(sines)], dim=-1)
+    return original(x, positions, cos_sin, *args)
+
+
+def _store(fault: str, original: Any, k_nope: Any, k_rope: Any, cache: Any, slots: torch.Tensor, **kwargs: Any) -> None:
+    if fault == "stale_page":
+        slots = slots.masked_fill(slots // PAGE % STALE_EVERY == 1, -1)  # negative = not written
+    original(k_nope, k_rope, cache, slots, **kwargs)
+
+
+def _forward(fault: str, original: Any, *args: Any, k_rope: torch.Tensor, **kwargs: Any) -> Any:
+    """The model hands k over rotated: turning it back by the same angles is what forgetting RoPE leaves."""
+    if fault == "latent_key_without_rope":
+        from nsa_backend_plugin.ops.rotary import apply_rope
+
+        width = k_rope.shape[-1]
+        frequency = ROPE_THETA ** (-torch.arange(0, width, 2, dtype=torch.float32) / width)
+        angle = args[5].positions[:, None] * frequency
+        back = torch.cat([angle.cos(), -angle.sin()], dim=-1)
+        k_rope = apply_rope(k_rope.reshape(-1, width), back, is_neox=False).to(k_rope.dtype).reshape(k_rope.shape)
+    return original(*args, k_rope=k_rope, **kwargs)
