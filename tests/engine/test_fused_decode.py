@@ -15,6 +15,7 @@ from nsa_backend_plugin.ops.rotary import apply_rope
 pytest.importorskip("sglang", reason="needs SGLang")
 absorb = pytest.importorskip("nsa_backend_plugin.engine.gpu.absorb")
 dsa_backend = pytest.importorskip("nsa_backend_plugin.engine.gpu.dsa_backend")
+quantize_once = pytest.importorskip("nsa_backend_plugin.engine.gpu.quantize_once")
 gpu_indexer = pytest.importorskip("nsa_backend_plugin.engine.gpu.indexer")
 
 HIDDEN, Q_LORA, HEADS, NOPE, INDEX_HEADS, TOPK, PAGES = 48, 32, 3, 16, 4, 20, 6
@@ -85,6 +86,7 @@ class Case:
             indexer=self.indexer,
             q_a_layernorm=Norm(Q_LORA),
             kv_a_layernorm=Norm(512),
+            q_b_proj=q_b,
             q_b_proj_forward=q_b_proj,
             w_kc=torch.randn(HEADS, NOPE, 512).to(torch.bfloat16),
             should_run_indexer=lambda previous: True,
@@ -240,8 +242,10 @@ def test_main_lane_is_issued_first_and_joined_last(case: Case, monkeypatch: pyte
     monkeypatch.setattr(absorb.latent_cache, "store", logged("latent", latent_cache.store))
     monkeypatch.setattr(gpu_indexer.indexer_prep, "key_store", logged("key", indexer_prep.key_store))
     monkeypatch.setattr(gpu_indexer.topk, "select", logged("topk", topk.select))
+    monkeypatch.setattr(gpu_indexer, "project_query", logged("wq_b", gpu_indexer.project_query))
     case.prepare()
-    assert log == ["fork", "q_b_proj", "side", "key", "topk", "main", "latent", "join"]
+    first, second = ["key", "side", "wq_b", "main"], ["q_b_proj", "side", "topk", "main"]
+    assert log == ["fork", *first, "fork", *second, "side", "main", "latent", "join"]
 
 
 def test_capture_uses_the_buffers_allocated_before_it(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,6 +280,32 @@ def test_layers_that_reuse_top_k_run_no_indexer(case: Case) -> None:
     slots = case.prepare(prev_topk_indices=previous)[7]
     assert slots is previous
     assert torch.equal(case.index_pages, pages)
+
+
+class DeepGemmLinear:
+    """A projection that SGLang runs as block-fp8 DeepGEMM, by name."""
+
+    def __init__(self, rows: int):
+        def deepgemm_w8a8_block_fp8_linear_with_fallback() -> None: ...
+
+        self.quant_method = SimpleNamespace(w8a8_block_fp8_linear=deepgemm_w8a8_block_fp8_linear_with_fallback)
+        self.weight = torch.empty(rows, 256)
+
+
+def test_input_is_quantized_once_where_every_projection_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = pytest.importorskip("sglang.kernels.ops.quantization.fp8_kernel")
+    calls: list[dict[str, Any]] = []
+
+    def quantize(x: torch.Tensor, group: int, **options: Any) -> tuple[str, str]:
+        calls.append({"group": group, **options})
+        return "values", "scales"
+
+    monkeypatch.setattr(kernels, "sglang_per_token_group_quant_fp8", quantize)
+    x = torch.randn(2, 256)
+    assert quantize_once.shared_input(x, DeepGemmLinear(64), DeepGemmLinear(128)) == ("values", "scales")
+    assert calls == [{"group": 128, "column_major_scales": True, "scale_tma_aligned": True}]
+    assert quantize_once.shared_input(x, DeepGemmLinear(64), Linear(64, 256)) is x
+    assert quantize_once.shared_input(x, DeepGemmLinear(64), DeepGemmLinear(65)) is x
 
 
 def test_merged_projection_dequantizes_fp8_blocks() -> None:

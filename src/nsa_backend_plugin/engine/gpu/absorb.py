@@ -1,16 +1,20 @@
 """The fused decode path of a DSA layer: replaces `forward_absorb_prepare` of the model for plain decode batches.
 
-    main stream                                   side stream
+    main stream                                          side stream
     q_a norm
-    fork                                          wk | weights_proj GEMM, key prep and store
-    q_b_proj                                      wq_b, query prep, logits, top-k
+    fork
+    wk | weights_proj GEMM, key prep and store           wq_b
+    fork
+    q_b_proj                                             query prep, logits, top-k
     W_UK product, straight into q_all[..., :512]
     kv_a norm
-    RoPE of q into q_all[..., 512:], RoPE + quantize + write of the latent row: one kernel
+    RoPE of q into q_all[..., 512:], RoPE + quantize
+    + write of the latent row: one kernel
     join
 
-The main stream's kernel is issued first after the fork, and the side stream waits before q_b_proj is issued:
-inside graph capture the other order spreads the side lane over many streams. q_all is complete when the layer's
+The main stream's kernel is issued first after each fork, and the side stream waits before q_b_proj is issued:
+inside graph capture the other order spreads the side lane over many streams. The key's path is on the main lane
+because the side lane is the longer one. q_all is complete when the layer's
 attention gets its two halves, so `concat.q_all` is a view there and nothing is concatenated (the cat-skip path).
 """
 
@@ -33,6 +37,7 @@ from sglang.srt.models.deepseek_common.attention_forward_methods.forward_mla imp
 from nsa_backend_plugin.engine.gpu import indexer as indexer_path
 from nsa_backend_plugin.engine.gpu.dsa_backend import NsaPluginDSABackend
 from nsa_backend_plugin.engine.gpu.dual_stream import side_lane
+from nsa_backend_plugin.engine.gpu.quantize_once import shared_input
 from nsa_backend_plugin.ops import latent_cache
 
 
@@ -105,13 +110,20 @@ def _prepare(
 
     lane = side_lane(attn.alt_stream, hidden_states.shape[0])
     lane.fork()
-    q = attn.q_b_proj_forward(q_lora)
+    slots = prev_topk_indices
+    if runs_indexer:
+        key, head_gate = indexer_path.project(indexer, hidden_states)
+        indexer_path.store_key(indexer, key, positions, forward_batch.out_cache_loc, pool)
+        q_input = shared_input(q_lora, attn.q_b_proj, indexer.wq_b)
+        with lane:
+            query = indexer_path.project_query(indexer, q_input)
+        lane.fork()  # behind the key's store, before q_b_proj
+        q = _project_q(attn, q_lora, q_input)
+        with lane:
+            slots = indexer_path.select_slots(indexer, query, head_gate, positions, backend)
+    else:
+        q = attn.q_b_proj_forward(q_lora)
     with lane:
-        slots = prev_topk_indices
-        if runs_indexer:
-            key, head_gate = indexer_path.project(indexer, hidden_states)
-            indexer_path.store_key(indexer, key, positions, forward_batch.out_cache_loc, pool)
-            slots = indexer_path.select_slots(indexer, q_lora, head_gate, positions, backend)
         slots = maybe_capture_indexer_topk(attn.layer_id, slots)
 
     q_all = q.new_empty(q.shape[0], q.shape[1], value_dim + attn.qk_rope_head_dim)
@@ -129,3 +141,12 @@ def _prepare(
     )
     lane.join()
     return q_all, slots
+
+
+def _project_q(
+    attn: Any, q_lora: torch.Tensor, q_input: torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+) -> torch.Tensor:
+    """[T, heads, nope + rope]; SGLang's own choice of GEMM unless the input is quantized already."""
+    if q_input is q_lora:
+        return attn.q_b_proj_forward(q_lora)
+    return attn.q_b_proj(q_input)[0].view(-1, attn.num_local_heads, attn.qk_head_dim)

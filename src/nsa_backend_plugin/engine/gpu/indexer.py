@@ -1,9 +1,10 @@
-"""The indexer of one decode step in five launches after its two GEMMs' inputs are ready.
+"""The indexer of one decode step.
 
-    stage 1, needs hidden_states:  wk | weights_proj as one GEMM; key norm + RoPE + Hadamard + fp8 + store
-    stage 2, needs q_lora:         wq_b; query RoPE + Hadamard + fp8 + gate scaling; logits; top-k to slots
+    needs hidden_states:  wk | weights_proj as one GEMM; key norm + RoPE + Hadamard + fp8 + store
+    needs q_lora:         wq_b
+    needs both:           query RoPE + Hadamard + fp8 + gate scaling; logits; top-k to slots
 
-Both stages keep stock's K representation (Hadamard or not, fp32 scales, row-major pages), because prefill writes
+All of it keeps stock's K representation (Hadamard or not, fp32 scales, row-major pages), because prefill writes
 the same pages through the stock indexer.
 """
 
@@ -76,13 +77,17 @@ def store_key(indexer: Any, key: torch.Tensor, positions: torch.Tensor, slots: t
     )
 
 
+def project_query(indexer: Any, q_input: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """[T, heads, 128] from q_lora, quantized already or not."""
+    return indexer.wq_b(q_input)[0].view(-1, indexer.n_heads, indexer.head_dim)
+
+
 def select_slots(
-    indexer: Any, q_lora: torch.Tensor, head_gate: torch.Tensor, positions: torch.Tensor, backend: Any
+    indexer: Any, query: torch.Tensor, head_gate: torch.Tensor, positions: torch.Tensor, backend: Any
 ) -> torch.Tensor:
     """Physical slots [T, index_topk] of the tokens that each decode query attends to, -1 padded."""
     metadata, pool = backend.forward_metadata, backend.token_to_kv_pool
-    tokens = q_lora.shape[0]
-    query = indexer.wq_b(q_lora)[0].view(tokens, indexer.n_heads, indexer.head_dim)
+    tokens = query.shape[0]
     q_fp8, weights = indexer_prep.query(
         query,
         head_gate,
