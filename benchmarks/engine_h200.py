@@ -79,7 +79,8 @@ def _server_args(options: argparse.Namespace, batches: list[int]) -> list[str]:
 def _write(options: argparse.Namespace, kind: str, body: dict[str, Any]) -> None:
     name = f"{kind}-{options.family}-{options.kv}-h{options.heads}-h200.json"
     setting = {k: v for k, v in vars(options).items() if isinstance(v, (str, int, list))}
-    (options.out / name).write_text(json.dumps({"environment": collect("cuda:0"), "options": setting, **body}, indent=1) + "\n")
+    content = {"environment": collect("cuda:0"), "options": setting, **body}
+    (options.out / name).write_text(json.dumps(content, indent=1) + "\n")
     print(f"wrote {name}")
 
 

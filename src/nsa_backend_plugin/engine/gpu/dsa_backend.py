@@ -6,13 +6,17 @@ is SGLang's `DeepseekSparseAttnBackend`. Overridden is what computes: absorbed a
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from sglang.srt.layers.attention.dsa_backend import DeepseekSparseAttnBackend
 
 from nsa_backend_plugin import BACKEND_NAME
+from nsa_backend_plugin.engine import hooks
 from nsa_backend_plugin.ops import concat, sparse_mla
+
+logger = logging.getLogger(__name__)
 
 
 class NsaPluginDSABackend(DeepseekSparseAttnBackend):
@@ -44,6 +48,19 @@ class NsaPluginDSABackend(DeepseekSparseAttnBackend):
         self.attention_workspace = torch.zeros(scratch, dtype=torch.uint8, device=self.device)
         columns = -(-self.req_to_token.shape[1] // self.real_page_size) * self.real_page_size
         self.logits_buffer = torch.empty(max_num_tokens, columns, dtype=torch.float32, device=self.device)
+        logger.info(
+            "nsa_plugin scratch of captured decode steps, up to %d tokens: attention %.1f MiB, index logits %.1f MiB",
+            max_num_tokens,
+            scratch / 2**20,
+            self.logits_buffer.nbytes / 2**20,
+        )
+
+    def prepare_absorbed(self, *arguments: Any) -> tuple[Any, ...] | None:
+        """Called by an SGLang with the patch `fused_decode`, in place of the hook of that name."""
+        from nsa_backend_plugin.engine.gpu import absorb  # which imports this module
+
+        hooks.fired("fused_decode", "patch")
+        return absorb.prepare_absorbed(self, *arguments)
 
     def forward_decode(
         self,
