@@ -4,7 +4,8 @@ On a CPU every operation runs its torch implementation, so the arms differ in wh
 the index-K pages. The score says whether serving computes the model correctly; it is no GSM8K accuracy.
 
 The model itself gets about 95% of held-out problems right (transformers, float32, over 1500 of them), so that samples
-of 100 fall on both sides of the bar. The fixed sample here is one of which transformers gets 97: serving may lose two.
+of 100 fall on both sides of the bar. The fixed sample here was chosen with that known: transformers gets 97 of it
+right, so serving may lose two.
 """
 
 from __future__ import annotations
