@@ -208,6 +208,7 @@ def hooks(on_cpu: bool, problems: Problems) -> list[dict[str, Any]]:
                 "stage": row.stage,
                 "needed": needed,
                 "exists": exists,
+                "patched": row.patched,
             }
         )
         if needed and not exists:
@@ -240,6 +241,8 @@ def render(report: Mapping[str, Any]) -> str:
     lines += ["", "hooks"]
     for h in report["hooks"]:
         verdict = "ok" if h["exists"] else "missing" if h["needed"] else "missing, not needed here"
+        if h["patched"]:
+            verdict = "stands down: its patch is applied"
         lines.append(f"  {h['name']} ({h['kind']}, {h['stage']}): {h['target']}: {verdict}")
     lines += ["", f"{len(report['problems'])} problem(s)"]
     for p in report["problems"]:

@@ -9,6 +9,7 @@ import torch
 
 from nsa_backend_plugin import __version__, settings
 from nsa_backend_plugin.engine import compat, hooks, launch
+from nsa_backend_plugin.engine.gpu import rocm
 from nsa_backend_plugin.ops import registry
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,11 @@ def _gpu_backend(runner: Any) -> Any:
     from sglang.srt.configs.model_config import is_deepseek_dsa
 
     if not is_deepseek_dsa(runner.model_config.hf_config):
+        if rocm.on_rocm():
+            raise ValueError(
+                "nsa_plugin serves MLA models without an indexer on NVIDIA and CPU only, not on ROCm: choose another "
+                "--attention-backend, such as aiter or triton"
+            )
         from nsa_backend_plugin.engine.gpu.mla_backend import NsaPluginMLABackend
 
         return NsaPluginMLABackend(runner)
@@ -56,12 +62,15 @@ def _gpu_backend(runner: Any) -> Any:
     from nsa_backend_plugin.engine.gpu.indexer import merge_all_projections
 
     hooks.install("gpu")
-    merge_all_projections(runner.model)
+    if not rocm.on_rocm():
+        merge_all_projections(runner.model)
     return NsaPluginDSABackend(runner)
 
 
 def _report(device: torch.device, backend: str) -> None:
     mode = ", exact mode: float32, unquantized caches" if settings.enabled("NSA_PLUGIN_EXACT") else ""
     logger.info("nsa_plugin %s on SGLang %s: %s on %s%s", __version__, compat.version(), backend, device, mode)
+    for name in hooks.standing_down():
+        logger.info("nsa_plugin hook stands down, its patch is applied: %s", name)
     for line in registry.report(device):
         logger.info("nsa_plugin op %s", line)

@@ -19,7 +19,7 @@ from nsa_backend_plugin.engine import targets
 
 logger = logging.getLogger(__name__)
 
-#: How often each hook has run in this process, by row name.
+#: How often each hook, or what its patch calls instead, has run in this process, by row name.
 FIRED: Counter[str] = Counter()
 
 
@@ -32,7 +32,8 @@ class Hook:
     stage: "name" (by plugin.py), "start" (when the plugin loads), "cpu" (then, on our CPU platform only), "factory"
     (when nsa_plugin is selected and its backend is created), "gpu" (then, on a GPU).
     handler: "module:function" below `nsa_backend_plugin.engine`. older_target: where it was in older releases.
-    needed: whether the installed release needs the row.
+    needed: whether the installed release needs the row. patch_point: the list of handlers that the row's patch
+    (patches/<release>/<name>.patch) adds to SGLang, if it does.
     """
 
     name: str
@@ -45,6 +46,12 @@ class Hook:
     handler: str = ""
     older_target: str = ""
     needed: Callable[[], bool] = lambda: True
+    patch_point: str = ""
+
+    @property
+    def patched(self) -> bool:
+        """Whether the row's patch is applied to the installed SGLang: the hook then stands down."""
+        return targets.patched(self.path, self.name)
 
     @property
     def path(self) -> str:
@@ -53,6 +60,7 @@ class Hook:
 
 
 _ALL = "0.5.17 to 0.5.23"
+_MLA_POOL = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._build_oot_mla_kv_pool"
 _OPEN = "public extension point"
 
 
@@ -60,6 +68,12 @@ def _bookkeeping_by_name() -> bool:
     from nsa_backend_plugin.engine import compat
 
     return not compat.platform_declares_triton()
+
+
+def _on_rocm() -> bool:
+    from nsa_backend_plugin.engine.gpu import rocm
+
+    return rocm.on_rocm()
 
 
 LEDGER: tuple[Hook, ...] = (
@@ -92,6 +106,7 @@ LEDGER: tuple[Hook, ...] = (
         "not reported; the factory is SGLang's only other place to refuse, after loading",
         "launch:checked_resolution",
         "sglang.srt.server_args.ServerArgs.__post_init__",
+        patch_point="sglang.srt.server_args.RESOLUTION_WRAPPERS",
     ),
     Hook(
         "forward_method",
@@ -143,6 +158,16 @@ LEDGER: tuple[Hook, ...] = (
         needed=_bookkeeping_by_name,
     ),
     Hook(
+        "mla_pool",
+        _MLA_POOL,
+        "subclass",
+        "cpu",
+        "the pool of MLA models is built with index_head_dim, which SGLang's own pool class refuses",
+        "releases with a builder for each out-of-tree pool",
+        "solved upstream by one builder for all pools",
+        needed=lambda: targets.exists(_MLA_POOL),
+    ),
+    Hook(
         "fused_decode",
         "sglang.srt.models.deepseek_common.attention_forward_methods.forward_mla."
         "DeepseekMLAForwardMixin.forward_absorb_prepare",
@@ -152,6 +177,28 @@ LEDGER: tuple[Hook, ...] = (
         _ALL,
         "no extension point",
         "gpu.absorb:forward_absorb_prepare",
+    ),
+    Hook(
+        "rocm_pages",
+        "sglang.srt.layers.attention.dsa.utils.aiter_can_use_preshuffle_paged_mqa",
+        "hook",
+        "start",
+        "ROCm: stock falls to page size 1 where AITER's paged kernel cannot run; ours reads pages of 64 there too",
+        "ROCm, " + _ALL,
+        "no extension point",
+        "gpu.rocm:preshuffled_pages",
+        needed=_on_rocm,
+    ),
+    Hook(
+        "rocm_indexer",
+        "sglang.srt.layers.attention.dsa.dsa_indexer.Indexer.forward_cuda",
+        "hook",
+        "start",
+        "ROCm: one writer of index-K pages for prefill and decode, in the layout that the readers take",
+        "ROCm, " + _ALL,
+        "no extension point",
+        "gpu.rocm_indexer:forward",
+        needed=_on_rocm,
     ),
     Hook(
         "gpu_dsa_backend",
@@ -196,14 +243,24 @@ def install(stage: str) -> None:
     HookRegistry.apply_hooks()
 
 
-def fired(name: str) -> None:
-    """Count a run of a hook, and log its first one."""
+def standing_down() -> list[str]:
+    """Names of the rows whose patch is applied to the installed SGLang."""
+    return [row.name for row in LEDGER if row.patched]
+
+
+def fired(name: str, kind: str = "hook") -> None:
+    """Count a run of a hook, or of the "patch" in its place, and log the first one."""
     FIRED[name] += 1
     if FIRED[name] == 1:
-        logger.info("nsa_plugin hook in use: %s", name)
+        logger.info("nsa_plugin %s in use: %s", kind, name)
 
 
 def _install(row: Hook) -> None:
+    if row.patched:
+        if row.patch_point:
+            module, name = row.patch_point.rsplit(".", 1)
+            getattr(importlib.import_module(module), name).append(_counted(row, "patch"))
+        return
     handler = _counted(row)
     if row.kind == "op":
         from sglang.srt.layers.attention.dsa.dsa_indexer import Indexer
@@ -215,11 +272,11 @@ def _install(row: Hook) -> None:
     HookRegistry.register(row.path, handler, HookType.AROUND)
 
 
-def _counted(row: Hook) -> Callable[..., Any]:
+def _counted(row: Hook, kind: str = "hook") -> Callable[..., Any]:
     """The row's handler, imported when it first runs."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        fired(row.name)
+        fired(row.name, kind)
         return _handler(row.handler)(*args, **kwargs)
 
     return run

@@ -23,9 +23,13 @@ class NsaPluginCpuPlatform(CpuDeviceMixin, SRTPlatform):
         return BACKEND_NAME
 
     def get_kv_pool_cls(self, *, kind: str) -> type | None:
+        from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
+
+        from nsa_backend_plugin.engine import hooks
         from nsa_backend_plugin.engine.cpu import pools
 
-        return {"mla": pools.CpuMLATokenToKVPool, "dsa": pools.CpuDSATokenToKVPool}.get(kind)
+        mla = MLATokenToKVPool if "mla_pool" in hooks.standing_down() else pools.CpuMLATokenToKVPool
+        return {"mla": mla, "dsa": pools.CpuDSATokenToKVPool}.get(kind)
 
     def get_mla_kv_pool_cls(self) -> type | None:
         """Older releases ask for each pool by a method of its own."""

@@ -35,7 +35,7 @@ from sglang.srt.models.deepseek_common.attention_forward_methods.forward_mla imp
 )
 
 from nsa_backend_plugin.engine.gpu import indexer as indexer_path
-from nsa_backend_plugin.engine.gpu.dsa_backend import NsaPluginDSABackend
+from nsa_backend_plugin.engine.gpu.dsa_backend import NsaPluginDSABackend, plain_fp8_scale
 from nsa_backend_plugin.engine.gpu.dual_stream import side_lane
 from nsa_backend_plugin.engine.gpu.quantize_once import shared_input
 from nsa_backend_plugin.ops import latent_cache
@@ -52,11 +52,24 @@ def forward_absorb_prepare(
     prev_topk_indices: torch.Tensor | None = None,
 ) -> Any:
     """AROUND hook: the fused path where it applies, SGLang's own everywhere else."""
-    backend = get_attn_backend()
+    arguments = (attn, positions, hidden_states, forward_batch, zero_allocator, llama_4_scaling, prev_topk_indices)
+    prepared = prepare_absorbed(get_attn_backend(), *arguments)
+    return original(*arguments) if prepared is None else prepared
+
+
+def prepare_absorbed(
+    backend: Any,
+    attn: Any,
+    positions: torch.Tensor,
+    hidden_states: torch.Tensor,
+    forward_batch: Any,
+    zero_allocator: Any,
+    llama_4_scaling: torch.Tensor | None = None,
+    prev_topk_indices: torch.Tensor | None = None,
+) -> tuple[Any, ...] | None:
+    """What the model's `forward_absorb_prepare` returns, by the fused path; None where that does not apply."""
     if llama_4_scaling is not None or not _applies(attn, backend, hidden_states, forward_batch):
-        return original(
-            attn, positions, hidden_states, forward_batch, zero_allocator, llama_4_scaling, prev_topk_indices
-        )
+        return None
     q_all, slots = _prepare(attn, backend, positions, hidden_states, forward_batch, prev_topk_indices)
     value_dim = attn.kv_lora_rank
     # k None tells the backend that the latent row is in the cache already.
@@ -128,16 +141,18 @@ def _prepare(
 
     q_all = q.new_empty(q.shape[0], q.shape[1], value_dim + attn.qk_rope_head_dim)
     torch.bmm(q[..., :nope_dim].transpose(0, 1), attn.w_kc, out=q_all[..., :value_dim].transpose(0, 1))
+    cache = pool.get_key_buffer(attn.layer_id)
     latent_cache.store(
         attn.kv_a_layernorm(latent[:, :value_dim]),
         latent[:, value_dim:],
-        pool.get_key_buffer(attn.layer_id),
+        cache,
         forward_batch.out_cache_loc,
         positions=positions,
         cos_sin_cache=attn.rotary_emb.cos_sin_cache,
         is_neox=attn.rotary_emb.is_neox_style,
         q_rope=q[..., nope_dim:],
         q_rope_out=q_all[..., value_dim:],
+        kv_scale=plain_fp8_scale(cache),
     )
     lane.join()
     return q_all, slots

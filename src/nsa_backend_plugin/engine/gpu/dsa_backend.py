@@ -14,9 +14,17 @@ from sglang.srt.layers.attention.dsa_backend import DeepseekSparseAttnBackend
 
 from nsa_backend_plugin import BACKEND_NAME
 from nsa_backend_plugin.engine import hooks
+from nsa_backend_plugin.engine import index_cache
+from nsa_backend_plugin.engine.gpu import rocm
+from nsa_backend_plugin.layouts import FP8_DTYPES, LATENT_DIM, ROPE_DIM
 from nsa_backend_plugin.ops import concat, sparse_mla
 
 logger = logging.getLogger(__name__)
+
+
+def plain_fp8_scale(cache: torch.Tensor) -> float | None:
+    """Scale of the latent rows: SGLang writes plain fp8 rows (ROCm) unscaled, other rows carry or need none."""
+    return 1.0 if cache.dtype in FP8_DTYPES and cache.shape[-1] == LATENT_DIM + ROPE_DIM else None
 
 
 class NsaPluginDSABackend(DeepseekSparseAttnBackend):
@@ -31,6 +39,14 @@ class NsaPluginDSABackend(DeepseekSparseAttnBackend):
             )
         if self.hisparse_coordinator is not None:
             raise ValueError("nsa_plugin does not support HiSparse: start without it")
+        layout = index_cache.chosen_layout(self.device)
+        if rocm.on_rocm():
+            rocm.check_latent_cache(self.token_to_kv_pool)
+        elif layout != "row_major":
+            raise ValueError(
+                f"NSA_PLUGIN_INDEX_LAYOUT={layout}: on CUDA SGLang's prefill writes the index-K pages row_major"
+            )
+        index_cache.declare_layout(self.token_to_kv_pool, layout)
         # Neither name is one of the stock kernels': no FlashMLA metadata is built per step, and every top-k
         # transform is the paged one, which yields physical slots.
         self.dsa_decode_impl = BACKEND_NAME
@@ -113,11 +129,13 @@ class NsaPluginDSABackend(DeepseekSparseAttnBackend):
         if topk_indices is None:
             raise ValueError(f"layer {layer.layer_id}: sparse attention was called without top-k indices")
         out = q_all.new_empty(q_all.shape[0], heads, layer.v_head_dim)
+        kv = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
         sparse_mla.attend(
             q_all,
-            self.token_to_kv_pool.get_key_buffer(layer.layer_id),
+            kv,
             self._pad_topk_indices(topk_indices, q_all.shape[0]),
             layer.scaling,
+            kv_scale=plain_fp8_scale(kv),
             value_dim=layer.v_head_dim,
             out=out,
             workspace=self.attention_workspace if torch.cuda.is_current_stream_capturing() else None,

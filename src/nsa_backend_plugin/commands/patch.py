@@ -1,0 +1,74 @@
+"""Check, apply or revert the source patches that replace hooks, on an installed SGLang.
+
+For people who build images from source. A patch is applied only to the exact file of the release it was made for; a
+run changes all its files or none, and running it again changes nothing. patches/README.md says what each one does.
+
+Exit code 0 when every patch is, or (--check) could be, as asked; 1 when the source is not the expected one or cannot be
+written, with nothing changed; 2 when there is nothing to work on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+
+_PATCHES = Path(__file__).resolve().parents[3] / "patches"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument("--check", action="store_true", help="say which patches are applied; change nothing")
+    action.add_argument("--apply", action="store_true", help="apply the named patches (default: all of the release)")
+    action.add_argument("--revert", action="store_true", help="bring the release's own files back")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="patches, as named in patches/README.md")
+    parser.add_argument("--sglang", type=Path, metavar="DIR", help="the `sglang` package folder (default: installed)")
+
+
+def run(options: argparse.Namespace) -> int:
+    from nsa_backend_plugin import patching
+
+    known = sorted({name for release in patching.releases(_PATCHES) for name in release.index})
+    sglang = options.sglang or _installed()
+    problem = ""
+    if not known:
+        problem = (
+            "the patches are not part of the installed package; they run from a source checkout (pip install -e ., or "
+            "PYTHONPATH=src python -m nsa_backend_plugin.cli patch ...)"
+        )
+    elif sglang is None:
+        problem = f"sglang is not installed for {sys.executable}: pass --sglang DIR"
+    elif not (sglang / "srt").is_dir():
+        problem = f"--sglang {sglang}: expected the folder of the package `sglang`, which has a folder `srt`"
+    elif unknown := set(options.names) - set(known):
+        problem = f"unknown patch {', '.join(sorted(unknown))}: expected {', '.join(known)}"
+    if problem or sglang is None:
+        print(f"nsa-plugin patch: {problem}", file=sys.stderr)
+        return 2
+    try:
+        return _run(options, sglang)
+    except (patching.PatchError, OSError) as error:
+        print(f"nsa-plugin patch: refused, nothing was changed: {error}", file=sys.stderr)
+        return 1
+
+
+def _run(options: argparse.Namespace, sglang: Path) -> int:
+    from nsa_backend_plugin import patching
+
+    release = patching.find_release(_PATCHES, sglang, options.names)
+    names = list(dict.fromkeys(options.names)) or sorted(release.index)
+    before = {name: patching.state(release, name, sglang) for name in names}
+    if not options.check:
+        wanted = patching.AFTER if options.apply else patching.BEFORE
+        patching.write(patching.plan(release, names, sglang, wanted))
+    print(f"SGLang {release.name} in {sglang}")
+    for name in names:
+        after = patching.state(release, name, sglang)
+        print(f"  {name}: {after}" + ("" if after == before[name] else f" (was {before[name]})"))
+    return 0
+
+
+def _installed() -> Path | None:
+    spec = importlib.util.find_spec("sglang")
+    return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
