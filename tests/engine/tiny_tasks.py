@@ -38,6 +38,16 @@ def write_recall(path: Path, count: int, tokens: int, seed: int) -> None:
     _write(path, rows)
 
 
+def write_long(path: Path, kind: str, count: int, tokens: tuple[int, int], seed: int) -> None:
+    """`count` prompts of one kind (`data.ARITHMETIC` or `data.RECALL`) with a random length between the two."""
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        prompt, problem = data.test_prompt(rng, kind, rng.randint(*tokens), encode)
+        rows.append((prompt.removesuffix(problem.prompt), problem))
+    _write(path, rows)
+
+
 def _write(path: Path, rows: list[tuple[str, data.Problem]]) -> None:
     lines = [json.dumps({"context": c, "question": p.question, "answer": p.answer}) for c, p in rows]
     path.write_text("\n".join(lines) + "\n")
