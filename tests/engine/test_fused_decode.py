@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from nsa_backend_plugin.engine import index_cache
 from nsa_backend_plugin.layouts import index_page_bytes, packed_latent_bytes
 from nsa_backend_plugin.ops import concat, indexer_prep, latent_cache, mqa_logits, sparse_mla, topk
 from nsa_backend_plugin.ops.rotary import apply_rope
@@ -101,6 +102,7 @@ class Case:
             get_key_buffer=lambda layer_id: self.latent,
             get_index_k_with_scale_buffer=lambda layer_id: self.index_pages,
         )
+        index_cache.declare_layout(pool, "row_major")
         order = torch.randperm(PAGES).int()
         self.page_table = torch.stack([order[:3], order[[3, 3, 3]], order[[4, 5, 0]]])
         lengths = torch.tensor(LENGTHS, dtype=torch.int32)

@@ -9,6 +9,7 @@ import torch
 
 from nsa_backend_plugin import BACKEND_NAME, settings
 from nsa_backend_plugin.engine import compat
+from nsa_backend_plugin.engine.gpu import rocm
 from nsa_backend_plugin.layouts import INDEX_DIM, INDEX_PAGE_SIZE, LATENT_DIM, ROPE_DIM
 from nsa_backend_plugin.ops import dense_mla, registry
 
@@ -40,7 +41,7 @@ def checked_resolution(resolve: Callable[..., Any], server_args: Any, *args: Any
     check_settings()
     check_arguments(server_args)
     page_size = server_args.page_size  # as the user wrote it: SGLang replaces it for DSA models, with a warning only
-    with _cpu_resolution():
+    with _cpu_resolution(), rocm.resolution():
         result = resolve(server_args, *args, **kwargs)
     if str(server_args.model_path).lower() not in ("none", "dummy"):
         check_model(compat.model_config(server_args), page_size)

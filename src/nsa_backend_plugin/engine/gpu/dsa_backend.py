@@ -13,8 +13,7 @@ import torch
 from sglang.srt.layers.attention.dsa_backend import DeepseekSparseAttnBackend
 
 from nsa_backend_plugin import BACKEND_NAME
-from nsa_backend_plugin.engine import hooks
-from nsa_backend_plugin.engine import index_cache
+from nsa_backend_plugin.engine import hooks, index_cache
 from nsa_backend_plugin.engine.gpu import rocm
 from nsa_backend_plugin.layouts import FP8_DTYPES, LATENT_DIM, ROPE_DIM
 from nsa_backend_plugin.ops import concat, sparse_mla

@@ -4,8 +4,8 @@
     needs q_lora:         wq_b
     needs both:           query RoPE + Hadamard + fp8 + gate scaling; logits; top-k to slots
 
-All of it keeps stock's K representation (Hadamard or not, fp32 scales, row-major pages), because prefill writes
-the same pages through the stock indexer.
+All of it keeps stock's K representation (Hadamard or not, fp32 scales), because on CUDA prefill writes the same pages
+through the stock indexer. The byte layout of the pages is the pool's (`engine.index_cache`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from sglang.srt.layers.quantization.fp8_utils import block_quant_dequant
 
+from nsa_backend_plugin.engine import index_cache
 from nsa_backend_plugin.ops import indexer_prep, mqa_logits, topk
+from nsa_backend_plugin.ops.arch import device_arch, is_rocm
 
 _MERGED = "_nsa_plugin_wk_weights"
 
@@ -42,13 +44,30 @@ def merge_all_projections(model: Any) -> None:
             merge_projection(module)
 
 
-def project(indexer: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(key [T, 128], head gate [T, H]) before norm and scaling: two slices of one GEMM's output."""
+def project(indexer: Any, hidden_states: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(key [T, 128], head gate [T, H]) before norm and scaling: on CUDA two slices of one GEMM's output."""
+    if isinstance(hidden_states, tuple) or is_rocm(device_arch(hidden_states.device)):
+        return _project_apart(indexer, hidden_states)
     if indexer.use_dsa_indexer_fusion:
         both = indexer.wk_weights_proj(hidden_states)[0]
     else:
         both = _mm_fp32_out(hidden_states, getattr(indexer, _MERGED))
     return both[:, : indexer.head_dim], both[:, indexer.head_dim :]
+
+
+def _project_apart(
+    indexer: Any, hidden_states: torch.Tensor | tuple[torch.Tensor, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Through the model's own layers: on ROCm their weights may be shuffled for AITER's GEMM, so they are not merged.
+
+    A fused norm of SGLang hands over (fp8, scale, bf16): the gate is not quantized, and takes the last.
+    """
+    unquantized = hidden_states
+    if isinstance(hidden_states, tuple):
+        if len(hidden_states) != 3:
+            raise ValueError(f"hidden_states is a tuple of {len(hidden_states)}: expected (fp8, scale, bf16)")
+        unquantized = hidden_states[2]
+    return indexer.wk(hidden_states)[0], indexer.weights_proj(unquantized)[0].float()
 
 
 def _mm_fp32_out(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -61,18 +80,20 @@ def _mm_fp32_out(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def store_key(indexer: Any, key: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, pool: Any) -> None:
     norm = indexer.k_norm
     bias = getattr(norm, "bias", None)
+    layout = index_cache.layout_of(pool)
     indexer_prep.key_store(
         key,
         norm.weight,
         bias,
         positions,
         indexer.rotary_emb.cos_sin_cache,
-        pool.get_index_k_with_scale_buffer(layer_id=indexer.layer_id),
+        index_cache.pages(pool, indexer.layer_id, layout),
         slots,
         is_neox=indexer.rotary_emb.is_neox_style,
         norm="rms" if bias is None else "layer",
         eps=norm.variance_epsilon,
         hadamard=not indexer.use_dsa_indexer_fusion,
+        layout=layout,
         page_size=pool.page_size,
     )
 
@@ -82,13 +103,11 @@ def project_query(indexer: Any, q_input: torch.Tensor | tuple[torch.Tensor, torc
     return indexer.wq_b(q_input)[0].view(-1, indexer.n_heads, indexer.head_dim)
 
 
-def select_slots(
-    indexer: Any, query: torch.Tensor, head_gate: torch.Tensor, positions: torch.Tensor, backend: Any
-) -> torch.Tensor:
-    """Physical slots [T, index_topk] of the tokens that each decode query attends to, -1 padded."""
-    metadata, pool = backend.forward_metadata, backend.token_to_kv_pool
-    tokens = query.shape[0]
-    q_fp8, weights = indexer_prep.query(
+def quantize_query(
+    indexer: Any, query: torch.Tensor, head_gate: torch.Tensor, positions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(query [T, heads, 128] fp8, weights [T, heads] fp32) for the logits."""
+    return indexer_prep.query(
         query,
         head_gate,
         positions,
@@ -98,16 +117,27 @@ def select_slots(
         hadamard=not indexer.use_dsa_indexer_fusion,
         scale_format="ue8m0" if indexer.scale_fmt and not indexer.use_dsa_indexer_fusion else "fp32",
     )
+
+
+def select_slots(
+    indexer: Any, query: torch.Tensor, head_gate: torch.Tensor, positions: torch.Tensor, backend: Any
+) -> torch.Tensor:
+    """Physical slots [T, index_topk] of the tokens that each decode query attends to, -1 padded."""
+    metadata, pool = backend.forward_metadata, backend.token_to_kv_pool
+    tokens = query.shape[0]
+    q_fp8, weights = quantize_query(indexer, query, head_gate, positions)
     page_table, lengths = metadata.real_page_table, metadata.cache_seqlens_int32
     columns = page_table.shape[1] * pool.page_size
+    layout = index_cache.layout_of(pool)
     capturing = torch.cuda.is_current_stream_capturing()
     logits = mqa_logits.paged(
         q_fp8[:, None],
-        pool.get_index_k_with_scale_buffer(layer_id=indexer.layer_id),
+        index_cache.pages(pool, indexer.layer_id, layout),
         weights,
         lengths,
         page_table,
         columns,
+        layout=layout,
         page_size=pool.page_size,
         out=backend.logits_buffer[:tokens] if capturing else None,
     )

@@ -1,0 +1,57 @@
+"""What stock SGLang decides on ROCm from AITER and Triton versions, decided for our kernels instead.
+
+Compile-checked and run on a simulated host (`tests/rocm`), not run on an AMD GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from nsa_backend_plugin.layouts import LATENT_DIM, ROPE_DIM
+
+_resolving = False
+
+
+def on_rocm() -> bool:
+    """Whether torch is built for ROCm."""
+    return torch.version.hip is not None
+
+
+@contextlib.contextmanager
+def resolution() -> Iterator[None]:
+    """Around SGLang's resolution of arguments that select nsa_plugin: no server arguments are published yet."""
+    global _resolving
+    _resolving = True
+    try:
+        yield
+    finally:
+        _resolving = False
+
+
+def preshuffled_pages(original: Callable[[], bool]) -> bool:
+    """AROUND hook of `aiter_can_use_preshuffle_paged_mqa`: pages of 64 tokens whenever nsa_plugin is selected.
+
+    Stock ROCm falls to page size 1 where AITER's paged kernel cannot run (no AITER, Triton < 3.5). Ours reads and
+    writes pages of 64 in either layout, and the registry declines AITER's kernel where it cannot run.
+    """
+    from sglang.srt.runtime_context import get_server_args
+
+    from nsa_backend_plugin.engine import launch
+
+    if _resolving:
+        return True
+    arguments = get_server_args()
+    return (arguments is not None and launch.selected(arguments)) or original()
+
+
+def check_latent_cache(pool: Any) -> None:
+    """Raise ValueError unless the latent rows are those that SGLang writes on ROCm: 576 values, no scales."""
+    if pool.kv_cache_dim != LATENT_DIM + ROPE_DIM:
+        raise ValueError(
+            f"latent rows of {pool.kv_cache_dim} bytes: on ROCm nsa_plugin reads {LATENT_DIM + ROPE_DIM} plain values. "
+            "Leave --dsa-prefill-backend and --dsa-decode-backend unset, or use --kv-cache-dtype bfloat16"
+        )
