@@ -39,7 +39,7 @@ def write_recall(path: Path, count: int, tokens: int, seed: int) -> None:
 
 
 def write_long(path: Path, kind: str, count: int, tokens: tuple[int, int], seed: int) -> None:
-    """`count` prompts of one kind (`data.ARITHMETIC` or `data.RECALL`) with a random length between the two."""
+    """`count` prompts of one kind ("arithmetic" or `data.RECALL`) with a random length between the two."""
     rng = random.Random(seed)
     rows = []
     for _ in range(count):
