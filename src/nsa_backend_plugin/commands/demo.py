@@ -122,12 +122,10 @@ def ask_all(server: Any, questions: list[Question]) -> int:
 
 def print_kernels(log_path: Path) -> None:
     """The engine logs one line per operation when the backend is built; show the running server's own."""
-    from nsa_backend_plugin.settings import OPERATIONS
+    from nsa_backend_plugin.accuracy.arms import kernel_lines
 
-    pattern = re.compile(rf"(?:{'|'.join(OPERATIONS)})\.\w+: .*")
-    lines = [m.group(0) for line in log_path.read_text(errors="replace").splitlines() if (m := pattern.search(line))]
     print("\nkernels in use:")
-    for line in dict.fromkeys(lines):
+    for line in kernel_lines(log_path):
         print(f"    {line}")
 
 
