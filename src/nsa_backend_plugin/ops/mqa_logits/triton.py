@@ -51,7 +51,8 @@ def _load_queries(
     pointer = q + source[:, None] * D + tl.arange(0, CHUNK)[None, :]
     values = ()
     for begin in tl.static_range(0, D, CHUNK):
-        values = values + (tl.load(pointer + begin, mask=keep[:, None], other=0.0),)
+        piece = tl.load(pointer + begin, mask=keep[:, None], other=0.0)
+        values = values + (piece,)  # type: ignore[assignment] # noqa: RUF005 (Triton unpacks no tuple here)
     return values, tl.load(weights + source, mask=keep, other=0.0)
 
 
@@ -246,9 +247,9 @@ def _config(arch: str, kind: str, queries: int, heads: int, page_size: int = IND
     return _Config(tile, share, padded, 8 if columns > 128 else 4, 4, 3 if columns <= 128 else 1)
 
 
-def _chunk(layout: str) -> int:
-    """Dimensions of the keys that one load takes."""
-    return _PRESHUFFLED_CHUNK if layout == "preshuffled" else INDEX_DIM
+def _chunk(arch: str, layout: str) -> int:
+    """Dimensions of the keys that one load takes. AMD's wider blocks would load narrow chunks 8 bytes at a time."""
+    return _PRESHUFFLED_CHUNK if layout == "preshuffled" and is_cuda(arch) else INDEX_DIM
 
 
 @functools.cache
@@ -295,7 +296,8 @@ def paged(
     out = new_logits(out, batch * next_n, max_context_len, q.device)
     if batch * next_n * heads == 0:
         return out
-    config = _config(device_arch(q.device), "paged", next_n, heads, page_size)
+    arch = device_arch(q.device)
+    config = _config(arch, "paged", next_n, heads, page_size)
     groups = triton.cdiv(next_n, config.queries)
     programs = max(1, _cores(q.device) * config.programs_per_core // groups)
     _paged_kernel[(programs, groups)](
@@ -315,7 +317,7 @@ def paged(
         PRESHUFFLED=layout == "preshuffled",
         PAGE_SIZE=page_size,
         D=dim,
-        CHUNK=_chunk(layout),
+        CHUNK=_chunk(arch, layout),
         TILE=config.tile,
         QUERIES=config.queries,
         HEADS=config.heads,
@@ -413,7 +415,7 @@ def compile_cases(arch: str) -> Iterator[triton_support.CompileCase]:
                         "PRESHUFFLED": layout == "preshuffled",
                         "PAGE_SIZE": INDEX_PAGE_SIZE,
                         "D": INDEX_DIM,
-                        "CHUNK": _chunk(layout),
+                        "CHUNK": _chunk(arch, layout),
                         "TILE": config.tile,
                         "QUERIES": config.queries,
                         "HEADS": config.heads,
