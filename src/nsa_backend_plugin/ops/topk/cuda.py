@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -13,38 +14,60 @@ from nsa_backend_plugin.ops.arch import device_arch
 from nsa_backend_plugin.ops.support import YES, Support, no
 
 _SOURCE = Path(__file__).with_name("topk.cu")
-#: Rows up to the number of multiprocessors have one each to themselves; beyond, two smaller blocks share one.
+#: Rows beyond the number of multiprocessors share them two by two, in smaller blocks.
 _THREADS_FEW_ROWS, _THREADS_MANY_ROWS = 1024, 512
+#: Blocks that share a long row, where there are multiprocessors for all of them.
+_CLUSTERS = (4, 2)
+#: Wider rows may be long: topk.cu streams what exceeds one tile of registers.
+_TILE = 16 * _THREADS_FEW_ROWS
 MAX_K = 4096
 #: Covers topk.cu's Shared: histogram, warp sums and scalars, candidates, chosen indices.
 _SHARED_BYTES = 4 * 2048 + 256 + 8 * 8192 + 4 * MAX_K
 
 
 def available(arch: str) -> Support:
-    return cuda_jit.compiles(_SOURCE, arch, _defines(_THREADS_FEW_ROWS, False))
+    return cuda_jit.compiles(_SOURCE, arch, _defines(_Variant(_THREADS_FEW_ROWS, 1, False)))
 
 
 def accepts_select(logits: torch.Tensor, lengths: torch.Tensor, k: int, **kwargs: object) -> Support:
     return YES if k <= MAX_K else no(f"k {k}: at most {MAX_K}")
 
 
-def _defines(threads: int, deterministic: bool) -> dict[str, int]:
+class _Variant(NamedTuple):
+    threads: int
+    cluster: int  # blocks per row
+    deterministic: bool
+
+
+def _variant(arch: str, cores: int, rows: int, columns: int, deterministic: bool) -> _Variant:
+    if rows > cores:
+        return _Variant(_THREADS_MANY_ROWS, 1, deterministic)
+    cluster = 1
+    if columns > _TILE and int(arch[3:]) >= 90:
+        cluster = next((c for c in _CLUSTERS if rows * c <= cores), 1)
+    return _Variant(_THREADS_FEW_ROWS, cluster, deterministic)
+
+
+def _defines(variant: _Variant) -> dict[str, int]:
     return {
-        "THREADS": threads,
-        "DETERMINISTIC": int(deterministic),
+        "THREADS": variant.threads,
+        "CLUSTER": variant.cluster,
+        "DETERMINISTIC": int(variant.deterministic),
         "MAX_K": MAX_K,
         "SHARED_BYTES": _SHARED_BYTES,
     }
 
 
 @functools.cache
-def _kernels(arch: str) -> dict[tuple[int, bool], cuda_jit.Kernel]:
+def _kernels(arch: str) -> dict[_Variant, cuda_jit.Kernel]:
     """All variants at once: the first call loads what any later, captured call may need."""
-    return {
-        (threads, deterministic): cuda_jit.load(_SOURCE, ["topk"], arch, _defines(threads, deterministic))["topk"]
-        for threads in (_THREADS_FEW_ROWS, _THREADS_MANY_ROWS)
+    clusters = (1, *_CLUSTERS) if int(arch[3:]) >= 90 else (1,)
+    variants = [
+        _Variant(threads, cluster, deterministic)
+        for threads, cluster in ((_THREADS_MANY_ROWS, 1), *((_THREADS_FEW_ROWS, c) for c in clusters))
         for deterministic in (False, True)
-    }
+    ]
+    return {v: cuda_jit.load(_SOURCE, ["topk"], arch, _defines(v))["topk"] for v in variants}
 
 
 @functools.cache
@@ -64,15 +87,15 @@ def select(
     deterministic: bool,
     out: torch.Tensor,
 ) -> None:
-    rows = logits.shape[0]
+    rows, columns = logits.shape
     if rows == 0:
         return
     arch = device_arch(logits.device)
-    threads = _THREADS_FEW_ROWS if rows <= _cores(logits.device) else _THREADS_MANY_ROWS
+    variant = _variant(arch, _cores(logits.device), rows, columns, deterministic)
     cuda_jit.launch(
-        _kernels(arch)[threads, deterministic],
-        grid=(rows, 1, 1),
-        block=(threads, 1, 1),
+        _kernels(arch)[variant],
+        grid=(rows * variant.cluster, 1, 1),
+        block=(variant.threads, 1, 1),
         args=(
             logits,
             lengths.contiguous(),

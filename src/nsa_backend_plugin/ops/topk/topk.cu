@@ -1,4 +1,4 @@
-// Exact top-k of rows of fp32 logits, one thread block per row.
+// Exact top-k of rows of fp32 logits, one thread block per row, or one cluster of blocks that share its streaming pass.
 //
 // A row is read from DRAM once in the common case:
 //   short row  (one tile)   keys stay in registers; radix select on them.
@@ -10,7 +10,7 @@
 // Radix select: histogram of the top 11 bits of an order-preserving key, find the bin that holds the k-th largest,
 // repeat inside that bin with the next 11, then the last 10 bits. It stops early once the bin is needed whole.
 //
-// Defines: THREADS (block size), DETERMINISTIC (0 or 1: ties to the lowest index, rows sorted by index), MAX_K,
+// Defines: THREADS (block size), CLUSTER (blocks per row; more than 1 from sm_90 on), DETERMINISTIC (0 or 1: ties to the lowest index, rows sorted by index), MAX_K,
 // SHARED_BYTES (dynamic shared memory of the launch).
 //
 // Sources: radix select, Alabi et al. 2012; threshold from a sample, Floyd and Rivest 1975.
@@ -19,14 +19,15 @@ typedef unsigned int u32;
 typedef long long i64;
 
 constexpr int kWarps = THREADS / 32;
-constexpr int kVectors = 4;                       // 16-byte loads that each thread has in flight
-constexpr int kPerThread = 4 * kVectors;          // logits per thread and tile
-constexpr int kTile = THREADS * kPerThread;       // logits per tile
+constexpr int kVectors = 4;                       // 16-byte loads that each thread has in flight over a long row
+constexpr int kTile = 4 * kVectors * THREADS;     // logits per tile of a long row
+constexpr int kSampleVectors = 2;                 // of rows up to 32 tiles; beyond, the sample is twice as large
 constexpr int kBins = 2048;
 constexpr int kBinsPerThread = kBins / THREADS;
 constexpr int kMaxCandidates = kTile < 8192 ? kTile : 8192;  // at most 64 KB of key and index
 constexpr int kBitmapWords = 2 * kMaxCandidates;
 constexpr u32 kFull = 0xffffffffu;
+constexpr u32 kZeroKey = 0x80000000u;
 static_assert(kBins % THREADS == 0, "every thread owns the same number of bins");
 
 struct Shared {
@@ -56,6 +57,36 @@ __device__ __forceinline__ u32 ordered_key(float logit) {
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
+// ---------------------------------------------------------------- thread-block cluster
+
+__device__ __forceinline__ u32 cluster_rank() {
+#if CLUSTER == 1
+  return 0;
+#else
+  u32 rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+#endif
+}
+
+#if CLUSTER > 1
+#define CLUSTER_DIMS __cluster_dims__(CLUSTER, 1, 1)
+
+__device__ __forceinline__ void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// The same place in the shared memory of another block of the cluster.
+template <class T>
+__device__ __forceinline__ T* in_block(T* local, u32 rank) {
+  T* remote;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(remote) : "l"(local), "r"(rank));
+  return remote;
+}
+#else
+#define CLUSTER_DIMS
+#endif
+
 // ---------------------------------------------------------------- block-wide sums
 
 // Exclusive prefix sum over the block of one value per thread; `total` is the sum over all threads.
@@ -82,10 +113,14 @@ __device__ __forceinline__ u32 exclusive_sum(u32 value, u32& total) {
 }
 
 // ---------------------------------------------------------------- where keys come from
-// A source hands out tiles of kPerThread keys per thread, as a bit mask of the keys that exist, and their positions.
+// A source hands out tiles of kSlots keys per thread, as a bit mask of the keys that exist, and their positions.
+// Few slots where few keys are expected: a slot costs its instructions, filled or not.
 
 // Logits in global memory. Loads are 16 bytes wide and aligned: the first may begin up to 3 logits before the row.
+template <int kVectorsPerThread>
 struct Row {
+  static constexpr int kVectors = kVectorsPerThread;
+  static constexpr int kSlots = 4 * kVectors;
   const float4* vectors;
   int lead;    // logits of the first vector that precede the row
   int length;
@@ -94,12 +129,12 @@ struct Row {
   __device__ Row(const float* begin, int length) : length(length) {
     lead = static_cast<int>(reinterpret_cast<unsigned long long>(begin) % 16 / sizeof(float));
     vectors = reinterpret_cast<const float4*>(begin - lead);
-    tile_count = (length + lead + kTile - 1) / kTile;
+    tile_count = (length + lead + kSlots * THREADS - 1) / (kSlots * THREADS);
   }
   __device__ __forceinline__ int tiles() const { return tile_count; }
   __device__ __forceinline__ int vector_count() const { return (length + lead + 3) / 4; }
 
-  __device__ __forceinline__ u32 load_vectors(const int (&at)[kVectors], u32 (&keys)[kPerThread]) const {
+  __device__ __forceinline__ u32 load_vectors(const int (&at)[kVectors], u32 (&keys)[kSlots]) const {
     float4 values[kVectors];
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
@@ -121,14 +156,14 @@ struct Row {
   __device__ __forceinline__ int vector_at(int tile, int v) const {
     return (tile * kVectors + v) * THREADS + static_cast<int>(threadIdx.x);
   }
-  __device__ __forceinline__ u32 load(int tile, u32 (&keys)[kPerThread]) const {
+  __device__ __forceinline__ u32 load(int tile, u32 (&keys)[kSlots]) const {
     int at[kVectors];
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) at[v] = vector_at(tile, v);
     return load_vectors(at, keys);
   }
   // One tile of vectors spread evenly over the row.
-  __device__ __forceinline__ u32 load_sample(u32 (&keys)[kPerThread]) const {
+  __device__ __forceinline__ u32 load_sample(u32 (&keys)[kSlots]) const {
     int at[kVectors];
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
@@ -144,37 +179,42 @@ struct Row {
 // Keys of one tile, held in registers. `Origin` knows the logit's index of each.
 template <class Origin>
 struct Resident {
+  static constexpr int kSlots = Origin::kSlots;
   const Origin& origin;
-  u32 keys[kPerThread];
+  u32 keys[kSlots];
   u32 exists;
 
   __device__ __forceinline__ explicit Resident(const Origin& origin) : origin(origin) { exists = origin.load(0, keys); }
   __device__ __forceinline__ int tiles() const { return 1; }
-  __device__ __forceinline__ u32 load(int, u32 (&out)[kPerThread]) const {
+  __device__ __forceinline__ u32 load(int, u32 (&out)[kSlots]) const {
 #pragma unroll
-    for (int i = 0; i < kPerThread; ++i) out[i] = keys[i];
+    for (int i = 0; i < kSlots; ++i) out[i] = keys[i];
     return exists;
   }
   __device__ __forceinline__ int index(int tile, int slot) const { return origin.index(tile, slot); }
 };
 
 // A sample of a row: its indices have no meaning.
+template <int kVectors>
 struct Sample {
-  const Row& row;
-  __device__ __forceinline__ u32 load(int, u32 (&keys)[kPerThread]) const { return row.load_sample(keys); }
+  static constexpr int kSlots = 4 * kVectors;
+  const Row<kVectors>& row;
+  __device__ __forceinline__ u32 load(int, u32 (&keys)[kSlots]) const { return row.load_sample(keys); }
   __device__ __forceinline__ int index(int, int) const { return 0; }
 };
 
 // The candidates that the filter pass left in shared memory.
+template <int kSlotsPerThread>
 struct Candidates {
+  static constexpr int kSlots = kSlotsPerThread;
   int count;
   __device__ __forceinline__ int slot_at(int slot) const {
     return slot * THREADS + static_cast<int>(threadIdx.x);
   }
-  __device__ __forceinline__ u32 load(int, u32 (&keys)[kPerThread]) const {
+  __device__ __forceinline__ u32 load(int, u32 (&keys)[kSlots]) const {
     u32 exists = 0;
 #pragma unroll
-    for (int i = 0; i < kPerThread; ++i) {
+    for (int i = 0; i < kSlots; ++i) {
       const bool inside = slot_at(i) < count;
       keys[i] = inside ? shared().candidate.key[slot_at(i)] : 0u;
       exists |= static_cast<u32>(inside) << i;
@@ -200,19 +240,26 @@ __device__ __forceinline__ void count_bins(const Source& source, Project project
 #pragma unroll
   for (int b = 0; b < kBinsPerThread; ++b) s.histogram[b * THREADS + threadIdx.x] = 0;
   __syncthreads();
+  u32 zeros = 0;  // a ReLU makes many: counted one by one they would queue up at one bin
 #pragma unroll 1
   for (int tile = 0; tile < source.tiles(); ++tile) {
-    u32 keys[kPerThread];
+    u32 keys[Source::kSlots];
     const u32 exists = source.load(tile, keys);
 #pragma unroll
-    for (int i = 0; i < kPerThread; ++i) {
+    for (int i = 0; i < Source::kSlots; ++i) {
       if (!(exists >> i & 1)) continue;
       u32 key = keys[i];
       if (project(key, source, tile, i) && (key & mask) == prefix) {
-        atomicAdd(&s.histogram[key >> shift & digit_mask], 1u);
+        if (key == kZeroKey) {
+          ++zeros;
+        } else {
+          atomicAdd(&s.histogram[key >> shift & digit_mask], 1u);
+        }
       }
     }
   }
+  zeros = __reduce_add_sync(kFull, zeros);
+  if (zeros && threadIdx.x % 32 == 0) atomicAdd(&s.histogram[kZeroKey >> shift & digit_mask], zeros);
   __syncthreads();
 }
 
@@ -275,7 +322,7 @@ struct IndexOfTies {
 
 // Position in a list, for each set bit of `take` of every lane: the warp reserves its places with one atomic.
 // `store(position, slot)` is called for each. All lanes of the warp must call.
-template <class Store>
+template <int kSlots, class Store>
 __device__ __forceinline__ void append(u32 take, u32* counter, Store store) {
   const int lane = threadIdx.x % 32;
   const u32 own = __popc(take);
@@ -291,22 +338,24 @@ __device__ __forceinline__ void append(u32 take, u32* counter, Store store) {
   if (lane == 31) position = atomicAdd(counter, total);
   position = __shfl_sync(kFull, position, 31) + inclusive - own;
 #pragma unroll
-  for (int slot = 0; slot < kPerThread; ++slot) {
+  for (int slot = 0; slot < kSlots; ++slot) {
     if (take >> slot & 1) store(position++, slot);
   }
 }
 
 // Put the keys at or above `threshold` into the candidate list; the count may exceed its capacity.
-__device__ __forceinline__ int filter(const Row& row, u32 threshold) {
+// The blocks of a cluster take turns at the tiles, and the list is the first block's.
+__device__ __forceinline__ int filter(const Row<kVectors>& row, u32 threshold) {
+  using Source = Row<kVectors>;
   Shared& s = shared();
 #pragma unroll 1
-  for (int tile = 0; tile < row.tiles(); ++tile) {
-    u32 keys[kPerThread];
+  for (int tile = static_cast<int>(cluster_rank()); tile < row.tiles(); tile += CLUSTER) {
+    u32 keys[Source::kSlots];
     const u32 exists = row.load(tile, keys);
     u32 take = 0;
 #pragma unroll
-    for (int i = 0; i < kPerThread; ++i) take |= static_cast<u32>(keys[i] >= threshold) << i;
-    append(take & exists, &s.taken, [&](u32 position, int slot) {
+    for (int i = 0; i < Source::kSlots; ++i) take |= static_cast<u32>(keys[i] >= threshold) << i;
+    append<Source::kSlots>(take & exists, &s.taken, [&](u32 position, int slot) {
       if (position < kMaxCandidates) {
         s.candidate.key[position] = keys[slot];
         s.candidate.index[position] = row.index(tile, slot);
@@ -315,9 +364,30 @@ __device__ __forceinline__ int filter(const Row& row, u32 threshold) {
   }
   __syncthreads();
   const int count = static_cast<int>(s.taken);
+#if CLUSTER == 1
   __syncthreads();
   if (threadIdx.x == 0) s.taken = 0;
   return count;
+#else
+  cluster_barrier();  // every block's count is final
+  int before = 0, total = 0;
+#pragma unroll
+  for (u32 rank = 0; rank < CLUSTER; ++rank) {
+    const int other = static_cast<int>(*in_block(&s.taken, rank));
+    before += rank < cluster_rank() ? other : 0;
+    total += other;
+  }
+  if (cluster_rank() != 0) {
+    Shared* first = in_block(&s, 0);
+    for (int i = threadIdx.x; i < min(count, kMaxCandidates - before); i += THREADS) {
+      first->candidate.key[before + i] = s.candidate.key[i];
+      first->candidate.index[before + i] = s.candidate.index[i];
+    }
+  }
+  cluster_barrier();  // the list is whole, and the counts are read
+  if (threadIdx.x == 0) s.taken = 0;
+  return total;
+#endif
 }
 
 // Put the indices of the k largest keys into s.chosen.
@@ -334,11 +404,11 @@ __device__ __forceinline__ void choose(const Source& source, u32 k) {
   const bool take_bin = wanted == t.count;
 #pragma unroll 1
   for (int tile = 0; tile < source.tiles(); ++tile) {
-    u32 keys[kPerThread];
+    u32 keys[Source::kSlots];
     const u32 exists = source.load(tile, keys);
     u32 take = 0, ties = 0;
 #pragma unroll
-    for (int i = 0; i < kPerThread; ++i) {
+    for (int i = 0; i < Source::kSlots; ++i) {
       if (keys[i] > t.key || (take_bin && keys[i] == t.key)) {
         take |= 1u << i;
       } else if (keys[i] == t.key && !take_bin) {
@@ -349,13 +419,13 @@ __device__ __forceinline__ void choose(const Source& source, u32 k) {
     ties &= exists;
     if (DETERMINISTIC && !take_bin) {
 #pragma unroll
-      for (int i = 0; i < kPerThread; ++i) {
+      for (int i = 0; i < Source::kSlots; ++i) {
         if ((ties >> i & 1) && ~static_cast<u32>(source.index(tile, i)) >= last_tie) take |= 1u << i;
       }
     }
-    append(take, &s.taken, [&](u32 position, int slot) { s.chosen[position] = source.index(tile, slot); });
+    append<Source::kSlots>(take, &s.taken, [&](u32 position, int slot) { s.chosen[position] = source.index(tile, slot); });
     if (!DETERMINISTIC && !take_bin) {
-      append(ties, &s.taken_equal, [&](u32 position, int slot) {
+      append<Source::kSlots>(ties, &s.taken_equal, [&](u32 position, int slot) {
         if (position < wanted) s.chosen[t.above + position] = source.index(tile, slot);
       });
     }
@@ -402,7 +472,44 @@ __device__ __forceinline__ void sort_chosen(int k, int length) {
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+// The sampled threshold that a few more logits than k pass.
+template <int kVectors>
+__device__ __forceinline__ u32 sample_threshold(const float* begin, int length, u32 k, bool& usable) {
+  // Rank in the sample that k expects, and 4 standard deviations more. Sampled logits come in vectors of 4
+  // neighbours, which may all be alike: that doubles the deviation.
+  constexpr int kSampled = 4 * kVectors * THREADS;
+  const float expected = static_cast<float>(k) * (kSampled / static_cast<float>(length));
+  const u32 rank = static_cast<u32>(expected + 8.0f * sqrtf(expected)) + 8u;
+  usable = rank < kSampled / 2;
+  if (!usable) return 0;
+  const Row<kVectors> row(begin, length);
+  const Sample<kVectors> sample{row};
+  return find_threshold(Resident<Sample<kVectors>>(sample), rank, 2, WholeKey{}).key;
+}
+
+// Choose from a row of several tiles. Returns whether this block has the result.
+__device__ __forceinline__ bool choose_long(const float* begin, int length, u32 k) {
+  const Row<kVectors> row(begin, length);
+  bool usable;
+  const u32 threshold = length <= 32 * kTile ? sample_threshold<kSampleVectors>(begin, length, k, usable)
+                                             : sample_threshold<2 * kSampleVectors>(begin, length, k, usable);
+  const int count = usable ? filter(row, threshold) : -1;
+  if (cluster_rank() != 0) return false;
+  __syncthreads();
+  constexpr int kSlots = kMaxCandidates / THREADS;
+  if (static_cast<int>(k) <= count && count <= kMaxCandidates / 2) {
+    const Candidates<kSlots / 2> candidates{count};
+    choose(Resident<Candidates<kSlots / 2>>(candidates), k);
+  } else if (static_cast<int>(k) <= count && count <= kMaxCandidates) {
+    const Candidates<kSlots> candidates{count};
+    choose(Resident<Candidates<kSlots>>(candidates), k);
+  } else {
+    choose(row, k);
+  }
+  return true;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER_DIMS
     topk(const float* __restrict__ logits, const int* __restrict__ lengths, const int* __restrict__ row_starts,
          const int* __restrict__ page_table, const int* __restrict__ page_rows, int* __restrict__ out,
          i64 logits_stride, i64 page_table_stride, int k, int page_size) {
@@ -411,7 +518,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
   Shared& s = shared();
-  const i64 row_number = blockIdx.x;
+  const i64 row_number = blockIdx.x / CLUSTER;
   const int length = max(lengths[row_number], 0);
   const int start = row_starts ? row_starts[row_number] : 0;
   const int* table = page_table;
@@ -419,27 +526,19 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   if (threadIdx.x == 0) s.taken = s.taken_equal = 0;  // visible to all after the first barrier of any path below
 
   const bool all = length <= k;
+  if (all && cluster_rank() != 0) return;
   if (!all) {
-    const Row row(logits + row_number * logits_stride + start, length);
-    if (row.tiles() == 1) {
-      choose(Resident<Row>(row), k);
+    const float* begin = logits + row_number * logits_stride + start;
+    const Row<kVectors / 2> short_row(begin, length);
+    const Row<kVectors> row(begin, length);
+    if (row.tiles() > 1) {
+      if (!choose_long(begin, length, k)) return;
+    } else if (cluster_rank() != 0) {
+      return;
+    } else if (short_row.tiles() == 1) {
+      choose(Resident<Row<kVectors / 2>>(short_row), k);
     } else {
-      // Rank in the sample that k expects, and 4 standard deviations more. Sampled logits come in vectors of 4
-      // neighbours, which may all be alike: that doubles the deviation.
-      const float expected = static_cast<float>(k) * (kTile / static_cast<float>(length));
-      const u32 rank = static_cast<u32>(expected + 8.0f * sqrtf(expected)) + 8u;
-      int count = -1;
-      if (rank < kTile / 2) {
-        const Sample sample{row};
-        count = filter(row, find_threshold(Resident<Sample>(sample), rank, 2, WholeKey{}).key);
-      }
-      if (k <= count && count <= kMaxCandidates) {
-        __syncthreads();
-        const Candidates candidates{count};
-        choose(Resident<Candidates>(candidates), k);
-      } else {
-        choose(row, k);
-      }
+      choose(Resident<Row<kVectors>>(row), k);
     }
     if (DETERMINISTIC) sort_chosen(k, length);
   }
