@@ -188,6 +188,7 @@ LEDGER: tuple[Hook, ...] = (
         "no extension point",
         "gpu.rocm:preshuffled_pages",
         needed=_on_rocm,
+        patch_point="sglang.srt.layers.attention.dsa.utils.PAGED_MQA_WRAPPERS",
     ),
     Hook(
         "rocm_indexer",
@@ -199,6 +200,7 @@ LEDGER: tuple[Hook, ...] = (
         "no extension point",
         "gpu.rocm_indexer:forward",
         needed=_on_rocm,
+        patch_point="sglang.srt.layers.attention.dsa.dsa_indexer.FORWARD_WRAPPERS",
     ),
     Hook(
         "gpu_dsa_backend",

@@ -1,0 +1,103 @@
+"""What an SGLang with every patch does in place of our hooks, as JSON. Run by test_patches.py in a fresh process.
+
+{"ours": targets of our hooks in SGLang's registry, "down": rows that stand down, "resolution": handlers at its patch
+point, "points": per ROCm row what its patch point gained and what the patched function then does, "prepared": what the
+patched model code returned for a backend that prepares and for one that declines, "pool": class of the MLA pool}
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from sglang.srt.plugins import load_plugins
+from sglang.srt.plugins.hook_registry import HookRegistry
+
+from nsa_backend_plugin.engine import hooks
+
+load_plugins()
+ROWS = {row.name: row for row in hooks.LEDGER}
+
+
+def our_hooks() -> list[str]:
+    return [
+        t for t, entries in HookRegistry._hooks.items() if any("nsa_backend" in h.__module__ for _, h, _ in entries)
+    ]
+
+
+def patch_point(name: str) -> list[Any]:
+    module, point = ROWS[name].patch_point.rsplit(".", 1)
+    return getattr(importlib.import_module(module), point)
+
+
+def with_handler(name: str, handler: Any, call: Any) -> dict[str, Any]:
+    """Install a ROCm row, then see what the patched function does under a handler of the test's."""
+    before = len(patch_point(name))
+    hooks._install(ROWS[name])
+    gained = len(patch_point(name)) - before
+    patch_point(name)[:] = []
+    stock = str(call()) if name == "rocm_pages" else None
+    patch_point(name)[:] = [handler]
+    return {"gained": gained, "stock": stock, "wrapped": call()}
+
+
+def rocm_points() -> dict[str, Any]:
+    from sglang.srt.layers.attention.dsa import utils
+    from sglang.srt.layers.attention.dsa.dsa_indexer import Indexer
+
+    pages = with_handler("rocm_pages", lambda decide: not decide(), utils.aiter_can_use_preshuffle_paged_mqa)
+    indexer = with_handler(
+        "rocm_indexer",
+        lambda forward, *args, **kwargs: [forward.__name__, args, kwargs],
+        lambda: Indexer.forward_cuda("indexer", 1, layer_id=2),
+    )
+    return {"rocm_pages": pages, "rocm_indexer": indexer}
+
+
+def prepared() -> dict[str, Any]:
+    from sglang.srt.models.deepseek_common.attention_forward_methods import forward_mla
+
+    prepare = forward_mla.DeepseekMLAForwardMixin.forward_absorb_prepare
+    forward_mla.get_attn_backend = lambda: SimpleNamespace(prepare_absorbed=lambda *args: args)
+    taken = prepare("attn", 1, 2, 3, 4, prev_topk_indices=5)
+    asked: list[Any] = []
+    forward_mla.get_attn_backend = lambda: SimpleNamespace(prepare_absorbed=lambda *args: asked.extend(args))
+    attn = SimpleNamespace()
+    with contextlib.suppress(AttributeError):  # SGLang's own code begins, with an `attn` that has nothing
+        prepare(attn, 1, 2, 3, 4)
+    return {"taken": taken, "declined_then_stock": len(asked) == 7 and hasattr(attn, "_q8kv8_qprep_overlap_pending")}
+
+
+def mla_pool() -> str | None:
+    """The class that SGLang's builder makes when the platform names SGLang's own class, where there is a builder."""
+    from sglang.srt.mem_cache import kv_cache_configurator as configurator
+    from sglang.srt.platforms import current_platform
+
+    build = getattr(configurator.KVCacheConfigurator, "_build_oot_mla_kv_pool", None)
+    if build is None:
+        return None
+    configurator.get_exec = lambda: SimpleNamespace(features=SimpleNamespace(enable_memory_saver=False))
+    itself = SimpleNamespace(
+        pool_page_size=64,
+        kv_cache_dtype=torch.float32,
+        model_config=SimpleNamespace(kv_lora_rank=512, qk_rope_head_dim=64, index_head_dim=128),
+        layer_info=SimpleNamespace(num_effective_layers=1, start_layer=0, end_layer=1),
+        device="cpu",
+    )
+    assert current_platform.get_mla_kv_pool_cls() is not None
+    return type(build(itself, max_total_num_tokens=64, is_dsa_model=False)).__name__
+
+
+report = {
+    "ours": our_hooks(),
+    "down": hooks.standing_down(),
+    "resolution": len(patch_point("resolution")),
+    "points": rocm_points(),
+    "prepared": prepared(),
+    "pool": mla_pool(),
+}
+print("\n" + json.dumps(report))

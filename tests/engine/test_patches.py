@@ -1,0 +1,94 @@
+"""An SGLang with every patch applied: no hook of ours is left in it, and it serves as the hooked one does.
+
+The patched SGLang is a tree of links to the installed one with real copies of the files that the patches change.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from nsa_backend_plugin import cli, patching
+from nsa_backend_plugin.commands import demo
+from nsa_backend_plugin.engine import hooks
+from tests.engine.conftest import HERE, ROOT, run_python
+from tests.engine.test_fused_decode import Case, case  # noqa: F401
+from tests.sglang_copies import PATCHES, RELEASES, overlay, touched
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(scope="module")
+def release() -> str:
+    [package] = importlib.util.find_spec("sglang").submodule_search_locations
+    return patching.find_release(PATCHES, Path(package)).name
+
+
+@pytest.fixture(scope="module")
+def patched_env(release: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment in which `import sglang` finds the patched one."""
+    [package] = map(Path, importlib.util.find_spec("sglang").submodule_search_locations)
+    folder = tmp_path_factory.mktemp("patched")
+    overlay(package, folder / "sglang", touched(release))
+    assert cli.main(["patch", "--apply", "--sglang", str(folder / "sglang")]) == 0
+    return {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def test_every_hook_that_has_a_patch_stands_down(release: str, patched_env: dict[str, str]) -> None:
+    report = json.loads(
+        run_python(HERE / "patched_probe.py", env={**patched_env, "NSA_PLUGIN_CPU": "1"}).splitlines()[-1]
+    )
+    assert report["ours"] == []
+    assert set(report["down"]) == set(RELEASES[release].index)
+    assert report["resolution"] == 1
+    assert report["points"] == {
+        "rocm_pages": {"gained": 1, "stock": "False", "wrapped": True},
+        "rocm_indexer": {"gained": 1, "stock": None, "wrapped": ["forward_cuda", ["indexer", 1], {"layer_id": 2}]},
+    }
+    assert report["prepared"] == {"taken": ["attn", 1, 2, 3, 4, None, 5], "declined_then_stock": True}
+    assert report["pool"] == ("MLATokenToKVPool" if "mla_pool" in RELEASES[release].index else None)
+
+
+def test_the_patched_sglang_serves_with_right_answers(release, patched_env, start_server, capsys) -> None:
+    questions = demo.load_questions(ROOT / "examples/demo/problems.jsonl")
+    questions = [questions[0], questions[-1]]
+    with start_server(ROOT / "examples/models/tiny-dsa", env=patched_env) as server:
+        assert demo.ask_all(server, questions) == len(questions), capsys.readouterr().out
+        log = server.log_path.read_text()
+    down = set(re.findall(r"nsa_plugin hook stands down, its patch is applied: (\w+)", log))
+    assert down == set(RELEASES[release].index)
+    used = set(re.findall(r"nsa_plugin hook in use: (\w+)", log))
+    assert used == {"factory", "forward_method", "indexer"}, "what is left are SGLang's own extension points"
+
+
+def test_launch_checks_still_refuse_before_weights_are_loaded(patched_env, start_server) -> None:
+    from nsa_backend_plugin.serving import ServerError
+
+    server = start_server(ROOT / "examples/models/tiny-dsa", ["--page-size=32"], patched_env)
+    with pytest.raises(ServerError, match="page size 64"):
+        server.start()
+    assert "Load weight" not in server.log_path.read_text()
+
+
+def test_the_patch_of_the_decode_path_calls_what_the_hook_calls(case: Case) -> None:  # noqa: F811
+    latent, pages = case.latent.clone(), case.index_pages.clone()
+    hooked = case.prepare()
+    written = case.latent.clone(), case.index_pages.clone()
+    case.latent.copy_(latent)
+    case.index_pages.copy_(pages)
+    before = hooks.FIRED["fused_decode"]
+    patched = case.backend.prepare_absorbed(case.attn, case.positions, case.hidden, case.batch, None, None, None)
+    assert hooks.FIRED["fused_decode"] == before + 1
+    for ours, theirs in zip(patched, hooked, strict=True):
+        assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours is theirs
+    assert torch.equal(case.latent.view(torch.uint8), written[0].view(torch.uint8))
+    assert torch.equal(case.index_pages, written[1])
+    declined = case.backend.prepare_absorbed(
+        case.attn, case.positions, case.hidden, case.batch, None, torch.ones(1), None
+    )
+    assert declined is None

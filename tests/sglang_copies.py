@@ -1,0 +1,55 @@
+"""Copies of installed SGLang releases that the patch tests may change; the installed ones are never touched."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from nsa_backend_plugin import patching
+
+ROOT = Path(__file__).resolve().parents[1]
+PATCHES = ROOT / "patches"
+RELEASES = {release.name: release for release in patching.releases(PATCHES)}
+
+
+def installed_packages() -> dict[str, Path]:
+    """Package folder by release: of this interpreter, and of the virtual environments that the Makefile makes."""
+    spec = importlib.util.find_spec("sglang")
+    folders = [Path(p) for p in (spec.submodule_search_locations or ())] if spec else []
+    folders += sorted(ROOT.glob(".venv*/lib/python3.*/site-packages/sglang"))
+    return {patching.find_release(PATCHES, folder).name: folder for folder in folders}
+
+
+def touched(release: str) -> list[str]:
+    """Every file that a patch of the release changes."""
+    return [file for hashes in RELEASES[release].index.values() for file in hashes]
+
+
+def copy_files(package: Path, folder: Path, files: Iterable[str]) -> Path:
+    """A folder with nothing but copies of some files of the package."""
+    for file in files:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(package / file, folder / file)
+    return folder
+
+
+def overlay(package: Path, folder: Path, files: Iterable[str]) -> Path:
+    """The whole package as links, but for real copies of some files, which may be changed."""
+    wanted = set(files)
+    parents = {str(parent) for file in wanted for parent in Path(file).parents}
+
+    def link(relative: Path) -> None:
+        (folder / relative).mkdir()
+        for entry in (package / relative).iterdir():
+            path = relative / entry.name
+            if str(path) in parents:
+                link(path)
+            elif str(path) in wanted:
+                shutil.copy(entry, folder / path)
+            elif entry.name != "__pycache__":
+                (folder / path).symlink_to(entry)
+
+    link(Path())
+    return folder
