@@ -52,6 +52,7 @@ def collect() -> dict[str, Any]:
     report["settings"] = settings_in_force(problems)
     report["operations"] = operations(report["device"]["device"], problems) if report["device"] else []
     report["hooks"] = hooks(on_cpu, problems) if report["versions"]["torch"] and report["versions"]["sglang"] else []
+    report["aiter"] = aiter_contract(report["versions"], report["device"], problems)
     report["problems"] = list(problems)
     return report
 
@@ -191,6 +192,23 @@ def operations(device: str, problems: Problems) -> list[dict[str, Any]]:
     return rows
 
 
+def aiter_contract(
+    found: Mapping[str, str | None], device: Mapping[str, Any] | None, problems: Problems
+) -> list[str] | None:
+    """On a ROCm host with AITER: where its functions do not take what our adapters pass. None elsewhere."""
+    if device is None or not device["arch"].startswith("gfx") or not found["aiter"]:
+        return None
+    from nsa_backend_plugin.ops import aiter_contract
+
+    mismatches = aiter_contract.check_installed()
+    for mismatch in mismatches:
+        problems.add(
+            f"AITER {found['aiter']} differs from {aiter_contract.TARGET}: {mismatch}",
+            "install an AITER that fits, or keep off it: NSA_PLUGIN_<OPERATION>_IMPL=triton",
+        )
+    return mismatches
+
+
 def hooks(on_cpu: bool, problems: Problems) -> list[dict[str, Any]]:
     """Every hook into SGLang and whether the installed release has its target; a missing one is a problem only where
     the hook is used. GPU modules of SGLang do not import without GPU libraries."""
@@ -244,6 +262,8 @@ def render(report: Mapping[str, Any]) -> str:
         if h["patched"]:
             verdict = "stands down: its patch is applied"
         lines.append(f"  {h['name']} ({h['kind']}, {h['stage']}): {h['target']}: {verdict}")
+    if report["aiter"] is not None:
+        lines += ["", f"aiter       {len(report['aiter'])} of its functions' parameters differ from what we pass"]
     lines += ["", f"{len(report['problems'])} problem(s)"]
     for p in report["problems"]:
         lines += [f"  {p['problem']}", f"    -> {p['todo']}"]

@@ -1,0 +1,75 @@
+"""AITER's MQA logits with the recorded signatures: arguments checked as the kernels need them, answers in torch.
+
+Source of the contract: ROCm/aiter `pa_mqa_logits.py`, `fp8_mqa_logits.py`; aiter issues 5591 and 5614 for the layouts.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from nsa_backend_plugin.ops.mqa_logits import reference
+
+FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
+
+
+def deepgemm_fp8_paged_mqa_logits(
+    q_fp8,
+    kv_cache,
+    weights,
+    out_logits,
+    context_lens,
+    kv_indices,
+    max_model_len,
+    Preshuffle=False,
+    KVBlockSize=1,
+    ChunkK=256,
+    TotalCuCount=None,
+    WavePerEU=2,
+    VarCtxSchedule=None,
+):
+    batch, next_n, heads, dim = q_fp8.shape
+    assert q_fp8.dtype in FP8
+    assert q_fp8.is_contiguous()
+    assert dim == 128, "the preshuffle kernel hard-codes it"
+    assert kv_cache.dtype == q_fp8.dtype
+    assert tuple(kv_cache.shape[1:]) == (KVBlockSize, 1, 132)
+    assert kv_cache.is_contiguous()
+    assert Preshuffle, "row-major pages of more than one token are read illegally (aiter 5591, 5614)"
+    assert KVBlockSize == 64
+    assert (ChunkK % KVBlockSize, VarCtxSchedule) == (0, None)
+    assert weights.dtype == torch.float32
+    assert weights.shape == (batch * next_n, heads)
+    assert out_logits.dtype == torch.float32
+    assert out_logits.shape == (batch * next_n, max_model_len)
+    assert context_lens.dtype == torch.int32
+    assert context_lens.shape == (batch,)
+    assert kv_indices.dtype == torch.int32
+    assert kv_indices.shape[0] == batch
+    assert int(context_lens.max()) <= min(max_model_len, kv_indices.shape[1] * KVBlockSize)
+    reference.paged(
+        q_fp8,
+        kv_cache.view(torch.uint8).view(kv_cache.shape[0], -1),
+        weights,
+        context_lens,
+        kv_indices,
+        max_model_len,
+        layout="preshuffled",
+        page_size=KVBlockSize,
+        clean=False,
+        out=out_logits,
+    )
+
+
+def fp8_mqa_logits(Q, KV, kv_scales, weights, cu_starts, cu_ends, clean_logits=True):
+    tokens, heads, dim = Q.shape
+    assert Q.dtype in FP8
+    assert KV.dtype == Q.dtype
+    assert KV.shape[1] == dim == 128
+    assert heads & (heads - 1) == 0
+    assert Q.is_contiguous()
+    assert KV.is_contiguous()
+    assert kv_scales.shape == KV.shape[:1]
+    assert kv_scales.dtype == weights.dtype == torch.float32
+    assert weights.shape == (tokens, heads)
+    assert cu_starts.dtype == cu_ends.dtype == torch.int32
+    return reference.ragged(Q, KV, kv_scales, weights, cu_starts, cu_ends, clean=clean_logits, out=None)
