@@ -34,6 +34,7 @@ def _matches(value: Any, want: Any) -> bool:
 
 _OPS_RUN = "benchmarks/benchmark.py --config benchmarks/configs/ops.yaml, NVIDIA H200, 2026-11-21"
 _UNTRIED_ROCM = "rule: AITER's kernels are tuned on the hardware, ours are only compiled for it"
+_PUBLIC_ROCM = "rule: on MI355X Triton beat TileLang at 8 and 16 heads (SGLang pull requests 37847, 39106); not run here"
 
 TABLE: tuple[Preference, ...] = (
     Preference("sparse_mla.attend", "sm_90", ("cuda", "triton"), _OPS_RUN, {"kv": "packed", "heads": (1, 32)}),
@@ -42,6 +43,7 @@ TABLE: tuple[Preference, ...] = (
     Preference("topk.select", "cuda", ("cuda", "triton"), "rule: as on sm_90"),
     Preference("mqa_logits.paged", "rocm", ("aiter", "triton"), _UNTRIED_ROCM, {"layout": "preshuffled"}),
     Preference("mqa_logits.ragged", "rocm", ("aiter", "triton"), _UNTRIED_ROCM),
+    Preference("sparse_mla.attend", "rocm", ("triton", "tilelang", "aiter"), _PUBLIC_ROCM),
 )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from nsa_backend_plugin.ops.arch import is_rocm
@@ -35,7 +37,18 @@ def accepts_paged(
         return no(f"layout {layout}, page size {page_size}: preshuffled pages of {_PAGE_SIZE} only")
     if q.shape[1] != 1:
         return no(f"next_n {q.shape[1]}: 1 only")
-    return YES
+    return _gluon()
+
+
+def _gluon() -> Support:
+    """AITER reads pages of more than one token in its Gluon kernel only."""
+    import triton
+
+    if os.environ.get("AITER_ENABLE_AOT_GLUON_PA_MQA_LOGITS", "0") == "1":
+        return YES
+    if tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 5):
+        return YES
+    return no(f"Triton {triton.__version__}: its Gluon kernel needs 3.5, or AITER_ENABLE_AOT_GLUON_PA_MQA_LOGITS=1")
 
 
 def paged(
@@ -67,6 +80,11 @@ def paged(
         KVBlockSize=page_size,
     )
     return finish(logits, None, clean, None, lengths)
+
+
+def accepts_ragged(q: torch.Tensor, *_: object, **__: object) -> Support:
+    heads = q.shape[1]
+    return YES if heads & (heads - 1) == 0 else no(f"{heads} heads: a power of two only")
 
 
 def ragged(

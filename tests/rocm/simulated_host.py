@@ -1,0 +1,239 @@
+"""Make a process believe that it runs on a ROCm GPU: torch, our device names, SGLang's decisions, and a fake AITER.
+
+`sitecustomize.py`, written into a folder on PYTHONPATH, calls `install` in every process of a server before anything
+else is imported. Computation stays on the CPU: operations take their torch implementation where Triton would run on
+the GPU, and AITER's are fakes that check every argument. What is simulated is every decision.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import os
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+ARCH_VARIABLE = "SIMULATED_GFX"
+TRITON_VARIABLE = "SIMULATED_TRITON"
+AITER_VARIABLE = "SIMULATED_AITER"
+PROBE_VARIABLE = "SIMULATED_PROBE_OUT"
+SITE = "import tests.rocm.simulated_host as host; host.install()\n"
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def write_site(folder: Path) -> dict[str, str]:
+    """Variables of a server's environment that put it on the simulated host."""
+    (folder / "sitecustomize.py").write_text(SITE)
+    info = folder / "rocm_probe-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: rocm-probe\nVersion: 0\n")
+    (info / "entry_points.txt").write_text("[sglang.srt.plugins]\nrocm_probe = tests.rocm.simulated_host:register\n")
+    return {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "NSA_PLUGIN_CPU": "1"}
+
+
+def install_fakes(put: Callable[[str, types.ModuleType], None]) -> None:
+    """Hand every module of the fake AITER to `put(name, module)`."""
+    from tests.ops import fake_aiter, fake_aiter_attention
+    from tests.rocm import fake_logits
+
+    contents = {
+        "aiter": (fake_aiter, "indexer_k_quant_and_cache cp_gather_indexer_k_quant_cache"),
+        "aiter.mla": (fake_aiter_attention, "mla_decode_fwd"),
+        "aiter.ops": (None, ""),
+        "aiter.ops.triton": (None, ""),
+        "aiter.ops.triton.fused_kv_cache": (fake_aiter, "fused_qk_rope_cat_and_cache_mla"),
+        "aiter.ops.triton.pa_mqa_logits": (fake_logits, "deepgemm_fp8_paged_mqa_logits"),
+        "aiter.ops.triton.fp8_mqa_logits": (fake_logits, "fp8_mqa_logits"),
+    }
+    for name, (source, functions) in contents.items():
+        module = types.ModuleType(name)
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        for function in functions.split():
+            setattr(module, function, _counted(function, getattr(source, function)))
+        if name == "aiter":
+            for function in ("get_mla_metadata_info_v1", "get_mla_metadata_v1"):
+                setattr(module, function, getattr(fake_aiter_attention, function))
+        put(name, module)
+
+
+def _counted(name: str, function: Callable[..., object]) -> Callable[..., object]:
+    seen: set[str] = set()
+
+    def run(*args: object, **kwargs: object) -> object:
+        if name not in seen and os.environ.get(PROBE_VARIABLE):
+            seen.add(name)
+            print(f"fake aiter in use: {name}", flush=True)
+        return function(*args, **kwargs)
+
+    return run
+
+
+def install() -> None:
+    """Called by sitecustomize: patches what later imports will read."""
+    arch = os.environ[ARCH_VARIABLE]
+    sys.meta_path.insert(0, _AfterImport(arch))
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Runs a patch after a module's own code."""
+
+    def __init__(self, arch: str):
+        self._patches = {
+            "nsa_backend_plugin.ops.arch": lambda module: _patch_arch(module, arch),
+            "nsa_backend_plugin.ops.triton_support": _patch_triton_support,
+            "nsa_backend_plugin.ops.registry": _patch_registry,
+            "sglang.srt.utils.common": _patch_sglang_utils,
+            "sglang.srt.arg_groups.overrides": _patch_overrides,
+            "sglang.srt.arg_groups.model_overrides.deepseek_v2": _patch_model_overrides,
+            "sglang.srt.layers.attention.dsa.utils": _patch_dsa_utils,
+            "sglang.srt.mem_cache.memory_pool": _patch_pool,
+        }
+
+    def find_spec(self, name: str, path: object, target: object = None) -> importlib.machinery.ModuleSpec | None:
+        patch = self._patches.pop(name, None)
+        if patch is None:
+            return None
+        spec = importlib.util.find_spec(name)
+        assert spec is not None
+        assert spec.loader is not None
+        run = spec.loader.exec_module
+
+        def exec_module(module: types.ModuleType) -> None:
+            run(module)
+            patch(module)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _patch_arch(module: types.ModuleType, arch: str) -> None:
+    module.device_arch = lambda device: arch
+    module.fp8_dtype.__globals__["device_arch"] = module.device_arch
+
+
+def _patch_triton_support(module: types.ModuleType) -> None:
+    """The tensors are the CPU's, so a Triton kernel cannot run whatever the device is called."""
+    support = module.Support
+    module.available = lambda arch: support(False, "simulated host: no GPU for Triton")
+
+
+def _patch_registry(module: types.ModuleType) -> None:
+    if os.environ.get(AITER_VARIABLE, "1") == "1":
+        install_fakes(sys.modules.__setitem__)
+
+
+def _patch_sglang_utils(module: types.ModuleType) -> None:
+    """From here on torch reports HIP; SGLang has asked before, so that its CPU code runs where nothing is decided."""
+    import torch
+
+    assert module.is_hip() is False  # cached
+    torch.version.hip = "6.4.0"
+    torch.cuda.is_current_stream_capturing = lambda: False
+
+
+def _patch_overrides(module: types.ModuleType) -> None:
+    """The choice of page size, and it alone, sees a ROCm host."""
+    asks = module.is_hip
+
+    def is_hip() -> bool:
+        return sys._getframe(1).f_code.co_name == "_deepseek_family_overrides" or asks()
+
+    module.is_hip = is_hip
+
+
+def _patch_model_overrides(module: types.ModuleType) -> None:
+    """The same in newer releases, where it is the only question of this file about ROCm."""
+    platform = module.get_platform()
+    module.get_platform = lambda: types.SimpleNamespace(
+        is_hip=True, is_npu=platform.is_npu, is_xpu=platform.is_xpu, is_sm100_supported=False
+    )
+
+
+def _patch_dsa_utils(module: types.ModuleType) -> None:
+    import triton
+
+    module.is_hip = lambda: True
+    if TRITON_VARIABLE in os.environ:
+        module.triton = types.SimpleNamespace(__version__=os.environ[TRITON_VARIABLE])
+        triton.__version__ = os.environ[TRITON_VARIABLE]
+
+
+def _patch_pool(module: types.ModuleType) -> None:
+    """The pool's own check of the page size takes its ROCm branch."""
+    original = module.DSATokenToKVPool.__init__
+
+    def construct(self: object, *args: object, **kwargs: object) -> None:
+        module._is_hip = True
+        try:
+            original(self, *args, **kwargs)
+        finally:
+            module._is_hip = False
+
+    module.DSATokenToKVPool.__init__ = construct
+
+
+def register() -> None:
+    """Entry point: the ROCm indexer in place of the CPU platform's, and a record of the pages that it writes."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    HookRegistry.register("nsa_backend_plugin.engine.cpu.indexer.forward", _rocm_forward, HookType.AROUND)
+    HookRegistry.register("nsa_backend_plugin.ops.indexer_prep.key_store", _record, HookType.AROUND)
+
+
+def _rocm_forward(
+    original: object,
+    indexer: object,
+    x: object,
+    q_lora: object,
+    positions: object,
+    batch: object,
+    layer_id: int,
+    *rest: object,
+) -> object:
+    from sglang.srt.model_executor.forward_context import get_attn_backend, get_token_to_kv_pool
+
+    from nsa_backend_plugin.engine.gpu import rocm_indexer
+
+    rows = get_attn_backend().get_indexer_metadata(layer_id, batch)
+    embedding = indexer.rotary_emb
+    embedding.cos_sin_cache = embedding.cos_sin_cache.float()  # as on GPUs; the CPU keeps it in the model's dtype
+    indexer.layer_id = layer_id
+    metadata = types.SimpleNamespace(
+        real_page_table=rows.page_table,
+        cache_seqlens_int32=batch.seq_lens.int(),
+        dsa_seqlens_expanded=rows.lengths,
+        token_to_batch_idx=rows.request,
+    )
+    backend = types.SimpleNamespace(token_to_kv_pool=get_token_to_kv_pool(), forward_metadata=metadata)
+    return rocm_indexer.store_and_select(backend, indexer, x, q_lora, positions, batch, layer_id, *rest)
+
+
+def _record(
+    original: Callable[..., None],
+    key: object,
+    weight: object,
+    bias: object,
+    positions: object,
+    *rest: object,
+    **options: object,
+) -> None:
+    import torch
+
+    original(key, weight, bias, positions, *rest, **options)
+    folder = os.environ.get(PROBE_VARIABLE)
+    if folder:
+        cos_sin, cache, slots = rest
+        number = len(list(Path(folder).glob("*.call")))
+        stored = {
+            "key": key,
+            "weight": weight,
+            "bias": bias,
+            "positions": positions,
+            "cos_sin": cos_sin,
+            "slots": slots,
+        }
+        torch.save({**stored, "options": options, "pages_at": cache.data_ptr()}, f"{folder}/{number:05d}.call")
+        torch.save(cache, f"{folder}/{cache.data_ptr()}.pages")
