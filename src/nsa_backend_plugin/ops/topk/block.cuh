@@ -1,0 +1,99 @@
+// What a block of topk.cu has: sizes, shared memory, its place in a cluster, block-wide sums. Defines: see topk.cu.
+#pragma once
+
+typedef unsigned int u32;
+typedef long long i64;
+
+constexpr int kWarps = THREADS / 32;
+constexpr int kVectors = 4;                       // 16-byte loads that each thread has in flight over a long row
+constexpr int kTile = 4 * kVectors * THREADS;     // logits per tile of a long row
+constexpr int kSampleVectors = 2;                 // of rows up to 32 tiles; beyond, the sample is twice as large
+constexpr int kBins = 2048;
+constexpr int kBinsPerThread = kBins / THREADS;
+constexpr int kMaxCandidates = kTile < 8192 ? kTile : 8192;  // at most 64 KB of key and index
+constexpr int kBitmapWords = 2 * kMaxCandidates;
+constexpr u32 kFull = 0xffffffffu;
+constexpr u32 kZeroKey = 0x80000000u;
+static_assert(kBins % THREADS == 0, "every thread owns the same number of bins");
+
+struct Shared {
+  u32 histogram[kBins];
+  u32 warp_sums[kWarps];
+  u32 bin, above, bin_count;  // result of one radix step
+  u32 taken, taken_equal;     // append positions
+  union {
+    struct {
+      u32 key[kMaxCandidates];
+      int index[kMaxCandidates];
+    } candidate;
+    u32 bitmap[kBitmapWords];  // of the chosen positions, for sorting them; the candidates are dead by then
+  };
+  int chosen[MAX_K];
+};
+static_assert(sizeof(Shared) <= SHARED_BYTES, "the launch reserves too little shared memory");
+
+__device__ __forceinline__ Shared& shared() {
+  extern __shared__ __align__(16) unsigned char raw[];
+  return *reinterpret_cast<Shared*>(raw);
+}
+
+// Larger float, larger key. -0 and +0 are equal logits, so they get one key.
+__device__ __forceinline__ u32 ordered_key(float logit) {
+  u32 bits = logit == 0.0f ? 0u : __float_as_uint(logit);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+// ---------------------------------------------------------------- thread-block cluster
+
+__device__ __forceinline__ u32 cluster_rank() {
+#if CLUSTER == 1
+  return 0;
+#else
+  u32 rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+#endif
+}
+
+#if CLUSTER > 1
+#define CLUSTER_DIMS __cluster_dims__(CLUSTER, 1, 1)
+
+__device__ __forceinline__ void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// The same place in the shared memory of another block of the cluster.
+template <class T>
+__device__ __forceinline__ T* in_block(T* local, u32 rank) {
+  T* remote;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(remote) : "l"(local), "r"(rank));
+  return remote;
+}
+#else
+#define CLUSTER_DIMS
+#endif
+
+// ---------------------------------------------------------------- block-wide sums
+
+// Exclusive prefix sum over the block of one value per thread; `total` is the sum over all threads.
+__device__ __forceinline__ u32 exclusive_sum(u32 value, u32& total) {
+  Shared& s = shared();
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  u32 inclusive = value;
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) {
+    const u32 other = __shfl_up_sync(kFull, inclusive, d);
+    if (lane >= d) inclusive += other;
+  }
+  if (lane == 31) s.warp_sums[warp] = inclusive;
+  __syncthreads();
+  u32 sum = lane < kWarps ? s.warp_sums[lane] : 0;
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) {
+    const u32 other = __shfl_up_sync(kFull, sum, d);
+    if (lane >= d) sum += other;
+  }
+  total = __shfl_sync(kFull, sum, kWarps - 1);
+  const u32 before = __shfl_sync(kFull, sum, warp == 0 ? 0 : warp - 1);
+  return (warp == 0 ? 0 : before) + inclusive - value;
+}
