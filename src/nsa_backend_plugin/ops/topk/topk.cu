@@ -26,14 +26,12 @@ struct Threshold {
   u32 count;  // how many are in it
 };
 
-// One radix step: histogram of `bits` bits at `shift` of the keys that share `prefix` above them.
+// One radix step: histogram of the digit at `shift` of the keys that share `prefix` above it. The histogram is zero
+// before, as the kernel's start and find_bin leave it.
 template <class Source, class Project>
 __device__ __forceinline__ void count_bins(const Source& source, Project project, u32 prefix, u32 mask, int shift,
                                            u32 digit_mask) {
   Shared& s = shared();
-#pragma unroll
-  for (int b = 0; b < kBinsPerThread; ++b) s.histogram[b * THREADS + threadIdx.x] = 0;
-  __syncthreads();
   u32 zeros = 0;  // a ReLU makes many: counted one by one they would queue up at one bin
 #pragma unroll 1
   for (int tile = 0; tile < source.tiles(); ++tile) {
@@ -74,6 +72,8 @@ __device__ __forceinline__ void find_bin(u32 rank) {
     s.above = above;
     s.bin_count = s.histogram[top - b];
   }
+#pragma unroll
+  for (int b = 0; b < kBinsPerThread; ++b) s.histogram[top - b] = 0;
   __syncthreads();
 }
 
@@ -307,18 +307,20 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER_DIMS
     topk(const float* __restrict__ logits, const int* __restrict__ lengths, const int* __restrict__ row_starts,
          const int* __restrict__ page_table, const int* __restrict__ page_rows, int* __restrict__ out,
          i64 logits_stride, i64 page_table_stride, int k, int page_size) {
+  Shared& s = shared();
+#pragma unroll
+  for (int b = 0; b < kBinsPerThread; ++b) s.histogram[b * THREADS + threadIdx.x] = 0;
+  if (threadIdx.x == 0) s.taken = s.taken_equal = 0;
+  __syncthreads();
   // Nothing of the predecessor's output is read before this; it costs nothing without a dependent launch.
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
-  Shared& s = shared();
   const i64 row_number = blockIdx.x / CLUSTER;
   const int length = max(lengths[row_number], 0);
   const int start = row_starts ? row_starts[row_number] : 0;
   const int* table = page_table;
   if (page_table) table += (page_rows ? static_cast<i64>(page_rows[row_number]) : row_number) * page_table_stride;
-  if (threadIdx.x == 0) s.taken = s.taken_equal = 0;  // visible to all after the first barrier of any path below
-
   const bool all = length <= k;
   if (all && cluster_rank() != 0) return;
   if (!all) {
