@@ -22,7 +22,7 @@ from nsa_backend_plugin.ops.support import YES, Support, no
 _SOURCE = Path(__file__).with_name("packed_decode.cu")
 _KERNEL = "packed_decode"
 _TILE = 32  # rows of a tile, as in the source
-_MAX_SPLITS = 64  # as in the source
+_MAX_SPLITS = 32  # as in the source
 _MAX_HEADS = 32
 _MAX_TOKENS = 65535  # grid dimension y
 _FLAG_BYTES = 8
@@ -165,6 +165,7 @@ def attend(
         (config.threads, 1, 1),
         [arguments],
         shared_bytes=config.shared_bytes,
+        pdl=int(arch[3:]) >= 90,
         device=q.device,
     )
 

@@ -6,7 +6,7 @@
 //
 // Stages of a step, over a tile of 32 rows in shared memory:
 //   gather_tile        rows by 16-byte asynchronous copies, STAGES tiles in flight
-//   score_tile         the warp's share of q.k: e4m3 -> f16 in registers, f32 sums
+//   score_tile         the warp's share of q.k: e4m3 -> f16 in registers, f32 sums; store_scores puts it in shared memory
 //   accumulate_values  the PREVIOUS tile's p.v, so that its matrix products overlap this tile's scores
 //   softmax_tile       adds up the four warps' shares, online softmax, probabilities back to shared memory
 // then write_result: straight to `out`, or as a partial result that merge_splits combines in the same launch.
@@ -36,7 +36,7 @@ constexpr int WARPS = WARPS_PER_GROUP * HEAD_GROUPS, THREADS = 32 * WARPS;
 constexpr int REFILL_LAG = HEAD_GROUPS;
 
 constexpr int SCORE_PITCH = 40, PROBABILITY_PITCH = 40;  // 32 and 8 padding elements: no bank conflicts
-constexpr int MAX_SPLITS = 64;
+constexpr int MAX_SPLITS = 32;  // one per lane of a warp
 
 constexpr float QUERY_SCALE = 0x1p14f;         // f16 q lies below 2^15
 constexpr float PROBABILITY_SCALE = 0x1p8f;    // f16 p lies below 2^8, ...
@@ -122,6 +122,10 @@ DEVICE void gather_tile(const Arguments& a, int slots, uint32 tile, uint32 full,
   barrier_arrive_after_copies(full);
 }
 
+DEVICE float row_scale(uint32 tile, int row, int chunk) {
+  return load_shared(tile + row * ROW_BYTES + SCALE_OFFSET + 4 * chunk);
+}
+
 // q to f16, scaled so that the warp's largest value per head lies in [2^14, 2^15). The order of the 16 values of a
 // fragment follows score_tile's: a lane holds values 4*column .. 4*column + 3, in pairs.
 DEVICE void load_queries(const Arguments& a, int token, const Position& at, Queries& q) {
@@ -154,11 +158,11 @@ DEVICE void load_queries(const Arguments& a, int token, const Position& at, Quer
   }
 }
 
-// The warp's share of the scores [16 heads, 32 rows] into shared memory; returns what accumulate_values will need.
+// The warp's share of the scores [16 heads, 32 rows]: rows `row` and `row + 8`, columns 8n + 2*column and the next.
 // ldmatrix moves 16-bit elements, here pairs of e4m3: a lane gets values 4*column .. 4*column + 3 of row `row`.
-DEVICE void score_tile(Shared& shared, uint32 tile, const Position& at, const Queries& q, float& value_peak,
-                       Pending& next) {
-  float scores[TILE / 8][4] = {};
+DEVICE void score_tile(uint32 tile, const Position& at, const Queries& q, float (&scores)[TILE / 8][4]) {
+#pragma unroll
+  for (int n = 0; n < TILE / 8; n++) scores[n][0] = scores[n][1] = scores[n][2] = scores[n][3] = 0.f;
 #pragma unroll
   for (int block = 0; block < WARP_DIM / 64; block++) {
     uint32 keys[TILE / 8][4];
@@ -175,31 +179,14 @@ DEVICE void score_tile(Shared& shared, uint32 tile, const Position& at, const Qu
       }
   }
 
-  float row_scale[TILE / 8][2], peak = 0.f;
 #pragma unroll
   for (int n = 0; n < TILE / 8; n++)
 #pragma unroll
     for (int e = 0; e < 2; e++) {
-      const uint32 row = 8 * n + 2 * at.column + e;
-      asm volatile("ld.shared.f32 %0, [%1];" : "=f"(row_scale[n][e])
-                   : "r"(tile + row * ROW_BYTES + SCALE_OFFSET + 4 * at.chunk) : "memory");
-      peak = fmaxf(peak, row_scale[n][e]);
-      scores[n][e] *= row_scale[n][e] * q.unscale[0];
-      scores[n][2 + e] *= row_scale[n][e] * q.unscale[1];
+      const float scale = row_scale(tile, 8 * n + 2 * at.column + e, at.chunk);
+      scores[n][e] *= scale * q.unscale[0];
+      scores[n][2 + e] *= scale * q.unscale[1];
     }
-
-  // The unit of the value accumulators only grows: the largest row scale so far, rounded down to a power of two.
-  peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, 1));
-  peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, 2));
-  const float new_peak = fmaxf(value_peak, power_of_two_below(peak)), inverse = inverse_power_of_two(new_peak);
-  next.tile = tile;
-  next.growth = value_peak * inverse;
-  value_peak = new_peak;
-#pragma unroll
-  for (int n = 0; n < TILE / 8; n++) {
-    const float factor = inverse * ROW_SCALE;
-    next.row_scales[n] = pack_f16x2(row_scale[n][0] * factor, row_scale[n][1] * factor);
-  }
 
   // RoPE part: bf16 on both sides, unscaled, hence after the row scales.
 #pragma unroll
@@ -210,7 +197,9 @@ DEVICE void score_tile(Shared& shared, uint32 tile, const Position& at, const Qu
     mma_bf16(scores[2 * pair], q.rope, keys[0], keys[1]);
     mma_bf16(scores[2 * pair + 1], q.rope, keys[2], keys[3]);
   }
+}
 
+DEVICE void store_scores(Shared& shared, const Position& at, const float (&scores)[TILE / 8][4]) {
 #pragma unroll
   for (int n = 0; n < TILE / 8; n++)
 #pragma unroll
@@ -218,6 +207,23 @@ DEVICE void score_tile(Shared& shared, uint32 tile, const Position& at, const Qu
       float* to = &shared.scores[at.group][at.chunk][at.row + 8 * half][8 * n + 2 * at.column];
       *reinterpret_cast<float2*>(to) = make_float2(scores[n][2 * half], scores[n][2 * half + 1]);
     }
+}
+
+// The unit of the value accumulators only grows: the largest row scale so far, rounded down to a power of two.
+// Called between the barriers of a step, where its latency hides behind the softmax.
+DEVICE Pending scale_values(uint32 tile, const Position& at, float& value_peak) {
+  const uint32 peak = __reduce_max_sync(~0u, __float_as_uint(fmaxf(row_scale(tile, at.lane, at.chunk), 0.f)));
+  const float new_peak = fmaxf(value_peak, power_of_two_below(__uint_as_float(peak)));
+  const float inverse = inverse_power_of_two(new_peak), factor = inverse * ROW_SCALE;
+  Pending pending = {tile, {}, value_peak * inverse};
+  value_peak = new_peak;
+#pragma unroll
+  for (int n = 0; n < TILE / 8; n++) {
+    const int row = 8 * n + 2 * at.column;
+    pending.row_scales[n] =
+        pack_f16x2(row_scale(tile, row, at.chunk) * factor, row_scale(tile, row + 1, at.chunk) * factor);
+  }
+  return pending;
 }
 
 // sums[16 heads, 128 values] = sums * rescale + p.v of the pending tile. The transposing ldmatrix gives a lane a pair
@@ -335,16 +341,16 @@ DEVICE void write_result(Shared& shared, const Arguments& a, const Position& at,
 // what the GPU holds at once, and blocks start in order, so that a waiting block never keeps another from starting.
 // A flag is any value but READY until its producer writes it, so workspace needs no initialization; its one consumer
 // clears it, so the next launch (or graph replay) finds none set.
+// One fence on each side orders all of a block's data: a releasing store per flag would cost one fence per flag.
 DEVICE void exchange_splits(const Arguments& a, int token, int split) {
   __syncthreads();
-  if (threadIdx.x < 32) {
-    uint64* flags = a.flags + int64(token) * a.splits * a.splits;
-    for (int other = threadIdx.x; other < a.splits; other += 32) store_release(flags + other * a.splits + split, READY);
-    for (int other = threadIdx.x; other < a.splits; other += 32) {
-      uint64* flag = flags + split * a.splits + other;
-      while (load_acquire(flag) != READY) {}
-      *flag = 0;
-    }
+  if (const int other = threadIdx.x; other < a.splits) {
+    uint64 *flags = a.flags + int64(token) * a.splits * a.splits, *flag = flags + split * a.splits + other;
+    fence_gpu();
+    store_relaxed(flags + other * a.splits + split, READY);
+    while (load_relaxed(flag) != READY) {}
+    store_relaxed(flag, 0);
+    fence_gpu();
   }
   __syncthreads();
 }
@@ -354,23 +360,13 @@ DEVICE void merge_splits(Shared& shared, const Arguments& a, int token, int spli
   auto weights = reinterpret_cast<float(*)[MAX_SPLITS]>(&shared.scores);
   const float* partial_lse = a.partial_lse + int64(token) * a.splits * a.heads;
   for (int head = at.warp; head < a.heads; head += WARPS) {
-    float lse[2], maximum = MINUS_INFINITY, sum = 0.f;
-#pragma unroll
-    for (int e = 0; e < 2; e++) {
-      const int other = at.lane + 32 * e;
-      lse[e] = other < a.splits ? __ldcg(partial_lse + other * a.heads + head) : MINUS_INFINITY;
-      maximum = fmaxf(maximum, lse[e]);
-    }
+    const float lse = at.lane < a.splits ? __ldcg(partial_lse + at.lane * a.heads + head) : MINUS_INFINITY;
+    float maximum = lse;
     for (int d = 16; d; d /= 2) maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, d));
-#pragma unroll
-    for (int e = 0; e < 2; e++) {
-      lse[e] = lse[e] == MINUS_INFINITY ? 0.f : exp2_approx(lse[e] - maximum);
-      sum += lse[e];
-    }
+    const float weight = lse == MINUS_INFINITY ? 0.f : exp2_approx(lse - maximum);
+    float sum = weight;
     for (int d = 16; d; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
-#pragma unroll
-    for (int e = 0; e < 2; e++)
-      if (at.lane + 32 * e < a.splits) weights[head][at.lane + 32 * e] = sum == 0.f ? 0.f : lse[e] / sum;
+    weights[head][at.lane] = sum == 0.f ? 0.f : weight / sum;
     if (a.lse && split == 0 && at.lane == 0) a.lse[int64(token) * a.heads + head] = (maximum + log2f(sum)) * LN2;
   }
   __syncthreads();
@@ -400,12 +396,10 @@ DEVICE void merge_splits(Shared& shared, const Arguments& a, int token, int spli
       sums[e] += __shfl_xor_sync(~0u, sums[e], 1);
       sums[e] += __shfl_xor_sync(~0u, sums[e], 2);
     }
-    if (threadIdx.x % 4 == 0 && piece < end) {
-      uint4 packed;
-      packed.x = pack_bf16x2(sums[0], sums[1]), packed.y = pack_bf16x2(sums[2], sums[3]);
-      packed.z = pack_bf16x2(sums[4], sums[5]), packed.w = pack_bf16x2(sums[6], sums[7]);
-      *reinterpret_cast<uint4*>(a.out + token * split_pitch + piece * 8) = packed;
-    }
+    if (threadIdx.x % 4 == 0 && piece < end)
+      *reinterpret_cast<uint4*>(a.out + token * split_pitch + piece * 8) =
+          make_uint4(pack_bf16x2(sums[0], sums[1]), pack_bf16x2(sums[2], sums[3]), pack_bf16x2(sums[4], sums[5]),
+                     pack_bf16x2(sums[6], sums[7]));
   }
 }
 
@@ -426,6 +420,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) packed_deco
       barrier_init(empty + 8 * stage, WARPS);
     }
   }
+  wait_for_previous_kernel();
   int first_slots[STAGES];  // loaded together, before the barriers are ready
 #pragma unroll
   for (int stage = 0; stage < STAGES; stage++)
@@ -439,34 +434,38 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) packed_deco
   Queries q;
   load_queries(a, token, at, q);
   SoftmaxRow row(at);
-  Pending pending, next;
+  Pending pending;
+  float scores[TILE / 8][4];
   float sums[WARP_DIM / 8][4] = {};
   float value_peak = 0x1p-100f;
   int slots = load_slots(indices, begin, end, a.topk, at.lane);
 
-  // Waits for tile `step` of the split and scores it.
-  int stage = 0, parity = 0;
+  // Waits for the next tile of the split and scores it.
+  uint32 stage = 0, parity = 0, scored = 0;
   auto score_next = [&]() {
     barrier_wait(full + 8 * stage, parity);
-    score_tile(shared, tile_base + stage * TILE * ROW_BYTES, at, q, value_peak, next);
+    scored = tile_base + stage * TILE * ROW_BYTES;
+    score_tile(scored, at, q, scores);
     if (++stage == STAGES) stage = 0, parity ^= 1;
   };
   auto softmax_next = [&](int step) {
     const uint32 present = __ballot_sync(~0u, slots >= 0);
     slots = load_slots(indices, begin + step + 1, end, a.topk, at.lane);
+    pending = scale_values(scored, at, value_peak);
     softmax_tile(shared, at, present, a.scale_log2, row);
     sync_group(at);
-    pending = next;
   };
 
   const int steps = end - begin;
   if (steps > 0) {
     score_next();
+    store_scores(shared, at, scores);
     sync_group(at);
     softmax_next(0);
 #pragma unroll 1
     for (int step = 1; step < steps; step++) {
       score_next();
+      store_scores(shared, at, scores);
       accumulate_values(shared, at, pending, sums);
       if (HEAD_GROUPS > 1) {
         __syncwarp();
@@ -485,6 +484,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) packed_deco
     accumulate_values(shared, at, pending, sums);
   }
 
+  let_next_kernel_start();
   if (a.splits == 1) {
     const int64 first_head = int64(token) * a.heads;
     write_result(shared, a, at, row, value_peak, sums, a.out + first_head * VALUE_DIM,

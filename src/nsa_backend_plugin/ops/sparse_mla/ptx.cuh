@@ -15,6 +15,12 @@ DEVICE uint32 shared_address(const void* pointer) {
 
 // ---- Copies and barriers ----
 
+DEVICE float load_shared(uint32 address) {
+  float value;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+  return value;
+}
+
 // 16 bytes from global to shared memory, asynchronously; zeros, and no read, where `present` is false.
 DEVICE void copy_async_16(uint32 to, const void* from, bool present) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(present ? 16 : 0)
@@ -54,14 +60,29 @@ DEVICE void sync_threads_of(int id, int threads) {
 
 // ---- Flags between blocks ----
 
-DEVICE void store_release(uint64* address, uint64 value) {
-  asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
+DEVICE void store_relaxed(uint64* address, uint64 value) {
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
 }
 
-DEVICE uint64 load_acquire(const uint64* address) {
+DEVICE uint64 load_relaxed(const uint64* address) {
   uint64 value;
-  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
   return value;
+}
+
+DEVICE void fence_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+
+// Programmatic dependent launch; without it both do nothing. Nothing of an earlier kernel may be read before the wait.
+DEVICE void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+DEVICE void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
 
 // ---- Matrix fragments ----
