@@ -34,7 +34,7 @@ def _matches(value: Any, want: Any) -> bool:
 
 _OPS_RUN = "benchmarks/benchmark.py --config benchmarks/configs/ops.yaml, NVIDIA H200, 2026-11-21"
 _UNTRIED_ROCM = "rule: AITER's kernels are tuned on the hardware, ours are only compiled for it"
-_PUBLIC_ROCM = "rule: on MI355X Triton beat TileLang at 8 and 16 heads (SGLang pull requests 37847, 39106); not run here"
+_PUBLIC_ROCM = "rule: MI355X, 8 and 16 heads, Triton beat TileLang (SGLang pull requests 37847, 39106); not run here"
 
 TABLE: tuple[Preference, ...] = (
     Preference("sparse_mla.attend", "sm_90", ("cuda", "triton"), _OPS_RUN, {"kv": "packed", "heads": (1, 32)}),
