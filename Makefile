@@ -7,7 +7,7 @@ PYTEST_ARGS ?=
 # What does not depend on the SGLang release runs on the primary one: two cores do not have time for it twice.
 PRIMARY_ONLY := test_ladder.py test_accuracy.py test_demo.py
 
-.PHONY: help setup setup-test demo serve doctor check test test-unit test-engine test-gpu clean
+.PHONY: help setup setup-test demo serve doctor check test test-unit test-engine test-patched test-gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -41,6 +41,12 @@ test-unit: setup-test
 test-engine: setup-test
 	$(VENV)/bin/python -m pytest -q -m "not gpu" tests/engine $(PYTEST_ARGS)
 	$(VENV_NEWEST)/bin/python -m pytest -q -m "not gpu" tests/engine $(PRIMARY_ONLY:%=--ignore=tests/engine/%) $(PYTEST_ARGS)
+
+test-patched: setup-test  ## engine tests on an SGLang with patches/ applied in place of the hooks
+	rm -rf .build/patched
+	$(VENV)/bin/python -m tests.sglang_copies $(CURDIR)/.build/patched
+	PYTHONPATH=$(CURDIR)/.build/patched PYTHONDONTWRITEBYTECODE=1 $(VENV)/bin/python -m pytest -q -m "not gpu" \
+		tests/engine/test_parity.py tests/engine/test_refusals.py $(PYTEST_ARGS)
 
 test-gpu:  ## tests that need a CUDA or ROCm device, with the host's own Python (GPU_PYTHON=...)
 	PYTHONPATH=src $(GPU_PYTHON) -m pytest -q -m gpu tests $(PYTEST_ARGS)

@@ -1,9 +1,15 @@
-"""Copies of installed SGLang releases that the patch tests may change; the installed ones are never touched."""
+"""Copies of installed SGLang releases that the patch tests may change; the installed ones are never touched.
+
+    python -m tests.sglang_copies FOLDER
+
+makes FOLDER/sglang, the interpreter's SGLang with every patch applied: with PYTHONPATH=FOLDER it is the one imported.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import shutil
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -53,3 +59,20 @@ def overlay(package: Path, folder: Path, files: Iterable[str]) -> Path:
 
     link(Path())
     return folder
+
+
+def patched_overlay(folder: Path) -> str:
+    """Make `folder`/sglang, this interpreter's SGLang with every patch applied; returns the release."""
+    spec = importlib.util.find_spec("sglang")
+    assert spec is not None, "SGLang is not installed"
+    [package] = map(Path, spec.submodule_search_locations or ())
+    release = patching.find_release(PATCHES, package)
+    copy = overlay(package, folder / "sglang", touched(release.name))
+    patching.write(patching.plan(release, list(release.index), copy, patching.AFTER))
+    return release.name
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[1])
+    target.mkdir(parents=True)
+    print(f"SGLang {patched_overlay(target)} with every patch in {target}")

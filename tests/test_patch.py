@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import os
 import py_compile
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from nsa_backend_plugin import cli, patching
+from nsa_backend_plugin.commands import doctor
 from nsa_backend_plugin.commands import patch as patch_command
 from nsa_backend_plugin.engine import hooks, targets
 from tests.sglang_copies import PATCHES, RELEASES, copy_files, installed_packages, touched
@@ -232,6 +234,35 @@ def test_reverting_is_the_inverse():
 def test_what_is_not_a_change_of_files_is_refused(text):
     with pytest.raises(patching.PatchError):
         patching.parse(text)
+
+
+def test_a_patch_of_two_files_that_stopped_half_way_is_finished(tmp_path):
+    """As after a process killed between two files."""
+    (tmp_path / "0").mkdir()
+    text = "".join(f"--- a/{name}.py\n+++ b/{name}.py\n@@ -1 +1 @@\n-a\n+b\n" for name in "fg")
+    (tmp_path / "0/p.patch").write_text(text)
+    package = tmp_path / "package"
+    package.mkdir()
+    for name in "fg":
+        (package / f"{name}.py").write_text("a\n")
+    index = patching.make_index(tmp_path / "0", package)
+    release = patching.Release(tmp_path / "0", index)
+    (package / "f.py").write_text("b\n")
+    assert patching.state(release, "p", package) == "partly applied"
+    patching.write(patching.plan(release, ["p"], package, patching.AFTER))
+    assert patching.state(release, "p", package) == "applied"
+    (package / "g.py").write_text("a\n")
+    patching.write(patching.plan(release, ["p"], package, patching.BEFORE))
+    assert (package / "f.py").read_text() == (package / "g.py").read_text() == "a\n"
+
+
+def test_doctor_names_the_hooks_that_stand_down(monkeypatch):
+    monkeypatch.setattr(targets, "patched", lambda target, name: name == "rope_cpu")
+    rows = doctor.hooks(True, doctor.Problems())
+    assert [row["name"] for row in rows if row["patched"]] == ["rope_cpu"]
+    empty: dict = collections.defaultdict(list, python="3", versions={}, device=None)
+    lines = doctor.render(empty | {"hooks": rows}).splitlines()
+    assert [line.split()[0] for line in lines if line.endswith("stands down: its patch is applied")] == ["rope_cpu"]
 
 
 def test_two_patches_may_not_share_a_file(tmp_path):

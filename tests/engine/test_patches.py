@@ -5,44 +5,32 @@ The patched SGLang is a tree of links to the installed one with real copies of t
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
 
-from nsa_backend_plugin import cli, patching
 from nsa_backend_plugin.commands import demo
 from nsa_backend_plugin.engine import hooks
 from tests.engine.conftest import HERE, ROOT, run_python
 from tests.engine.test_fused_decode import Case, case  # noqa: F401
-from tests.sglang_copies import PATCHES, RELEASES, overlay, touched
+from tests.sglang_copies import RELEASES, patched_overlay
 
 pytestmark = pytest.mark.engine
 
 
 @pytest.fixture(scope="module")
-def release() -> str:
-    [package] = importlib.util.find_spec("sglang").submodule_search_locations
-    return patching.find_release(PATCHES, Path(package)).name
-
-
-@pytest.fixture(scope="module")
-def patched_env(release: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment in which `import sglang` finds the patched one."""
-    [package] = map(Path, importlib.util.find_spec("sglang").submodule_search_locations)
+def patched(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, str]]:
+    """(release, the environment in which `import sglang` finds it patched)."""
     folder = tmp_path_factory.mktemp("patched")
-    overlay(package, folder / "sglang", touched(release))
-    assert cli.main(["patch", "--apply", "--sglang", str(folder / "sglang")]) == 0
-    return {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    return patched_overlay(folder), {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
 
 
-def test_every_hook_that_has_a_patch_stands_down(release: str, patched_env: dict[str, str]) -> None:
-    report = json.loads(
-        run_python(HERE / "patched_probe.py", env={**patched_env, "NSA_PLUGIN_CPU": "1"}).splitlines()[-1]
-    )
+def test_every_hook_that_has_a_patch_stands_down(patched) -> None:
+    release, env = patched
+    output = run_python(HERE / "patched_probe.py", env={**env, "NSA_PLUGIN_CPU": "1"})
+    report = json.loads(output.splitlines()[-1])
     assert report["ours"] == []
     assert set(report["down"]) == set(RELEASES[release].index)
     assert report["resolution"] == 1
@@ -54,10 +42,11 @@ def test_every_hook_that_has_a_patch_stands_down(release: str, patched_env: dict
     assert report["pool"] == ("MLATokenToKVPool" if "mla_pool" in RELEASES[release].index else None)
 
 
-def test_the_patched_sglang_serves_with_right_answers(release, patched_env, start_server, capsys) -> None:
+def test_the_patched_sglang_serves_with_right_answers(patched, start_server, capsys) -> None:
+    release, env = patched
     questions = demo.load_questions(ROOT / "examples/demo/problems.jsonl")
     questions = [questions[0], questions[-1]]
-    with start_server(ROOT / "examples/models/tiny-dsa", env=patched_env) as server:
+    with start_server(ROOT / "examples/models/tiny-dsa", env=env) as server:
         assert demo.ask_all(server, questions) == len(questions), capsys.readouterr().out
         log = server.log_path.read_text()
     down = set(re.findall(r"nsa_plugin hook stands down, its patch is applied: (\w+)", log))
@@ -66,10 +55,10 @@ def test_the_patched_sglang_serves_with_right_answers(release, patched_env, star
     assert used == {"factory", "forward_method", "indexer"}, "what is left are SGLang's own extension points"
 
 
-def test_launch_checks_still_refuse_before_weights_are_loaded(patched_env, start_server) -> None:
+def test_launch_checks_still_refuse_before_weights_are_loaded(patched, start_server) -> None:
     from nsa_backend_plugin.serving import ServerError
 
-    server = start_server(ROOT / "examples/models/tiny-dsa", ["--page-size=32"], patched_env)
+    server = start_server(ROOT / "examples/models/tiny-dsa", ["--page-size=32"], patched[1])
     with pytest.raises(ServerError, match="page size 64"):
         server.start()
     assert "Load weight" not in server.log_path.read_text()
