@@ -10,17 +10,20 @@ from __future__ import annotations
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import itertools
 import os
 import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ARCH_VARIABLE = "SIMULATED_GFX"
 TRITON_VARIABLE = "SIMULATED_TRITON"
 AITER_VARIABLE = "SIMULATED_AITER"
 PROBE_VARIABLE = "SIMULATED_PROBE_OUT"
 SITE = "import tests.rocm.simulated_host as host; host.install()\n"
+_CALLS = itertools.count()
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -81,6 +84,7 @@ class _AfterImport(importlib.abc.MetaPathFinder):
     """Runs a patch after a module's own code."""
 
     def __init__(self, arch: str):
+        self._looking: set[str] = set()
         self._patches = {
             "nsa_backend_plugin.ops.arch": lambda module: _patch_arch(module, arch),
             "nsa_backend_plugin.ops.triton_support": _patch_triton_support,
@@ -93,10 +97,14 @@ class _AfterImport(importlib.abc.MetaPathFinder):
         }
 
     def find_spec(self, name: str, path: object, target: object = None) -> importlib.machinery.ModuleSpec | None:
-        patch = self._patches.pop(name, None)
-        if patch is None:
+        patch = self._patches.get(name)
+        if patch is None or name in self._looking:
             return None
-        spec = importlib.util.find_spec(name)
+        self._looking.add(name)
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self._looking.discard(name)
         assert spec is not None
         assert spec.loader is not None
         run = spec.loader.exec_module
@@ -131,6 +139,8 @@ def _patch_sglang_utils(module: types.ModuleType) -> None:
 
     assert module.is_hip() is False  # cached
     torch.version.hip = "6.4.0"
+    for name in [n for n in vars(module) if n.startswith(("is_gfx", "mxfp_supported"))]:
+        setattr(module, name, lambda: False)
     torch.cuda.is_current_stream_capturing = lambda: False
 
 
@@ -185,30 +195,33 @@ def register() -> None:
 
 def _rocm_forward(
     original: object,
-    indexer: object,
+    indexer: Any,
     x: object,
     q_lora: object,
     positions: object,
-    batch: object,
+    forward_batch: Any,
     layer_id: int,
-    *rest: object,
+    return_indices: bool = True,
+    **_: object,
 ) -> object:
     from sglang.srt.model_executor.forward_context import get_attn_backend, get_token_to_kv_pool
 
     from nsa_backend_plugin.engine.gpu import rocm_indexer
 
-    rows = get_attn_backend().get_indexer_metadata(layer_id, batch)
+    rows = get_attn_backend().get_indexer_metadata(layer_id, forward_batch)
     embedding = indexer.rotary_emb
     embedding.cos_sin_cache = embedding.cos_sin_cache.float()  # as on GPUs; the CPU keeps it in the model's dtype
     indexer.layer_id = layer_id
     metadata = types.SimpleNamespace(
         real_page_table=rows.page_table,
-        cache_seqlens_int32=batch.seq_lens.int(),
+        cache_seqlens_int32=forward_batch.seq_lens.int(),
         dsa_seqlens_expanded=rows.lengths,
         token_to_batch_idx=rows.request,
     )
     backend = types.SimpleNamespace(token_to_kv_pool=get_token_to_kv_pool(), forward_metadata=metadata)
-    return rocm_indexer.store_and_select(backend, indexer, x, q_lora, positions, batch, layer_id, *rest)
+    return rocm_indexer.store_and_select(
+        backend, indexer, x, q_lora, positions, forward_batch, layer_id, return_indices
+    )
 
 
 def _record(
@@ -226,7 +239,7 @@ def _record(
     folder = os.environ.get(PROBE_VARIABLE)
     if folder:
         cos_sin, cache, slots = rest
-        number = len(list(Path(folder).glob("*.call")))
+        number = next(_CALLS)
         stored = {
             "key": key,
             "weight": weight,
