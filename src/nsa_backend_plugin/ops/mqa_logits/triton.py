@@ -26,7 +26,6 @@ MAX_BATCH = 4096  # every paged program holds the tile counts of the whole batch
 MAX_HEADS = 128
 _PAGED_TILE = 64
 _FILL_BLOCK = 1024
-_PRESHUFFLED_CHUNK = 32
 
 
 def available(arch: str) -> Support:
@@ -37,28 +36,20 @@ def available(arch: str) -> Support:
 
 
 @triton.jit
-def _load_queries(
-    q, weights, first_row, rows, heads, D: tl.constexpr, CHUNK: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr
-):
-    """q as D/CHUNK pieces [QUERIES*HEADS, CHUNK], and weights [QUERIES*HEADS], of `rows` query rows.
-
-    Padding queries and heads are zero.
-    """
+def _load_queries(q, weights, first_row, rows, heads, D: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr):
+    """q [QUERIES*HEADS, D] and weights [QUERIES*HEADS] of `rows` query rows; padding queries and heads are zero."""
     column = tl.arange(0, QUERIES * HEADS)
     query, head = column // HEADS, column % HEADS
     keep = (query < rows) & (head < heads)
     source = (first_row + query).to(tl.int64) * heads + head
-    pointer = q + source[:, None] * D + tl.arange(0, CHUNK)[None, :]
-    values = ()
-    for begin in tl.static_range(0, D, CHUNK):
-        piece = tl.load(pointer + begin, mask=keep[:, None], other=0.0)
-        values = values + (piece,)  # type: ignore[assignment] # noqa: RUF005 (Triton unpacks no tuple here)
+    values = tl.load(q + source[:, None] * D + tl.arange(0, D)[None, :], mask=keep[:, None], other=0.0)
     return values, tl.load(weights + source, mask=keep, other=0.0)
 
 
 @triton.jit
-def _weigh(dots, weights, k_scale, TILE: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr):
-    """dots [TILE, QUERIES*HEADS], weights [QUERIES*HEADS], k_scale [TILE] -> logits [TILE, QUERIES]."""
+def _tile_logits(k, q, weights, k_scale, TILE: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr):
+    """k [TILE, D], q [QUERIES*HEADS, D], weights [QUERIES*HEADS], k_scale [TILE] -> logits [TILE, QUERIES]."""
+    dots = tl.dot(k, tl.trans(q))
     weighted = tl.maximum(dots, 0.0) * weights[None, :]
     return tl.sum(tl.reshape(weighted, (TILE, QUERIES, HEADS)), axis=2) * k_scale[:, None]
 
@@ -81,7 +72,6 @@ def _paged_kernel(
     PRESHUFFLED: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     D: tl.constexpr,
-    CHUNK: tl.constexpr,
     TILE: tl.constexpr,
     QUERIES: tl.constexpr,
     HEADS: tl.constexpr,
@@ -112,14 +102,11 @@ def _paged_kernel(
     queries = tl.minimum(NEXT_N - first_query, QUERIES)
     j = tl.arange(0, QUERIES)
     token = tl.arange(0, TILE)
-    # The keys come in pieces of CHUNK dimensions. Preshuffled, 16 bytes of a token lie beside those of the next token:
-    # lanes that took a whole token each would fetch every 32-byte sector twice.
-    dim = tl.arange(0, CHUNK)
+    dim = tl.arange(0, D)
     if PRESHUFFLED:
         in_tile = ((token // 16) * (16 * D) + (token % 16) * 16)[:, None] + ((dim // 16) * 256 + dim % 16)[None, :]
     else:
         in_tile = token[:, None] * D + dim[None, :]
-    CHUNK_BYTES: tl.constexpr = CHUNK * 16 if PRESHUFFLED else CHUNK
 
     while tile < last:
         row = tl.sum((tiles_up_to <= tile).to(tl.int32), 0)
@@ -127,7 +114,7 @@ def _paged_kernel(
         row_end = row_begin + tl.sum(tl.where(request == row, tiles, 0), 0)
         stop = tl.minimum(last, row_end)
         q_row = row * NEXT_N + first_query
-        values, weight = _load_queries(q, weights, q_row, queries, heads, D, CHUNK, QUERIES, HEADS)
+        values, weight = _load_queries(q, weights, q_row, queries, heads, D, QUERIES, HEADS)
         if LENS_PER_QUERY:
             visible = tl.load(context_lens + q_row + j, mask=j < queries, other=0)
         else:
@@ -145,13 +132,10 @@ def _paged_kernel(
             next_page = tl.load(table + tl.minimum(i + 1, end - 1) * TILE // PAGE_SIZE)
             in_page = i * TILE % PAGE_SIZE
             page_begin = cache + page.to(tl.int64) * PAGE_BYTES
-            dots = tl.zeros((TILE, QUERIES * HEADS), tl.float32)
-            for c in tl.static_range(D // CHUNK):
-                k = tl.load(page_begin + in_page * D + c * CHUNK_BYTES + in_tile)
-                dots = tl.dot(k, tl.trans(values[c]), dots)
+            k = tl.load(page_begin + in_page * D + in_tile)
             scale = cache_scale + page.to(tl.int64) * (PAGE_BYTES // 4) + PAGE_SIZE * D // 4
             k_scale = tl.load(scale + in_page + token)
-            logits = _weigh(dots, weight, k_scale, TILE, QUERIES, HEADS)
+            logits = _tile_logits(k, values, weight, k_scale, TILE, QUERIES, HEADS)
             position = i * TILE + token
             inside = position[:, None] < visible[None, :]
             tl.store(out_row[None, :] + position[:, None], logits, mask=inside)
@@ -191,7 +175,7 @@ def _ragged_kernel(
     first = tl.maximum(first, tl.program_id(1) * tiles_per_program)
     stop = tl.minimum(stop, (tl.program_id(1) + 1) * tiles_per_program)
 
-    values, weight = _load_queries(q, weights, first_row, rows, heads, D, D, QUERIES, HEADS)
+    values, weight = _load_queries(q, weights, first_row, rows, heads, D, QUERIES, HEADS)
     out_row = out + (first_row + j).to(tl.int64) * out_stride
     token = tl.arange(0, TILE)
     dim = tl.arange(0, D)
@@ -200,7 +184,7 @@ def _ragged_kernel(
         exists = position < keys
         tile = tl.load(k + position.to(tl.int64)[:, None] * D + dim[None, :], mask=exists[:, None], other=0.0)
         scale = tl.load(k_scale + position, mask=exists, other=0.0)
-        logits = _weigh(tl.dot(tile, tl.trans(values[0])), weight, scale, TILE, QUERIES, HEADS)
+        logits = _tile_logits(tile, values, weight, scale, TILE, QUERIES, HEADS)
         inside = (position[:, None] >= start[None, :]) & (position[:, None] < end[None, :])
         tl.store(out_row[None, :] + position[:, None], logits, mask=inside)
 
@@ -244,12 +228,7 @@ def _config(arch: str, kind: str, queries: int, heads: int, page_size: int = IND
     tile = min(_PAGED_TILE, page_size & -page_size)
     if not is_cuda(arch):
         return _Config(tile, share, padded, 4, 2, 4)
-    return _Config(tile, share, padded, 8 if columns > 128 else 4, 4, 3 if columns <= 128 else 1)
-
-
-def _chunk(arch: str, layout: str) -> int:
-    """Dimensions of the keys that one load takes. AMD's wider blocks would load narrow chunks 8 bytes at a time."""
-    return _PRESHUFFLED_CHUNK if layout == "preshuffled" and is_cuda(arch) else INDEX_DIM
+    return _Config(tile, share, padded, 8 if columns > 128 else 4, 3, 4 if columns <= 128 else 1)
 
 
 @functools.cache
@@ -296,8 +275,7 @@ def paged(
     out = new_logits(out, batch * next_n, max_context_len, q.device)
     if batch * next_n * heads == 0:
         return out
-    arch = device_arch(q.device)
-    config = _config(arch, "paged", next_n, heads, page_size)
+    config = _config(device_arch(q.device), "paged", next_n, heads, page_size)
     groups = triton.cdiv(next_n, config.queries)
     programs = max(1, _cores(q.device) * config.programs_per_core // groups)
     _paged_kernel[(programs, groups)](
@@ -317,7 +295,6 @@ def paged(
         PRESHUFFLED=layout == "preshuffled",
         PAGE_SIZE=page_size,
         D=dim,
-        CHUNK=_chunk(arch, layout),
         TILE=config.tile,
         QUERIES=config.queries,
         HEADS=config.heads,
@@ -415,7 +392,6 @@ def compile_cases(arch: str) -> Iterator[triton_support.CompileCase]:
                         "PRESHUFFLED": layout == "preshuffled",
                         "PAGE_SIZE": INDEX_PAGE_SIZE,
                         "D": INDEX_DIM,
-                        "CHUNK": _chunk(arch, layout),
                         "TILE": config.tile,
                         "QUERIES": config.queries,
                         "HEADS": config.heads,

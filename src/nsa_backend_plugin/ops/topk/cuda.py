@@ -16,8 +16,9 @@ from nsa_backend_plugin.ops.support import YES, Support, no
 _SOURCE = Path(__file__).with_name("topk.cu")
 #: Rows beyond the number of multiprocessors share them two by two, in smaller blocks.
 _THREADS_FEW_ROWS, _THREADS_MANY_ROWS = 1024, 512
-#: Blocks that share a long row, where there are multiprocessors for all of them.
-_CLUSTERS = (4, 2)
+#: Blocks that share a long row, where there are multiprocessors for all of them. On an H200 (2026-11-21) two saved 7% at
+#: 64 rows of 32k; four lost 58% at 32 rows.
+_CLUSTER = 2
 #: Wider rows may be long: topk.cu streams what exceeds one tile of registers.
 _TILE = 16 * _THREADS_FEW_ROWS
 MAX_K = 4096
@@ -42,10 +43,8 @@ class _Variant(NamedTuple):
 def _variant(arch: str, cores: int, rows: int, columns: int, deterministic: bool) -> _Variant:
     if rows > cores:
         return _Variant(_THREADS_MANY_ROWS, 1, deterministic)
-    cluster = 1
-    if columns > _TILE and int(arch[3:]) >= 90:
-        cluster = next((c for c in _CLUSTERS if rows * c <= cores), 1)
-    return _Variant(_THREADS_FEW_ROWS, cluster, deterministic)
+    shared = columns > _TILE and int(arch[3:]) >= 90 and rows * _CLUSTER <= cores
+    return _Variant(_THREADS_FEW_ROWS, _CLUSTER if shared else 1, deterministic)
 
 
 def _defines(variant: _Variant) -> dict[str, int]:
@@ -61,7 +60,7 @@ def _defines(variant: _Variant) -> dict[str, int]:
 @functools.cache
 def _kernels(arch: str) -> dict[_Variant, cuda_jit.Kernel]:
     """All variants at once: the first call loads what any later, captured call may need."""
-    clusters = (1, *_CLUSTERS) if int(arch[3:]) >= 90 else (1,)
+    clusters = (1, _CLUSTER) if int(arch[3:]) >= 90 else (1,)
     variants = [
         _Variant(threads, cluster, deterministic)
         for threads, cluster in ((_THREADS_MANY_ROWS, 1), *((_THREADS_FEW_ROWS, c) for c in clusters))
