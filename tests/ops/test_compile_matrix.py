@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
 
 from nsa_backend_plugin import settings
-from nsa_backend_plugin.ops import compile_matrix
+from nsa_backend_plugin.ops import compile_matrix, compile_table
 
 COMPILE = {**os.environ, "TRITON_INTERPRET": "0"}  # interpreted kernels, as in this process, have nothing to compile
+
+TABLE = pathlib.Path(__file__).resolve().parents[2] / "docs" / "compile_table.csv"
+#: Kernels with a matrix product -> the instruction that it must become. Attention with fp8 rows multiplies in bf16.
+FP8_LOGITS, ATTENTION = ("mqa_logits.paged", "mqa_logits.ragged"), ("sparse_mla.", "dense_mla.")
+INSTRUCTIONS = {
+    "gfx942": (r"v_mfma_f32_\w+_fp8_fp8", r"v_mfma_f32_\w+_bf16"),
+    "gfx950": (r"v_mfma_f32_\w+_f8f6f4", r"v_mfma_f32_\w+_bf16"),
+    "sm_90": (r"wgmma\.mma_async\.m64n\d+k32", r"(wgmma\.mma_async|mma\.sync)\.m\d+n\d+k16"),
+    "sm_100": (r"tcgen05\.mma\.kind::f8f6f4", r"mma\.sync\.m16n8k16"),
+}
 
 SPILLING_KERNEL = """
 import triton, triton.language as tl
@@ -35,7 +47,7 @@ for target, too_large, options in (("sm_90", 16384, {}), ("gfx942", 8192, {"wave
 
 
 @pytest.mark.parametrize("target", compile_matrix.DEFAULT_TARGETS)
-def test_all_kernels_compile_without_spills(target, tmp_path):
+def test_all_kernels_compile_without_spills_as_in_the_table(target, tmp_path):
     report = tmp_path / "report.json"
     command = [
         sys.executable,
@@ -45,6 +57,8 @@ def test_all_kernels_compile_without_spills(target, tmp_path):
         target,
         "--json",
         str(report),
+        "--check-table",
+        str(TABLE),
     ]
     finished = subprocess.run(command, capture_output=True, text=True, env=COMPILE)
     print(finished.stdout)
@@ -58,6 +72,14 @@ def test_all_kernels_compile_without_spills(target, tmp_path):
         assert result["spill_bytes"] == 0
         assert result["shared_bytes"] <= limit
         assert 0 < result["occupancy"] <= 1
+        kernel, found = f"{result['op']}.{result['case']}", result["matrix_instructions"]
+        logits, attention = INSTRUCTIONS[target]
+        expected = logits if kernel.startswith(FP8_LOGITS) else attention if kernel.startswith(ATTENTION) else None
+        if expected is None or ".combine" in kernel:
+            assert found == [], kernel
+        else:
+            assert found, kernel
+            assert all(re.fullmatch(expected, name) for name in found), (kernel, found)
 
 
 def test_spills_are_found(tmp_path):
@@ -105,3 +127,22 @@ def test_reports_are_written_where_asked(tmp_path):
     command = [sys.executable, "-m", "nsa_backend_plugin.ops.compile_matrix", "--targets", "sm_90", "--ops", "concat"]
     subprocess.run([*command, "--json", str(report)], check=True, capture_output=True, env=COMPILE)
     assert {(r["target"], r["op"]) for r in json.loads(report.read_text())} == {("sm_90", "concat")}
+
+
+def test_a_changed_kernel_shows_in_the_table(tmp_path):
+    path = tmp_path / "table.csv"
+    old = compile_matrix.Result("sm_90", "concat", "a", 4, 3, 32, 0, 0, (), 1.0)
+    other = dataclasses.replace(old, op="topk", case="b, with a comma")
+    compile_table.write(path, [old, other], ["concat", "topk"])
+    assert compile_table.differences(path, [old, other], ["concat", "topk"]) == []
+    assert compile_table.differences(path, [old], ["concat"]) == [], "only what was compiled is compared"
+    changed = dataclasses.replace(old, registers=40)
+    minus, plus = compile_table.differences(path, [changed], ["concat"])
+    assert (minus, plus) == (
+        "- sm_90 | concat.a | 4 | 3 | 32 | 0 | 0 | 1.000 | ",
+        "+ sm_90 | concat.a | 4 | 3 | 40 | 0 | 0 | 1.000 | ",
+    )
+    [gone] = compile_table.differences(path, [old], ["concat", "topk"])
+    assert gone.startswith("- sm_90 | topk.b, with a comma")
+    compile_table.write(path, [changed], ["concat"])
+    assert compile_table.differences(path, [changed, other], ["concat", "topk"]) == []

@@ -1,6 +1,7 @@
 """Compile every Triton kernel in every configuration of the tuning tables, on a machine without a GPU.
 
-    python -m nsa_backend_plugin.ops.compile_matrix [--targets sm_90 gfx942] [--ops concat] [--json FILE]
+    python -m nsa_backend_plugin.ops.compile_matrix [--targets sm_90 gfx942 | all] [--ops concat] [--json FILE]
+    python -m nsa_backend_plugin.ops.compile_matrix --targets all --write-table docs/compile_table.csv
 
 Prints registers, spills, shared memory, matrix instructions and an occupancy estimate of each `CompileCase`; exits 1
 when a kernel does not compile, spills, or needs more shared memory than the target has. Triton caches compiled
@@ -28,11 +29,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from nsa_backend_plugin import settings
+from nsa_backend_plugin.ops import compile_table
 from nsa_backend_plugin.ops.arch import is_cuda
 from nsa_backend_plugin.ops.registry import implementation_names
 from nsa_backend_plugin.ops.triton_support import CompileCase, interpreted
 
 DEFAULT_TARGETS = ("sm_90", "sm_100", "gfx942", "gfx950")
+#: `--targets all`: also what the kernels claim without being tuned for it.
+ALL_TARGETS = (*DEFAULT_TARGETS, "sm_80", "sm_89", "sm_120", "gfx1201")
 
 
 @dataclass(frozen=True)
@@ -200,7 +204,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--targets", nargs="+", default=DEFAULT_TARGETS, metavar="ARCH")
     parser.add_argument("--ops", nargs="+", default=settings.OPERATIONS, choices=settings.OPERATIONS, metavar="OP")
     parser.add_argument("--json", metavar="FILE", type=pathlib.Path, help="also write the results to FILE")
+    parser.add_argument("--check-table", metavar="CSV", type=pathlib.Path, help="fail if its rows differ")
+    parser.add_argument("--write-table", metavar="CSV", type=pathlib.Path, help="replace its rows")
     arguments = parser.parse_args(argv)
+    if arguments.targets == ["all"]:
+        arguments.targets = ALL_TARGETS
     for arch in arguments.targets:
         gpu_target(arch)
     if interpreted():
@@ -211,9 +219,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         results.append(result)
     if arguments.json:
         arguments.json.write_text(json.dumps([dataclasses.asdict(r) for r in results], indent=1) + "\n")
+    if arguments.write_table:
+        compile_table.write(arguments.write_table, results, arguments.ops)
+    changes = compile_table.differences(arguments.check_table, results, arguments.ops) if arguments.check_table else []
+    if changes:
+        print(f"{arguments.check_table} differs, --write-table renews it:", *changes, sep="\n")
     problems = sum(bool(r.problem) for r in results)
     print(f"{len(results)} kernels compiled, {problems} with problems")
-    return 1 if problems or not results else 0
+    return 1 if problems or changes or not results else 0
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ from nsa_backend_plugin.ops.support import YES, Support, no
 _SOURCE = Path(__file__).with_name("topk.cu")
 #: Rows beyond the number of multiprocessors share them two by two, in smaller blocks.
 _THREADS_FEW_ROWS, _THREADS_MANY_ROWS = 1024, 512
-#: Blocks that share a long row, where there are multiprocessors for all of them. On an H200 (2026-11-21) two saved 7% at
-#: 64 rows of 32k; four lost 58% at 32 rows.
+#: Blocks that share a long row, where there are multiprocessors for all of them. On an H200 (2026-11-21) two saved 7%
+#: at 64 rows of 32k; four lost 58% at 32 rows.
 _CLUSTER = 2
 #: Wider rows may be long: topk.cu streams what exceeds one tile of registers.
 _TILE = 16 * _THREADS_FEW_ROWS
