@@ -1,4 +1,4 @@
-"""AITER's kernels of the index-K cache (ROCm): quantize and store, gather."""
+"""AITER's kernels of the index-K cache (ROCm): quantize and store, gather. Checked against fakes, not run on AMD."""
 
 from __future__ import annotations
 

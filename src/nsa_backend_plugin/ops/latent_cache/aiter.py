@@ -2,6 +2,7 @@
 
 AITER also concatenates and rotates the query, which needs its unrotated part; `store` does not have that, so calls
 with q_rope are declined. The key stands in for a query of one head, whose result is thrown away.
+Checked against a fake, not run on AMD.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""AITER's MQA logits on ROCm: the gluon kernel for preshuffled pages of 64, and the Triton kernel for prefill."""
+"""AITER's MQA logits on ROCm: the Gluon kernel for preshuffled pages of 64, and the Triton kernel for prefill.
+
+Checked against fakes, not run on AMD.
+"""
 
 from __future__ import annotations
 
