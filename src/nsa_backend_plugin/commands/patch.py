@@ -47,13 +47,16 @@ def run(options: argparse.Namespace) -> int:
         print(f"nsa-plugin patch: {problem}", file=sys.stderr)
         return 2
     try:
-        return _run(options, sglang)
+        lines = _work(options, sglang)
     except (patching.PatchError, OSError) as error:
         print(f"nsa-plugin patch: refused, nothing was changed: {error}", file=sys.stderr)
         return 1
+    print("\n".join(lines))
+    return 0
 
 
-def _run(options: argparse.Namespace, sglang: Path) -> int:
+def _work(options: argparse.Namespace, sglang: Path) -> list[str]:
+    """Do what was asked; returns the lines to print. Raises PatchError or OSError with nothing changed."""
     from nsa_backend_plugin import patching
 
     release = patching.find_release(_PATCHES, sglang, options.names)
@@ -62,11 +65,11 @@ def _run(options: argparse.Namespace, sglang: Path) -> int:
     if not options.check:
         wanted = patching.AFTER if options.apply else patching.BEFORE
         patching.write(patching.plan(release, names, sglang, wanted))
-    print(f"SGLang {release.name} in {sglang}")
+    lines = [f"SGLang {release.name} in {sglang}"]
     for name in names:
         after = patching.state(release, name, sglang)
-        print(f"  {name}: {after}" + ("" if after == before[name] else f" (was {before[name]})"))
-    return 0
+        lines.append(f"  {name}: {after}" + ("" if after == before[name] else f" (was {before[name]})"))
+    return lines
 
 
 def _installed() -> Path | None:
