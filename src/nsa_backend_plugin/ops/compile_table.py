@@ -1,0 +1,79 @@
+"""The committed table of compiled kernels: one row per target and case, so that a change of kernels shows in review."""
+
+from __future__ import annotations
+
+import csv
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nsa_backend_plugin.ops.compile_matrix import Result
+
+_COLUMNS = (
+    "target",
+    "kernel",
+    "warps",
+    "stages",
+    "registers",
+    "spill_bytes",
+    "shared_bytes",
+    "occupancy",
+    "matrix_instructions",
+)
+_Key = tuple[str, str]
+
+
+def _row(result: Result) -> tuple[str, ...]:
+    return (
+        result.target,
+        f"{result.op}.{result.case}",
+        str(result.warps),
+        str(result.stages),
+        str(result.registers),
+        str(result.spill_bytes),
+        str(result.shared_bytes),
+        f"{result.occupancy:.3f}",
+        " ".join(result.matrix_instructions),
+    )
+
+
+def _read(path: pathlib.Path) -> dict[_Key, tuple[str, ...]]:
+    if not path.exists():
+        return {}
+    with path.open(newline="") as file:
+        return {(row[0], row[1]): tuple(row) for row in list(csv.reader(file))[1:]}
+
+
+def _of(results: Sequence[Result]) -> tuple[dict[_Key, tuple[str, ...]], set[str]]:
+    rows = {(row[0], row[1]): row for row in map(_row, results)}
+    return rows, {result.target for result in results}
+
+
+def _scope(rows: Mapping[_Key, tuple[str, ...]], targets: set[str], ops: Sequence[str]) -> dict[_Key, tuple[str, ...]]:
+    return {k: row for k, row in rows.items() if k[0] in targets and k[1].split(".")[0] in ops}
+
+
+def write(path: pathlib.Path, results: Sequence[Result], ops: Sequence[str]) -> None:
+    """Replace the rows of the compiled targets and operations, keep the others."""
+    rows, targets = _of(results)
+    kept = _read(path)
+    for key in _scope(kept, targets, ops):
+        del kept[key]
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(_COLUMNS)
+        writer.writerows(row for _, row in sorted({**kept, **rows}.items()))
+
+
+def differences(path: pathlib.Path, results: Sequence[Result], ops: Sequence[str]) -> list[str]:
+    """What the compiled targets and operations have that the table has not, and the reverse, line by line."""
+    rows, targets = _of(results)
+    old = _scope(_read(path), targets, ops)
+    lines = []
+    for key in sorted(rows.keys() | old.keys()):
+        before, now = old.get(key), rows.get(key)
+        if before != now:
+            lines += [f"- {' | '.join(before)}"] if before else []
+            lines += [f"+ {' | '.join(now)}"] if now else []
+    return lines

@@ -1,0 +1,17 @@
+"""docs/amd.md shows what the script prints, and says what it is."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from tests.rocm.simulated_host import ROOT
+
+
+def test_the_page_shows_the_scripts_table():
+    command = [sys.executable, str(ROOT / "benchmarks" / "amd_estimates.py")]
+    table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    page = (ROOT / "docs" / "amd.md").read_text()
+    assert table in page
+    assert "compile-checked, not run" in page
+    assert table.count("us (memory)") > table.count("us (compute)") > 0
