@@ -145,7 +145,9 @@ def _patch_sglang_utils(module: types.ModuleType) -> None:
 
 
 def _patch_overrides(module: types.ModuleType) -> None:
-    """The choice of page size, and it alone, sees a ROCm host."""
+    """The choice of page size, and it alone, sees a ROCm host; newer releases make it in `model_overrides`."""
+    if not hasattr(module, "is_hip"):
+        return
     asks = module.is_hip
 
     def is_hip() -> bool:
@@ -156,10 +158,13 @@ def _patch_overrides(module: types.ModuleType) -> None:
 
 def _patch_model_overrides(module: types.ModuleType) -> None:
     """The same in newer releases, where it is the only question of this file about ROCm."""
-    platform = module.get_platform()
-    module.get_platform = lambda: types.SimpleNamespace(
-        is_hip=True, is_npu=platform.is_npu, is_xpu=platform.is_xpu, is_sm100_supported=False
-    )
+    asks = module.get_platform
+
+    def get_platform() -> types.SimpleNamespace:
+        platform = asks()
+        return types.SimpleNamespace(is_hip=True, is_npu=platform.is_npu, is_xpu=platform.is_xpu)
+
+    module.get_platform = get_platform
 
 
 def _patch_dsa_utils(module: types.ModuleType) -> None:
