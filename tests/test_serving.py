@@ -91,7 +91,11 @@ def test_signal_to_the_parent_ends_the_group(tmp_path, fake_sglang, signum):
         Server("model", (), log_path={str(log)!r}, timeout=30).start()
         time.sleep(100)
     """)
-    parent = subprocess.Popen([sys.executable, "-c", program], env={**os.environ, **fake_sglang})
+    parent = subprocess.Popen(
+        [sys.executable, "-c", program],
+        env={**os.environ, **fake_sglang},
+        preexec_fn=lambda: signal.signal(signum, signal.SIG_DFL),  # a background job's children ignore SIGINT
+    )
     child = _child_pid(log)
     time.sleep(1)
     parent.send_signal(signum)

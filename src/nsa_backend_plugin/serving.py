@@ -161,7 +161,9 @@ class Server:
 
     def _install_handlers(self) -> None:
         if threading.current_thread() is threading.main_thread():
-            self._previous = {s: signal.signal(s, self._on_signal) for s in _SIGNALS}
+            # A signal that this process was told to ignore (a background job's SIGINT) stays ignored.
+            heeded = [s for s in _SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]
+            self._previous = {s: signal.signal(s, self._on_signal) for s in heeded}
 
     def _restore_handlers(self) -> None:
         for signum, handler in self._previous.items():
