@@ -199,6 +199,15 @@ def _line(result: Result) -> str:
     return f"{label:<78} {numbers} {memory}  {' '.join(result.matrix_instructions)}"
 
 
+def _one_process_per_target(arguments: argparse.Namespace) -> int:
+    """The table's numbers: LLVM keeps state from one target to the next in a process, and registers shift with it."""
+    flags = ["--ops", *arguments.ops]
+    for name, path in (("--check-table", arguments.check_table), ("--write-table", arguments.write_table)):
+        flags += [name, str(path)] if path else []
+    module = [sys.executable, "-m", "nsa_backend_plugin.ops.compile_matrix"]
+    return max(subprocess.run([*module, "--targets", t, *flags], check=False).returncode for t in arguments.targets)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Compile every Triton kernel for GPUs that are not here.")
     parser.add_argument("--targets", nargs="+", default=DEFAULT_TARGETS, metavar="ARCH")
@@ -213,6 +222,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         gpu_target(arch)
     if interpreted():
         parser.error("TRITON_INTERPRET is set: unset it to compile")
+    if len(arguments.targets) > 1 and (arguments.check_table or arguments.write_table):
+        return _one_process_per_target(arguments)
     results = []
     for result in compile_all(arguments.targets, kernel_modules(arguments.ops)):
         print(_line(result), f"PROBLEM: {result.problem}" if result.problem else "", flush=True)
