@@ -33,7 +33,8 @@ check: setup-test  ## ruff and mypy
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-test: check test-unit test-engine  ## everything that needs no GPU: checks, unit tests, engine tests on both SGLang releases
+test: check  ## everything that needs no GPU: checks, unit tests, engine tests on both SGLang releases
+	@$(MAKE) --no-print-directory -j2 --output-sync=target test-unit test-engine
 
 test-unit: setup-test
 	$(VENV)/bin/python -m pytest -q -m "not gpu" --ignore=tests/engine $(PYTEST_ARGS)

@@ -136,11 +136,15 @@ def test_a_changed_kernel_shows_in_the_table(tmp_path):
     compile_table.write(path, [old, other], ["concat", "topk"])
     assert compile_table.differences(path, [old, other], ["concat", "topk"]) == []
     assert compile_table.differences(path, [old], ["concat"]) == [], "only what was compiled is compared"
-    changed = dataclasses.replace(old, registers=40)
+    few_more = dataclasses.replace(old, registers=32 + compile_table.REGISTER_SLACK, occupancy=0.5)
+    assert compile_table.differences(path, [few_more], ["concat"]) == [], "LLVM's own variation"
+    for change in ({"spill_bytes": 4}, {"shared_bytes": 16}, {"warps": 8}, {"matrix_instructions": ("wgmma",)}):
+        assert len(compile_table.differences(path, [dataclasses.replace(old, **change)], ["concat"])) == 2
+    changed = dataclasses.replace(old, registers=41)
     minus, plus = compile_table.differences(path, [changed], ["concat"])
     assert (minus, plus) == (
         "- sm_90 | concat.a | 4 | 3 | 32 | 0 | 0 | 1.000 | ",
-        "+ sm_90 | concat.a | 4 | 3 | 40 | 0 | 0 | 1.000 | ",
+        "+ sm_90 | concat.a | 4 | 3 | 41 | 0 | 0 | 1.000 | ",
     )
     [gone] = compile_table.differences(path, [old], ["concat", "topk"])
     assert gone.startswith("- sm_90 | topk.b, with a comma")
