@@ -108,7 +108,7 @@ def store(
     checks.inner_contiguous("k_nope", k_nope)
     checks.inner_contiguous("k_rope", k_rope)
     checks.require(isinstance(cache, torch.Tensor) and cache.dim() == 3, "cache", cache, "[slots, 1, bytes]")
-    kind = kv_kind(cache, value_dim + k_rope.shape[1], value_dim)
+    kind = kv_kind(cache, value_dim + k_rope.shape[1], value_dim, "cache")
     checks.contiguous("cache", cache)
     checks.require(
         (kv_scale is not None) == (kind == "fp8"),

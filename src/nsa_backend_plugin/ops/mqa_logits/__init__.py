@@ -46,7 +46,8 @@ def paged(
     checks.contiguous("q", q)
     batch, next_n, heads, _ = q.shape
     checks.tensor("weights", weights, (batch * next_n, heads), torch.float32, cache.device)
-    lens_shape = (batch,) if context_lens.dim() == 1 else (batch, next_n)
+    flat = isinstance(context_lens, torch.Tensor) and context_lens.dim() == 1
+    lens_shape = (batch,) if flat else (batch, next_n)
     checks.tensor("context_lens", context_lens, lens_shape, torch.int32, cache.device)
     checks.tensor("block_table", block_table, (batch, None), torch.int32, cache.device)
     checks.positive("max_context_len", max_context_len)

@@ -11,7 +11,7 @@ from nsa_backend_plugin.ops.registry import Operation
 _attend = Operation("sparse_mla", "attend")
 
 
-def kv_kind(kv: torch.Tensor, query_dim: int, value_dim: int) -> str:
+def kv_kind(kv: torch.Tensor, query_dim: int, value_dim: int, name: str = "kv") -> str:
     """Kind of a latent cache: "bf16" (any float type), "fp8" (plain, one scalar scale) or "packed" (656-byte rows)."""
     if kv.dtype in checks.FLOAT_DTYPES and kv.shape[-1] == query_dim:
         return "bf16"
@@ -20,7 +20,7 @@ def kv_kind(kv: torch.Tensor, query_dim: int, value_dim: int) -> str:
     if kv.dtype in (torch.uint8, torch.float8_e4m3fn) and kv.shape[-1] == packed_latent_bytes(query_dim, value_dim):
         return "packed"
     raise ValueError(
-        f"kv has shape {list(kv.shape)} and dtype {kv.dtype}: expected [slots, 1, {query_dim}] bf16, fp16, fp32 or "
+        f"{name} has shape {list(kv.shape)} and dtype {kv.dtype}: expected [slots, 1, {query_dim}] bf16, fp16, fp32 or "
         f"fp8, or [slots, 1, {packed_latent_bytes(query_dim, value_dim)}] packed uint8 or e4m3fn"
     )
 
