@@ -7,7 +7,7 @@ PYTEST_ARGS ?=
 # What does not depend on the SGLang release runs on the primary one: two cores do not have time for it twice.
 PRIMARY_ONLY := test_ladder.py test_accuracy.py test_demo.py
 
-.PHONY: help setup setup-test demo serve doctor check test test-unit test-engine test-patched test-gpu clean
+.PHONY: help setup setup-test demo serve doctor check test test-unit test-engine test-engine-newest test-patched test-gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -34,13 +34,15 @@ check: setup-test  ## ruff and mypy
 	$(VENV)/bin/mypy
 
 test: check  ## everything that needs no GPU: checks, unit tests, engine tests on both SGLang releases
-	@$(MAKE) --no-print-directory -j2 --output-sync=target test-unit test-engine
+	@$(MAKE) --no-print-directory -j2 --output-sync=target test-engine test-unit test-engine-newest
 
 test-unit: setup-test
 	$(VENV)/bin/python -m pytest -q -m "not gpu" --ignore=tests/engine $(PYTEST_ARGS)
 
 test-engine: setup-test
 	$(VENV)/bin/python -m pytest -q -m "not gpu" tests/engine $(PYTEST_ARGS)
+
+test-engine-newest: setup-test
 	$(VENV_NEWEST)/bin/python -m pytest -q -m "not gpu" tests/engine $(PRIMARY_ONLY:%=--ignore=tests/engine/%) $(PYTEST_ARGS)
 
 test-patched: setup-test  ## engine tests on an SGLang with patches/ applied in place of the hooks
