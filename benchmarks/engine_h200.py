@@ -1,11 +1,13 @@
 """Measure the engine on a GPU host, plugin and stock SGLang side by side: one layer's kernels, and served decode steps.
 
     python benchmarks/engine_h200.py --out results/ layers --family v32 --kv fp8_e4m3 --shapes 1:8192 64:8192
-    python benchmarks/engine_h200.py --out results/ served --family v32 --kv fp8_e4m3 --batches 1 16 64
+    python benchmarks/engine_h200.py --out results/ served --family v32 --kv fp8_e4m3 --shapes 1:8192 64:8192
 
 `layers` profiles random-weight models in process (`nsa-plugin profile`). `served` starts one real server per arm, sends
-`--context`-token prompts and reads decode throughput from the server's own log. Each writes one JSON with the
-environment, named after what was measured. Stock is `dsa` for models with an indexer and `fa3` and `triton` for v3.
+BATCH prompts of CONTEXT tokens at a time and reads decode throughput from the server's own log; prompts are prefixes of
+each other, so that the radix cache saves most of the prefill. Each writes one JSON with the environment, named after
+what was measured. An arm is "BACKEND NAME=VALUE --flag=value"; ratios are against the first one. Stock is `dsa` for
+models with an indexer and `fa3` and `triton` for v3.
 """
 
 from __future__ import annotations
@@ -29,16 +31,15 @@ for folder in (str(REPO / "src"), str(REPO / "benchmarks")):
 from engine_model import FAMILIES, VOCAB, write_model  # noqa: E402
 from environment import collect  # noqa: E402
 
+from nsa_backend_plugin.accuracy.arms import Arm, parse_arms  # noqa: E402
 from nsa_backend_plugin.serving import Server  # noqa: E402
 
 STOCK = {"v32": ("dsa",), "glm": ("dsa",), "v3": ("fa3", "triton")}
 SERVER_ARGS = (
-    "--load-format=dummy",
     "--cuda-graph-backend-prefill=disabled",
     "--mem-fraction-static=0.6",
     "--sampling-backend=pytorch",
     "--grammar-backend=none",
-    "--disable-radix-cache",
     "--skip-server-warmup",
 )
 _STEP = re.compile(r"#running-req: (\d+), .*gen throughput \(token/s\): ([0-9.]+)")
@@ -53,31 +54,42 @@ def main() -> int:
         child.add_argument("--family", choices=FAMILIES, default="v32")
         child.add_argument("--kv", default="fp8_e4m3", help="--kv-cache-dtype of every arm")
         child.add_argument("--heads", type=int, default=16)
-        child.add_argument("--layers", type=int, default=8)
+        child.add_argument("--layers", type=int, default=8, help="served steps of few layers are bound by the host")
         child.add_argument("--arms", nargs="+", help="default: nsa_plugin and stock")
-        child.add_argument("--max-total-tokens", type=int, default=700_000)
+        child.add_argument("--shapes", nargs="+", default=["1:8192", "16:8192", "64:8192"], help="BATCH:CONTEXT")
+        child.add_argument("--label", default="", help="put into the name of the results file")
         child.set_defaults(run=run)
-        if name == "layers":
-            child.add_argument("--shapes", nargs="+", default=["1:8192", "16:8192", "64:8192"])
-        else:
-            child.add_argument("--batches", nargs="+", type=int, default=[1, 16, 64])
-            child.add_argument("--context", type=int, default=8192)
-            child.add_argument("--tokens", type=int, default=200)
+        if name == "served":
+            child.add_argument("--tokens", type=int, default=200, help="decoded per request and shape")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     options.arms = options.arms or ["nsa_plugin", *STOCK[options.family]]
     return options.run(options)
 
 
-def _server_args(options: argparse.Namespace, batches: list[int]) -> list[str]:
-    args = [*SERVER_ARGS, f"--max-total-tokens={options.max_total_tokens}", f"--max-running-requests={max(batches)}"]
+def _shapes(options: argparse.Namespace) -> list[tuple[int, int]]:
+    """(batch, context), each prompt's longer versions after its shorter ones, so that none is computed twice."""
+    pairs = [(int(batch), int(context)) for batch, _, context in (s.partition(":") for s in options.shapes)]
+    return sorted(pairs, key=lambda pair: (pair[1], -pair[0]))
+
+
+def _cache_tokens(shapes: list[tuple[int, int]], decoded: int) -> int:
+    """Tokens of every prompt's longest version and of what is decoded, rounded up to pages of at most 128 tokens."""
+    longest = (max(c for b, c in shapes if b > i) for i in range(max(b for b, _ in shapes)))
+    return sum(longest) + sum(b for b, _ in shapes) * (decoded + 128) + 8192
+
+
+def _server_args(options: argparse.Namespace, cache_tokens: int) -> list[str]:
+    batches = sorted({batch for batch, _ in _shapes(options)})
+    args = [*SERVER_ARGS, f"--max-total-tokens={cache_tokens}", f"--max-running-requests={batches[-1]}"]
     if options.kv != "auto":
         args.append(f"--kv-cache-dtype={options.kv}")
-    return [*args, "--cuda-graph-bs-decode", *map(str, sorted(set(batches)))]
+    return [*args, "--cuda-graph-bs-decode", *map(str, batches)]
 
 
 def _write(options: argparse.Namespace, kind: str, body: dict[str, Any]) -> None:
-    name = f"{kind}-{options.family}-{options.kv}-h{options.heads}-h200.json"
+    label = f"-{options.label}" if options.label else ""
+    name = f"{kind}-{options.family}-{options.kv}-h{options.heads}{label}-h200.json"
     setting = {k: v for k, v in vars(options).items() if isinstance(v, (str, int, list))}
     content = {"environment": collect("cuda:0"), "options": setting, **body}
     (options.out / name).write_text(json.dumps(content, indent=1) + "\n")
@@ -85,13 +97,13 @@ def _write(options: argparse.Namespace, kind: str, body: dict[str, Any]) -> None
 
 
 def layers(options: argparse.Namespace) -> int:
-    batches = [int(shape.split(":")[0]) for shape in options.shapes]
+    needed = max(batch * (context + 128) for batch, context in _shapes(options))
     with tempfile.TemporaryDirectory() as folder:
         model = write_model(Path(folder) / "model", options.family, options.heads, options.layers)
         output = Path(folder) / "layers.json"
         command = [sys.executable, "-m", "nsa_backend_plugin.cli", "profile", "--brief", "--json", str(output)]
         command += ["--arms", *options.arms, "--shapes", *options.shapes, "--timeout", "200"]
-        command += ["--", f"--model-path={model}", *_server_args(options, batches)]
+        command += ["--", f"--model-path={model}", *_server_args(options, needed)]
         code = subprocess.run(command, check=False).returncode
         if output.exists():
             _write(options, "layers", {"rows": json.loads(output.read_text())["rows"]})
@@ -100,25 +112,33 @@ def layers(options: argparse.Namespace) -> int:
 
 def served(options: argparse.Namespace) -> int:
     rows: list[dict[str, Any]] = []
+    shapes = _shapes(options)
+    args = ["--decode-log-interval=20", *_server_args(options, _cache_tokens(shapes, options.tokens))]
     with tempfile.TemporaryDirectory() as folder:
         model = write_model(Path(folder) / "model", options.family, options.heads, options.layers)
-        for arm in options.arms:
-            log = options.out / f"served-{options.family}-{options.kv}-{arm}.log"
-            args = [f"--attention-backend={arm}", "--decode-log-interval=20", *_server_args(options, options.batches)]
-            with Server(model, args, log_path=log, timeout=400) as server:
-                rows += [_decode_step(server, arm, batch, options) for batch in options.batches]
-    _write(options, "served", {"rows": rows})
+        for arm in parse_arms(options.arms):
+            rows += _serve_arm(arm, model, args, shapes, options)
+            _write(options, "served", {"rows": rows})
     _print_served(rows)
     return 0
 
 
-def _decode_step(server: Server, arm: str, batch: int, options: argparse.Namespace) -> dict[str, Any]:
+def _serve_arm(
+    arm: Arm, model: Path, args: list[str], shapes: list[tuple[int, int]], options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    log = options.out / f"served-{options.family}-{options.kv}-{arm.file_name}.log"
+    command = [f"--attention-backend={arm.backend}", *args, *arm.args]
+    with Server(model, command, env=arm.env, log_path=log, timeout=400) as server:
+        return [{"arm": arm.text, **_decode_step(server, batch, context, options.tokens)} for batch, context in shapes]
+
+
+def _decode_step(server: Server, batch: int, context: int, tokens: int) -> dict[str, Any]:
     """Best decode step that the server logs while exactly `batch` requests run."""
     seen = len(server.log_path.read_text(errors="replace"))
-    sampling = {"temperature": 0, "max_new_tokens": options.tokens, "ignore_eos": True}
+    sampling = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
 
     def ask(seed: int) -> None:
-        prompt = random.Random(seed).choices(range(3, VOCAB), k=options.context)
+        prompt = random.Random(seed).choices(range(3, VOCAB), k=context)
         server.post("/generate", {"input_ids": prompt, "sampling_params": sampling}, timeout=300)
 
     with ThreadPoolExecutor(batch) as pool:
@@ -127,9 +147,8 @@ def _decode_step(server: Server, arm: str, batch: int, options: argparse.Namespa
     rates = [float(rate) for running, rate in lines if int(running) == batch]
     best = max(rates, default=0.0)
     return {
-        "arm": arm,
         "batch": batch,
-        "context": options.context,
+        "context": context,
         "tokens_per_second": best,
         "step_us": round(1e6 * batch / best, 1) if best else None,
         "log_lines": len(rates),
@@ -137,12 +156,13 @@ def _decode_step(server: Server, arm: str, batch: int, options: argparse.Namespa
 
 
 def _print_served(rows: list[dict[str, Any]]) -> None:
-    ours = {r["batch"]: r["step_us"] for r in rows if r["arm"] == "nsa_plugin"}
-    print(f"{'batch':>5} {'arm':>12} {'step us':>9} {'stock / plugin':>15}")
-    for row in sorted(rows, key=lambda r: r["batch"]):
-        mine = ours.get(row["batch"])
-        ratio = f"{row['step_us'] / mine:15.2f}" if mine and row["step_us"] else ""
-        print(f"{row['batch']:5} {row['arm']:>12} {row['step_us'] or 0:9.1f} {ratio}")
+    first = {(r["context"], r["batch"]): r["step_us"] for r in rows if r["arm"] == rows[0]["arm"]}
+    width = max(len(row["arm"]) for row in rows)
+    print(f"{'context':>8} {'batch':>5} {'arm':>{width}} {'step us':>9} {'x first arm':>12}")
+    for row in sorted(rows, key=lambda r: (r["context"], r["batch"])):
+        mine = first.get((row["context"], row["batch"]))
+        ratio = f"{row['step_us'] / mine:12.2f}" if mine and row["step_us"] else ""
+        print(f"{row['context']:8} {row['batch']:5} {row['arm']:>{width}} {row['step_us'] or 0:9.1f} {ratio}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,19 @@
-"""Model folders with the real attention dimensions of DeepSeek-V3.2, GLM-5 and DeepSeek-V3, few layers and no weights.
+"""Model folders with the real attention dimensions of DeepSeek-V3.2, GLM-5 and DeepSeek-V3, few layers, random weights.
 
-For `--load-format dummy`: config.json, generation_config.json and a word-level tokenizer ("t17" is token 17).
+config.json, generation_config.json, a word-level tokenizer ("t17" is token 17) and model.safetensors: fp8 blocks with
+the variance of a trained model's, so that scores are untied and attention matters. (`--load-format dummy` draws from
++-0.001, which is zero in fp8: all scores equal.)
 """
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 VOCAB = 32768
 FAMILIES = ("v32", "glm", "v3")
@@ -81,8 +87,76 @@ def config(family: str, heads: int, layers: int) -> dict[str, Any]:
     return base
 
 
+#: The attention output counts for more than in a trained model: a wrong one must be seen in the logits.
+_OUTPUT_GAIN = 4.0
+_BLOCK = 128
+
+
+def weights(c: dict[str, Any], device: str | torch.device, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random checkpoint of `config`, on `device`: fp8 blocks with scales, bf16 where DeepSeek's are not quantized."""
+    generator = torch.Generator(device).manual_seed(seed)
+    out: dict[str, torch.Tensor] = {}
+
+    def normal(rows: int, columns: int, std: float) -> torch.Tensor:
+        return torch.randn(rows, columns, generator=generator, device=device, dtype=torch.bfloat16).mul_(std)
+
+    def linear(name: str, rows: int, columns: int, gain: float = 1.0) -> None:
+        out[f"{name}.weight"] = normal(rows, columns, 1.0).to(torch.float8_e4m3fn)
+        blocks = (-(-rows // _BLOCK), -(-columns // _BLOCK))
+        out[f"{name}.weight_scale_inv"] = torch.full(blocks, gain / math.sqrt(columns), device=device)
+
+    def norm(name: str, width: int, bias: bool = False) -> None:
+        out[f"{name}.weight"] = torch.ones(width, device=device, dtype=torch.bfloat16)
+        if bias:
+            out[f"{name}.bias"] = torch.zeros(width, device=device, dtype=torch.bfloat16)
+
+    hidden = c["hidden_size"]
+    out["model.embed_tokens.weight"] = normal(c["vocab_size"], hidden, 1.0)
+    out["lm_head.weight"] = normal(c["vocab_size"], hidden, hidden**-0.5)
+    norm("model.norm", hidden)
+    for layer in range(c["num_hidden_layers"]):
+        _layer(c, f"model.layers.{layer}", linear, norm)
+        if "index_topk" in c:
+            gates = normal(c["index_n_heads"], hidden, hidden**-0.5)
+            out[f"model.layers.{layer}.self_attn.indexer.weights_proj.weight"] = gates
+    return out
+
+
+def _layer(c: dict[str, Any], prefix: str, linear: Callable[..., None], norm: Callable[..., None]) -> None:
+    hidden, heads, inner = c["hidden_size"], c["num_attention_heads"], c["intermediate_size"]
+    q_lora, kv_lora, rope = c["q_lora_rank"], c["kv_lora_rank"], c["qk_rope_head_dim"]
+    nope, value = c["qk_nope_head_dim"], c["v_head_dim"]
+    attention = f"{prefix}.self_attn"
+    norm(f"{prefix}.input_layernorm", hidden)
+    norm(f"{prefix}.post_attention_layernorm", hidden)
+    norm(f"{attention}.q_a_layernorm", q_lora)
+    norm(f"{attention}.kv_a_layernorm", kv_lora)
+    linear(f"{attention}.q_a_proj", q_lora, hidden)
+    linear(f"{attention}.kv_a_proj_with_mqa", kv_lora + rope, hidden)
+    linear(f"{attention}.q_b_proj", heads * (nope + rope), q_lora)
+    linear(f"{attention}.kv_b_proj", heads * (nope + value), kv_lora)
+    linear(f"{attention}.o_proj", hidden, heads * value, gain=_OUTPUT_GAIN)
+    for name, rows, columns in (("gate", inner, hidden), ("up", inner, hidden), ("down", hidden, inner)):
+        linear(f"{prefix}.mlp.{name}_proj", rows, columns)
+    if "index_topk" in c:
+        linear(f"{attention}.indexer.wq_b", c["index_n_heads"] * c["index_head_dim"], q_lora)
+        linear(f"{attention}.indexer.wk", c["index_head_dim"], hidden)
+        norm(f"{attention}.indexer.k_norm", c["index_head_dim"], bias=True)
+
+
 def write_model(folder: Path, family: str, heads: int = 16, layers: int = 8) -> Path:
-    """Write the folder and return it."""
+    """Write the folder, weights included (drawn on the GPU if there is one), and return it."""
+    from safetensors.torch import save_file
+
+    write_config(folder, family, heads, layers)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tensors = weights(config(family, heads, layers), device)
+    save_file({name: t.cpu() for name, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def write_config(folder: Path, family: str, heads: int, layers: int) -> Path:
+    """Everything but the weights."""
     folder.mkdir(parents=True, exist_ok=True)
     words = {"<s>": 0, "</s>": 1, "<unk>": 2, **{f"t{i}": i for i in range(3, VOCAB)}}
     special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}

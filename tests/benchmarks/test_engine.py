@@ -7,13 +7,16 @@ from pathlib import Path
 
 import engine_h200
 import pytest
-from engine_model import FAMILIES, config, write_model
+import torch
+from engine_model import FAMILIES, config, weights, write_config
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_model_folder_is_read_by_transformers(family: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    folder = write_model(tmp_path / family, family, heads=16, layers=3)
+    folder = write_config(tmp_path / family, family, heads=16, layers=3)
     read = transformers.AutoConfig.from_pretrained(folder)
     assert (read.num_hidden_layers, read.num_attention_heads, read.kv_lora_rank) == (3, 16, 512)
     assert hasattr(read, "index_topk") == (family != "v3")
@@ -24,6 +27,26 @@ def test_model_folder_is_read_by_transformers(family: str, tmp_path: Path) -> No
 def test_unknown_family_is_named() -> None:
     with pytest.raises(ValueError, match="family='v4': expected one of v32, glm, v3"):
         config("v4", 16, 4)
+
+
+def test_weights_are_those_of_a_real_checkpoint() -> None:
+    """Names and ranks of the tiny model, which SGLang and transformers load, plus the scales of fp8 blocks."""
+    safetensors = pytest.importorskip("safetensors")
+    small = {"hidden_size": 256, "intermediate_size": 192, "vocab_size": 64, "q_lora_rank": 128, "index_n_heads": 2}
+    ours = weights({**config("v32", 4, 3), **small}, "cpu")
+    with safetensors.safe_open(ROOT / "examples" / "models" / "tiny-dsa-2k" / "model.safetensors", "pt") as file:
+        theirs = {name: len(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    scales = {name for name in ours if name.endswith("_scale_inv")}
+    assert {name: t.dim() for name, t in ours.items() if name not in scales} == theirs
+    assert {name.removesuffix("_scale_inv") for name in scales} == {
+        name for name, t in ours.items() if t.dtype == torch.float8_e4m3fn
+    }
+    assert ours["model.layers.2.self_attn.kv_a_proj_with_mqa.weight_scale_inv"].shape == (5, 2)
+    down = (
+        ours["model.layers.0.mlp.down_proj.weight"].float()
+        * ours["model.layers.0.mlp.down_proj.weight_scale_inv"][0, 0]
+    )
+    assert abs(down.std().item() - 192**-0.5) < 0.01
 
 
 class Log:
@@ -41,23 +64,29 @@ class Log:
 
 
 def test_step_comes_from_lines_of_this_batch_only(tmp_path: Path) -> None:
-    options = engine_h200.argparse.Namespace(context=5, tokens=4)
-    row = engine_h200._decode_step(Log(tmp_path / "log"), "dsa", 2, options)
+    row = engine_h200._decode_step(Log(tmp_path / "log"), 2, 5, 4)
     assert row["tokens_per_second"] == 250.0
     assert row["step_us"] == 8000.0
     assert row["log_lines"] == 4
 
 
-def test_table_gives_stock_over_plugin(capsys: pytest.CaptureFixture) -> None:
-    rows = [{"arm": a, "batch": 64, "step_us": us} for a, us in (("nsa_plugin", 1000.0), ("dsa", 1300.0))]
-    engine_h200._print_served([*rows, {"arm": "dsa", "batch": 1, "step_us": None}])
+def test_prompts_grow_and_the_cache_holds_their_longest_versions() -> None:
+    shapes = engine_h200._shapes(engine_h200.argparse.Namespace(shapes=["1:32", "2:8", "4:8"]))
+    assert shapes == [(4, 8), (2, 8), (1, 32)]
+    assert engine_h200._cache_tokens(shapes, 10) == (32 + 8 + 8 + 8) + 7 * 138 + 8192
+
+
+def test_table_gives_ratios_to_the_first_arm(capsys: pytest.CaptureFixture) -> None:
+    arms = (("nsa_plugin", 1000.0), ("dsa", 1300.0))
+    rows = [{"arm": a, "batch": 64, "context": 8192, "step_us": us} for a, us in arms]
+    engine_h200._print_served([*rows, {"arm": "dsa", "batch": 1, "context": 8192, "step_us": None}])
     out = capsys.readouterr().out
     assert "1.30" in out
 
 
 def test_results_carry_environment_and_options(tmp_path: Path) -> None:
-    options = engine_h200.argparse.Namespace(out=tmp_path, family="v32", kv="auto", heads=16, batches=[1])
+    options = engine_h200.argparse.Namespace(out=tmp_path, family="v32", kv="auto", heads=16, label="")
     engine_h200._write(options, "served", {"rows": []})
     body = json.loads((tmp_path / "served-v32-auto-h16-h200.json").read_text())
-    assert body["options"] == {"family": "v32", "kv": "auto", "heads": 16, "batches": [1]}
+    assert body["options"] == {"family": "v32", "kv": "auto", "heads": 16, "label": ""}
     assert {"device", "libraries", "date", "command"} <= set(body["environment"])

@@ -113,8 +113,8 @@ def attention_layer(kernels: list[dict[str, Any]]) -> dict[str, Any]:
     return {**layer, "short_launches": len(short), "short_us": round(sum(short), 1)}
 
 
-def measure(shapes: list[tuple[int, int]], server_args: list[str], output: Path) -> None:
-    """Load the model once and append one JSON line per (batch, context) to `output`."""
+def load(server_args: list[str]) -> tuple[Any, Any, Any]:
+    """(SGLang's one_batch module, its model wrapper with graphs captured, parsed server arguments)."""
     import sglang.benchmark.one_batch as one_batch
     from sglang.srt.plugins import load_plugins
     from sglang.srt.server_args import PortArgs, prepare_server_args
@@ -127,10 +127,16 @@ def measure(shapes: list[tuple[int, int]], server_args: list[str], output: Path)
     one_batch.initialize_fp4_gemm_config(args)
     one_batch.configure_logger(args, prefix="")
     model, _ = one_batch.load_model(args, PortArgs.init_new(args), 0, 0)
+    return one_batch, model, args
+
+
+def measure(shapes: list[tuple[int, int]], server_args: list[str], output: Path) -> None:
+    """Load the model once and append one JSON line per (batch, context) to `output`."""
+    one_batch, model, args = load(server_args)
     runner = model.torch_runner
     fill_caches(runner.token_to_kv_pool)
     for batch_size, context in shapes:
-        row: dict[str, Any] = {"backend": args.attention_backend, "batch": batch_size, "context": context}
+        row: dict[str, Any] = {"batch": batch_size, "context": context}
         try:
             row.update(_measure_shape(one_batch, model, runner, args, batch_size, context))
         except Exception as error:
