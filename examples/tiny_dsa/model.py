@@ -160,7 +160,13 @@ class Attention(nn.Module):
         self.q_b_proj = _linear(config.q_lora_rank, heads * config.qk_head_dim)
         self.kv_a_proj_with_mqa = _linear(hidden, config.kv_lora_rank + config.qk_rope_head_dim)
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, config.rms_norm_eps)
-        self.kv_b_proj = _linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
+        outputs = config.qk_nope_head_dim + config.v_head_dim
+        self.kv_b_proj = _linear(config.kv_lora_rank, heads * outputs)
+        if config.kv_b_block_diagonal:
+            blocks = torch.block_diag(*[torch.ones(outputs, config.kv_lora_rank // heads)] * heads)
+            self.kv_b_proj.weight.data *= blocks * heads**0.5  # as large an output from fewer inputs
+            self.register_buffer("kv_b_blocks", blocks, persistent=False)
+            self.kv_b_proj.weight.register_hook(lambda gradient: gradient * self.kv_b_blocks)
         self.o_proj = _linear(heads * config.v_head_dim, hidden, gain=(2 * config.num_layers) ** -0.5)
         self.indexer = Indexer(config)
 

@@ -154,10 +154,20 @@ def held_out_accuracy(
     return right / count
 
 
-def save(model: TinyDSA, path: Path) -> None:
-    """Write the weights in bf16, replacing the file in one step so that an interruption leaves the old one."""
+def round_mantissa(values: Tensor, bits: int) -> Tensor:
+    """The nearest values with `bits` bits behind the leading one (bf16: 7), in fp32."""
+    mantissa, exponent = torch.frexp(values.float())
+    return torch.ldexp((mantissa * 2 ** (bits + 1)).round() / 2 ** (bits + 1), exponent)
+
+
+def save(model: TinyDSA, path: Path, mantissa_bits: int) -> None:
+    """Write the weights in bf16, matrices rounded to `mantissa_bits`.
+
+    The file is replaced in one step, so that an interruption leaves the old one.
+    """
+    rounded = {n: round_mantissa(t, mantissa_bits) if t.dim() == 2 else t for n, t in model.state_dict().items()}
     partial = path.with_suffix(".partial")
-    torch.save({name: tensor.to("cpu", torch.bfloat16) for name, tensor in model.state_dict().items()}, partial)
+    torch.save({name: tensor.to("cpu", torch.bfloat16) for name, tensor in rounded.items()}, partial)
     partial.replace(path)
 
 
@@ -205,7 +215,7 @@ def run_phase(
             check = teacher_forced(model, phase.mode, phase.length, device, 8, phase.mix)
             log("  held-out " + " ".join(f"{kind} {share:.3f}" for kind, share in check.items()))
         if time.monotonic() - last_save > 60:
-            save(model, args.out / "model.pt")
+            save(model, args.out / "model.pt", args.mantissa_bits)
             last_save = time.monotonic()
     step_ms = statistics.median(times[len(times) // 2 :]) * 1e3
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
@@ -222,7 +232,7 @@ def final_table(model: TinyDSA, recipe: Recipe, device: torch.device, log: Log, 
     lengths = (("5-shot", (400, 450)), (f"{low}-{high} tokens", (low, high)))
     if high <= 512:
         lengths = lengths[1:]
-    log(f"held-out exact answers, {count} prompts each, bf16 weights")
+    log(f"held-out exact answers, {count} prompts each, weights as saved")
     log(f"{'prompts':<18}{'attention':<10}{'arithmetic':>11}{'recall':>8}")
     for label, tokens in lengths:
         for mode in (Mode.DENSE, Mode.SPARSE, Mode.WINDOW):
@@ -242,6 +252,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=12, help="processes that write training text")
     parser.add_argument("--report", type=int, default=50, help="steps between loss lines")
     parser.add_argument("--eval-count", type=int, default=100, help="prompts per cell of the final table")
+    parser.add_argument("--mantissa-bits", type=int, help="of the saved matrices, up to 7; default: the config's")
     parser.add_argument("--init", type=Path, help="continue from this model.pt")
     parser.add_argument("--from-phase", help="skip the phases before this one")
     parser.add_argument("--smoke", action="store_true", help="a few steps of every phase, timed")
@@ -252,6 +263,10 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     recipe, device = RECIPES[args.config], torch.device(args.device)
+    if args.mantissa_bits is None:
+        args.mantissa_bits = recipe.mantissa_bits
+    if not 1 <= args.mantissa_bits <= 7:
+        raise ValueError(f"--mantissa-bits: expected 1 to 7, got {args.mantissa_bits}")
     names = [phase.name for phase in recipe.phases]
     if args.from_phase is not None and args.from_phase not in names:
         raise ValueError(f"--from-phase: expected one of {names}, got {args.from_phase!r}")
@@ -269,13 +284,13 @@ def main() -> None:
         parameters = sum(p.numel() for p in model.parameters())
         machine = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
         log(f"{args.config}: {parameters / 1e6:.2f} M parameters, seed {args.seed}")
-        log(f"torch {torch.__version__}, {machine}")
+        log(f"torch {torch.__version__}, {machine}; matrices saved with {args.mantissa_bits} mantissa bits")
         shares = sum(phase.share for phase in phases)
         training = args.minutes * 60 * sum(phase.share for phase in recipe.phases)
         for phase in phases:
             run_phase(model, phase, args, device, log, training * phase.share / shares)
-            save(model, args.out / "model.pt")
-        # Judge the weights as they ship: rounded to bf16.
+            save(model, args.out / "model.pt", args.mantissa_bits)
+        # Judge the weights as they ship: rounded.
         model.load_state_dict(torch.load(args.out / "model.pt", weights_only=True))
         final_table(model, recipe, device, log, 4 if args.smoke else args.eval_count)
         log("done")

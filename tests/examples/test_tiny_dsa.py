@@ -1,11 +1,10 @@
-"""The tiny DSA model: its data, its training code, and its export, on a CPU."""
+"""The tiny DSA model: its training code, its export and its evaluation, on a CPU."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import math
-import random
 import re
 import sys
 import threading
@@ -28,7 +27,6 @@ import train  # noqa: E402
 from config import RECIPES, Mode, ModelConfig, Phase  # noqa: E402
 from tokenizer import Encoder  # noqa: E402
 
-OPERATION = re.compile(r"<<(\d+)([+-])(\d+)=(\d+)>>")
 SMALL = ModelConfig(
     hidden_size=32,
     num_layers=2,
@@ -41,138 +39,9 @@ SMALL = ModelConfig(
 )
 
 
-@pytest.fixture(scope="module")
-def encode() -> Encoder:
-    return Encoder()
-
-
 def small_model(seed: int, config: ModelConfig = SMALL) -> tiny.TinyDSA:
     torch.manual_seed(seed)
     return tiny.TinyDSA(config)
-
-
-def solve(question: str) -> int:
-    """The answer of a word problem, from the question alone."""
-    holds = {(name, thing): int(n) for name, n, thing in re.findall(r"(\w+) has (\d+) (\w+)\.", question)}
-    together = re.search(r"How many (\w+) do (\w+) and (\w+) have together", question)
-    if together:
-        thing, *people = together.groups()
-        return sum(holds[person, thing] for person in people)
-    thing, name = re.search(r"How many (\w+) does (\w+) have", question).groups()  # type: ignore[union-attr]
-    gained = sum(int(n) for n in re.findall(r"finds (\d+)", question))
-    return holds[name, thing] + gained - sum(int(n) for n in re.findall(r"loses (\d+)", question))
-
-
-# Data
-
-
-def test_encoder_equals_tokenizers(seed, encode):
-    from tokenizers import Tokenizer
-
-    reference = Tokenizer.from_file(str(EXAMPLE / "tokenizer.json"))
-    rng = random.Random(seed)
-    text = data.training_text(rng, data.Mix(drill=0.2, lookup=0.2, copy=0.2), 60) + " unseen Words, 3.5%!\n\n  x"
-    assert encode(text) == reference.encode(text).ids
-    assert reference.decode(encode(text)) == text
-    prompt, problem = data.test_prompt(rng, "recall", 500, encode)
-    assert encode(prompt) + encode(problem.completion) == encode(prompt + problem.completion)
-    with pytest.raises(ValueError, match="text"):
-        encode("naïve")
-
-
-def test_generator_is_a_function_of_the_seed(encode):
-    def make(seed):
-        rng = random.Random(seed)
-        return data.example(rng, False, data.Mix(), 400, encode), data.test_prompt(rng, "recall", 400, encode)
-
-    assert make(5) == make(5)
-    assert make(5) != make(6)
-    phase = replace(RECIPES["tiny-dsa"].phases[0], batch=2)
-    ids, answer = train.Batches(phase, 10, seed=0)[3]
-    assert torch.equal(ids, train.Batches(phase, 10, seed=0)[3][0])
-    assert not torch.equal(ids, train.Batches(phase, 10, seed=1)[3][0])
-    assert ids.shape == answer.shape == (2, phase.length + 1)
-
-
-def test_partition_splits_every_operand_and_memo():
-    """Every (a, b) and every memo is on one side only, and both sides exist for every first operand."""
-    for first in range(10, 100):
-        assert {data.is_test_pair(first, b) for b in range(2, 10)} == {True, False}
-    share = sum(data.is_test_memo(n, c) for n in data.NAMES for c in range(100, 1000)) / (900 * len(data.NAMES))
-    assert 0.1 < share < 0.15
-
-
-@pytest.mark.parametrize("test", [False, True])
-def test_problems_stay_on_their_side(seed, test):
-    """With the partition above this is disjointness: no operation or memo of one side can occur on the other."""
-    rng = random.Random(seed)
-    mix = data.Mix(memo=1.0, drill=0.2, lookup=0.1, copy=0.1)
-    for _ in range(200):
-        segments = data._segments(rng, test, mix)
-        for segment in (next(segments) for _ in range(20)):
-            if isinstance(segment, str):
-                pairs = [(name, int(code)) for name, code in re.findall(r"Memo: (\w+): (\d+)", segment)]
-                assert len(pairs) == mix.memo_count
-                assert all(data.is_test_memo(*pair) == test for pair in pairs)
-            else:
-                operations = OPERATION.findall(segment.answer)
-                assert (segment.kind in (*data.ARITHMETIC, "drill")) == bool(operations)
-                assert all(data.is_test_pair(int(a), int(b)) == test for a, _, b, _ in operations)
-
-
-def test_train_and_test_questions_do_not_meet(seed, encode):
-    rng = random.Random(seed)
-    trained = {data.word_problem(rng, False).question for _ in range(5000)}
-    held_out = {data.word_problem(rng, True).question for _ in range(5000)}
-    assert not trained & held_out
-    prompt, problem = data.test_prompt(rng, "arithmetic", 1000, encode)
-    shots, final = OPERATION.findall(prompt), OPERATION.findall(problem.answer)
-    assert len(shots) > 5
-    assert not {(a, b) for a, _, b, _ in shots} & {(a, b) for a, _, b, _ in final}
-
-
-@pytest.mark.parametrize("test", [False, True])
-def test_answers_are_right(seed, test):
-    rng, seen = random.Random(seed), set()
-    for _ in range(1000):
-        problem = data.word_problem(rng, test)
-        seen.add(problem.kind)
-        assert int(problem.answer.split("#### ")[1]) == solve(problem.question)
-        for a, sign, b, result in OPERATION.findall(problem.answer):
-            assert int(result) == (int(a) + int(b) if sign == "+" else int(a) - int(b))
-    assert seen == set(data.ARITHMETIC)
-
-
-def test_recall_is_out_of_reach_of_a_window(seed, encode):
-    """The asked code stands in the memo block at the start and nowhere else."""
-    prompt, problem = data.test_prompt(random.Random(seed), "recall", 3000, encode)
-    memo, rest = prompt.split("\n\n", 1)
-    code = problem.answer.split("#### ")[1]
-    name = problem.question.removeprefix("What is the code of ").removesuffix("?")
-    assert f"Memo: {name}: {code}." in memo
-    assert code not in rest
-    assert len(encode(rest)) > 2800
-    assert len(encode(prompt)) <= 3000
-
-
-def test_example_marks_answers(seed, encode):
-    row = data.example(random.Random(seed), False, data.Mix(), 300, encode)
-    assert len(row.ids) == len(row.answer) == 300
-    words = {i: token for token, i in encode.vocab.items()}
-    first = "".join(words[i] for i, mark in zip(row.ids, row.answer, strict=True) if mark == 1)
-    assert re.search(r"####(\u0120\d)\d*\u010a\u010a$", first)
-    assert "Question" not in first
-
-
-def test_write_test_set(tmp_path):
-    file = tmp_path / "test.jsonl"
-    data.write_test_set(file, 50)
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    assert len({row["question"] for row in rows}) == 50
-    for row in rows:
-        assert set(row) == {"question", "answer"}
-        assert int(row["answer"].split("#### ")[1]) == solve(row["question"])
-        assert all(data.is_test_pair(int(a), int(b)) for a, _, b, _ in OPERATION.findall(row["answer"]))
 
 
 # Model
@@ -320,7 +189,7 @@ def test_muon_orthogonalizes(seed):
 
 
 def arguments(out: Path) -> argparse.Namespace:
-    return argparse.Namespace(seed=0, workers=0, smoke=False, smoke_steps=0, report=1000, out=out)
+    return argparse.Namespace(seed=0, workers=0, smoke=False, smoke_steps=0, report=1000, out=out, mantissa_bits=7)
 
 
 @pytest.mark.timeout(120)
@@ -359,6 +228,34 @@ def test_a_phase_stops_on_time(tmp_path):
     assert re.search(r"ended after \d+ of 1000000 steps", (tmp_path / "log").read_text())
 
 
+@pytest.mark.parametrize("bits", [2, 3, 7])
+def test_rounding_keeps_the_leading_bits(seed, bits):
+    torch.manual_seed(seed)
+    values = torch.cat([torch.randn(5000) * 10.0 ** torch.randint(-6, 6, (5000,)), torch.zeros(3), torch.ones(3)])
+    rounded = train.round_mantissa(values, bits)
+    assert ((rounded - values).abs() <= values.abs() * 2.0 ** -(bits + 1)).all()
+    assert torch.equal(rounded.bfloat16().float(), rounded)
+    mantissas = torch.frexp(rounded).mantissa.abs() * 2 ** (bits + 1)
+    assert torch.equal(mantissas, mantissas.round())
+    assert len(mantissas.unique()) == 2**bits + 1  # zero among them
+
+
+def test_block_diagonal_kv_b_stays_so(tmp_path):
+    """Training leaves the zeros zero, every head reads its own slice of the latent, and all slices are read."""
+    net = small_model(0, replace(SMALL, kv_b_block_diagonal=True))
+    weight = net.model.layers[1].self_attn.kv_b_proj.weight
+    before = weight.detach().clone()
+    phase = Phase("dense", Mode.DENSE, 2, 32, steps=3, share=1.0, main_lr=1e-2)
+    with open(tmp_path / "log", "w") as file:
+        train.run_phase(net, phase, arguments(tmp_path), torch.device("cpu"), train.Log(file), seconds=60)
+    assert not torch.equal(weight, before)
+    blocks = weight.detach().unflatten(0, (SMALL.num_heads, -1)).unflatten(-1, (SMALL.num_heads, -1))
+    for head in range(SMALL.num_heads):
+        for part in range(SMALL.num_heads):
+            assert bool((blocks[head, :, part] != 0).all()) == (head == part)
+            assert bool((blocks[head, :, part] == 0).all()) == (head != part)
+
+
 # Export
 
 
@@ -370,7 +267,7 @@ def test_export_gives_the_same_logits_in_transformers(seed, arch, tmp_path):
     net = small_model(seed)
     for layer in net.model.layers:
         torch.nn.init.normal_(layer.self_attn.indexer.k_norm.bias)
-    train.save(net, tmp_path / "model.pt")
+    train.save(net, tmp_path / "model.pt", mantissa_bits=7)
     state = torch.load(tmp_path / "model.pt", weights_only=True)
     net.load_state_dict(state)
     folder = tmp_path / "hf"
