@@ -16,6 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ for folder in (HERE, HERE.parent / "src"):
         sys.path.insert(0, str(folder))
 
 if TYPE_CHECKING:
+    from child import Child
     from common import BenchmarkResult, ResultsFormatter
     from configs import Config
 
@@ -88,8 +90,11 @@ def configuration(options: argparse.Namespace) -> Config:
     return mla_runner.config_from_options(options)
 
 
-def run(options: argparse.Namespace) -> int:
-    """Exit code: 0, 1 when a row failed, 2 for bad arguments, 75 when the budget ended before the last row."""
+def run(options: argparse.Namespace, child: Child | None = None) -> int:
+    """Exit code: 0, 1 when a row failed, 2 for bad arguments, 75 when the budget ended before the last row.
+
+    child: a measuring process to use and leave running; None starts one where the options ask for it.
+    """
     if options.compare:
         return _compare(options.compare)
     if not _has_gpu():
@@ -97,10 +102,15 @@ def run(options: argparse.Namespace) -> int:
     if options.plot and importlib.util.find_spec("matplotlib") is None:
         print("benchmark.py: error: --plot needs matplotlib (pip install 'nsa-backend-plugin[bench]')", file=sys.stderr)
         return 2
-    device = options.device or ("cuda:0" if _has_gpu() else "cpu")
+    device = default_device(options)
     try:
         config = configuration(options)
-        results, complete = _run_config(config, device, options)
+        with ExitStack() as stack:
+            if child is None and _isolates(options, device):
+                from child import Child
+
+                child = stack.enter_context(Child())
+            results, complete = _run_config(config, device, options, child)
     except (ValueError, OSError) as error:
         print(f"benchmark.py: error: {error}", file=sys.stderr)
         return 2
@@ -109,7 +119,13 @@ def run(options: argparse.Namespace) -> int:
     return 1 if any(r.status == "error" for r in results) else 0
 
 
-def _run_config(config: Config, device: str, options: argparse.Namespace) -> tuple[list[BenchmarkResult], bool]:
+def _isolates(options: argparse.Namespace, device: str) -> bool:
+    return options.isolate == "yes" or (options.isolate == "auto" and device.startswith("cuda"))
+
+
+def _run_config(
+    config: Config, device: str, options: argparse.Namespace, child: Child | None
+) -> tuple[list[BenchmarkResult], bool]:
     import environment
     import sweep
     from common import ResultsFormatter, add_comparisons
@@ -125,7 +141,6 @@ def _run_config(config: Config, device: str, options: argparse.Namespace) -> tup
     journal = sweep.Journal.open(journal_path, sweep.fingerprint(settings, env))
     formatter = ResultsFormatter(environment=env, config=config.name, baseline=config.baseline)
     deadline = None if options.budget_seconds is None else time.monotonic() + options.budget_seconds
-    isolate = options.isolate == "yes" or (options.isolate == "auto" and device.startswith("cuda"))
     saved = time.monotonic()
     so_far: list[BenchmarkResult] = []
 
@@ -141,9 +156,7 @@ def _run_config(config: Config, device: str, options: argparse.Namespace) -> tup
                 formatter.ceilings = journal.ceilings
                 formatter.save_json([r for r in journal.rows.values()], options.output_json)
 
-        results, complete = sweep.run(
-            rows, device, settings, journal, isolate=isolate, deadline=deadline, on_row=on_row
-        )
+        results, complete = sweep.run(rows, device, settings, journal, child=child, deadline=deadline, on_row=on_row)
     formatter.ceilings, formatter.complete = journal.ceilings, complete
     add_comparisons(results, journal.ceilings.get("read_gbps"))
     screen.table(formatter, results)
@@ -175,6 +188,10 @@ def _journal_path(config: Config, options: argparse.Namespace) -> Path:
     if output is not None:
         return output.with_name(output.name + ".rows.jsonl")
     return JOURNALS / f"{config.name}{'-quick' if options.quick else ''}.rows.jsonl"
+
+
+def default_device(options: argparse.Namespace) -> str:
+    return options.device or ("cuda:0" if _has_gpu() else "cpu")
 
 
 def _has_gpu() -> bool:

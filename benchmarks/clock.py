@@ -107,7 +107,7 @@ def time_calls(
         estimate_us = _event_us(calls[0])
         try:
             return _time_graph(calls, estimate_us, repeats, warmup_iters, budget_s)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:  # ValueError: an implementation that declines during a capture
             torch.cuda.synchronize(device)
             if "captur" not in str(error).lower():
                 raise

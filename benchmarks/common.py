@@ -45,6 +45,7 @@ class BenchmarkResult:
     status: "ok"; "error" (failed or wrong, `reason` says how; no time is reported); "unavailable" (cannot run here).
     distance: to the reference, which `checked` describes. spread: interquartile range over the median.
     floor_us: bytes over the read bandwidth measured in the same run. vs_peer: time over the best peer's.
+    wall_s: what the row cost in all, inputs, compilation, check and timing.
     """
 
     workload: str
@@ -75,6 +76,7 @@ class BenchmarkResult:
     target_us: float | None = None
     target_vs_peer: float | None = None
     peak_memory_mib: float | None = None
+    wall_s: float | None = None
     note: str = ""
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import hashlib
 import importlib.metadata
 import os
@@ -100,6 +101,7 @@ def _driver(device: str) -> str:
     return _nvidia_smi("driver_version") or _rocm("Driver version") or "unknown"
 
 
+@functools.cache
 def _nvidia_smi(field: str) -> str:
     lines = _run(["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]).splitlines()
     return lines[0].strip() if lines else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -45,16 +46,30 @@ def _problem(name: str, params_json: str, device: torch.device) -> Problem:
 
 
 def measure(
-    name: str, params: Mapping[str, Any], backend: str, device: torch.device, settings: Settings
+    name: str,
+    params: Mapping[str, Any],
+    backend: str,
+    device: torch.device,
+    settings: Settings,
+    compile_only: bool = False,
 ) -> BenchmarkResult:
-    """One row. A backend that cannot run, fails or is wrong gives a row that says so instead of a time."""
+    """One row. A backend that cannot run, fails or is wrong gives a row that says so instead of a time.
+
+    compile_only: run the backend once, which compiles what it needs into the caches on disk, and measure nothing.
+    """
+    started = time.perf_counter()
     row = BenchmarkResult(workload=name, params=workload(name).complete(params), backend=backend)
     try:
         problem = _problem(name, json.dumps(dict(params), sort_keys=True), device)
         row.bytes, row.flops, row.checked = problem.bytes, problem.flops, problem.checked
         row.bar = problem.bar_of(backends.is_peer(backend))
         chosen = backends.resolve(backend, name, problem, device)
-        _check_and_time(row, problem, chosen, device, settings)
+        if compile_only:
+            chosen.run(problem.inputs[-1], False)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+        else:
+            _check_and_time(row, problem, chosen, device, settings)
     except backends.Unavailable as error:
         row.status, row.reason = UNAVAILABLE, str(error)
     except Exception as error:
@@ -69,6 +84,7 @@ def measure(
             torch.cuda.empty_cache()
         if any(sign in str(error) for sign in _POISONED):
             raise ContextLost(row) from error
+    row.wall_s = time.perf_counter() - started
     return row
 
 

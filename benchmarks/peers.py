@@ -230,6 +230,7 @@ PEERS = {
         Peer("sparse_prefill", "flash_mla_planned", peers_mla.flash_mla_planned, ("sgl_kernel",)),
         Peer("dense_decode", "flash_mla_planned", peers_mla.flash_mla_dense, ("sgl_kernel",)),
         Peer("dense_decode", "fa3_planned", peers_mla.fa3_dense, ("sgl_kernel",)),
+        Peer("dense_decode", "flashinfer_planned", peers_mla.flashinfer_dense, ("flashinfer",)),
         Peer("dense_decode", "sglang_triton", _sglang_triton_decode, ("sglang",)),
         Peer("logits_paged", "deep_gemm_planned", _deep_gemm_planned, ("deep_gemm",)),
         Peer("topk", "sglang_topk_v2", _sglang_topk, ("sglang",)),

@@ -144,3 +144,49 @@ def _fa3(pool: torch.Tensor, lengths: list[int], page: int) -> Call:
         )
 
     return call
+
+
+def flashinfer_dense(problem: Problem) -> Call:
+    """FlashInfer's MLA decode, planned once, q in its parts; every call copies its page list into the planned one."""
+    from flashinfer.mla import BatchMLAPagedAttentionWrapper
+
+    pool, lengths, heads, page = (problem.extra[k] for k in ("pool", "lengths", "heads", "page_size"))
+    device, rows = pool.device, len(lengths)
+    counts = [-(-n // page) for n in lengths]
+    lists = {id(t): torch.cat([t[i, :n] for i, n in enumerate(counts)]) for _, t in problem.inputs}
+    parts = {id(q): (q[..., :VALUE_DIM].contiguous(), q[..., VALUE_DIM:].contiguous()) for q, _ in problem.inputs}
+    starts = int32(list(range(rows + 1)), device)
+    page_starts = int32([0, *accumulate(counts)], device)
+    listed = torch.empty(sum(counts), dtype=torch.int32, device=device)
+    wrapper = BatchMLAPagedAttentionWrapper(
+        torch.empty(128 << 20, dtype=torch.uint8, device=device),
+        use_cuda_graph=True,
+        qo_indptr=starts.clone(),
+        kv_indptr=page_starts.clone(),
+        kv_indices=listed,
+        kv_len_arr=problem.extra["seq_lens"].clone(),
+        backend="fa3" if torch.cuda.get_device_capability(device)[0] == 9 else "fa2",
+    )
+    wrapper.plan(
+        starts.cpu(),
+        page_starts.cpu(),
+        lists[id(problem.inputs[0][1])],
+        problem.extra["seq_lens"].cpu(),
+        heads,
+        VALUE_DIM,
+        HEAD_DIM - VALUE_DIM,
+        page,
+        True,
+        SOFTMAX_SCALE,
+        torch.bfloat16,
+        torch.bfloat16,
+    )
+    pages = pool.view(-1, page, HEAD_DIM)
+    latent, rope = pages[..., :VALUE_DIM], pages[..., VALUE_DIM:]
+
+    def call(item: Any) -> torch.Tensor:
+        q, table = item
+        listed.copy_(lists[id(table)])
+        return wrapper.run(*parts[id(q)], latent, rope)
+
+    return call

@@ -1,87 +1,123 @@
-"""Run the benchmark configurations on a GPU host and write one results file each.
+"""Run the benchmark configurations on a GPU host in one go and write one results file each.
 
-    python benchmarks/run_h200.py --configs ops dsa_decode --budget-seconds 280 --out results/
+    python benchmarks/run_h200.py --total-seconds 560 --out benchmarks/results
+    python benchmarks/run_h200.py --configs ops dsa_decode --total-seconds 120
 
-Every configuration is a process of its own with a time budget; rows are saved as they come, so whatever was measured
-when the time ends is there. A second run over the same --out resumes what an earlier one left unfinished.
+First everything is compiled, in several processes side by side; then one process measures, configuration after
+configuration. Rows are saved as they come, so whatever was measured when the time ends is there. A second run over the
+same --out measures only what is missing: complete files of the same device, libraries and sources are kept.
 """
 
 from __future__ import annotations
 
 import argparse
-import subprocess
+import json
+import os
 import sys
 import time
+import traceback
 from pathlib import Path
 
+import benchmark
+import environment
+
 HERE = Path(__file__).resolve().parent
-#: Most important first.
+#: Most important first: what a short budget cuts is the end.
 ORDER = (
     "ops",
     "small_heads",
     "dsa_decode",
     "dsa_indexer",
     "mla_decode",
-    "kv_quant",
     "mla_concat",
+    "kv_quant",
+    "standard_attention",
     "dsa_prefill",
     "speculative_decode",
     "mla_mixed_batch",
     "reorder_threshold",
-    "standard_attention",
     "cutlass_mla",
 )
 INCOMPLETE = 75
+#: A configuration may use this many times its equal share of the time that is left.
+SHARES = 2.0
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--configs", nargs="+", choices=ORDER, default=list(ORDER), metavar="CONFIG")
-    parser.add_argument("--budget-seconds", type=float, default=300.0, help="for each configuration")
-    parser.add_argument("--total-seconds", type=float, help="for all of them together")
+    parser.add_argument("--total-seconds", type=float, default=1800.0, help="for everything; default 1800")
+    parser.add_argument("--compile-seconds", type=float, default=90.0, help="at most, of the total; 0: no compilation")
+    parser.add_argument("--jobs", type=int, default=min(12, os.cpu_count() or 1), help="processes that compile")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     parser.add_argument("--suffix", default="h200", help="results are named CONFIG-SUFFIX.json")
     parser.add_argument("--quick", action="store_true", help="the small sizes, to try the machinery")
+    parser.add_argument("--fresh", action="store_true", help="measure everything again")
     parser.add_argument("--device", help="default: cuda:0, or cpu without a GPU")
     options = parser.parse_args()
+    options.device = benchmark.default_device(options)
     options.out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    codes = {}
+    ends = started + options.total_seconds
+    wanted = [name for name in options.configs if options.fresh or not is_complete(name, options)]
+    if options.compile_seconds > 0 and wanted:
+        compile_first(wanted, options)
+
+    from child import Child
+
+    codes = {name: 0 for name in options.configs if name not in wanted}
+    with Child() as child:
+        for position, name in enumerate(wanted):
+            left = ends - time.monotonic()
+            if left < 5:
+                codes[name] = INCOMPLETE
+                continue
+            budget = left * min(1.0, SHARES / (len(wanted) - position))
+            codes[name] = run_config(name, budget, options, child)
+            print(f"== {name}: exit code {codes[name]} after {time.monotonic() - started:.0f} s in all", flush=True)
     for name in options.configs:
-        budget = options.budget_seconds
-        if options.total_seconds is not None:
-            budget = min(budget, options.total_seconds - (time.monotonic() - started))
-        if budget < 10:
-            print(f"== {name}: not started, the time is used up", flush=True)
-            codes[name] = INCOMPLETE
-            continue
-        codes[name] = run_config(name, budget, options)
-        took = time.monotonic() - started
-        print(f"== {name}: exit code {codes[name]} after {took:.0f} s in all", flush=True)
-    for name, code in codes.items():
-        verdict = {0: "complete", 1: "complete, some rows failed", INCOMPLETE: "incomplete"}.get(code, "failed")
-        print(f"{name}: {verdict}")
+        verdict = {0: "complete", 1: "complete, some rows failed", INCOMPLETE: "incomplete"}.get(codes[name], "failed")
+        print(f"{name}: {verdict}{'' if name in wanted else ' before'}")
     return max(codes.values(), default=0)
 
 
-def run_config(name: str, budget: float, options: argparse.Namespace) -> int:
-    """One configuration in its own process; its exit code."""
-    command = [
-        sys.executable,
-        str(HERE / "benchmark.py"),
-        "--config",
-        str(HERE / "configs" / f"{name}.yaml"),
-        "--output-json",
-        str(options.out / f"{name}-{options.suffix}.json"),
-        "--budget-seconds",
-        str(int(budget)),
+def output(name: str, options: argparse.Namespace) -> Path:
+    return options.out / f"{name}-{options.suffix}.json"
+
+
+def is_complete(name: str, options: argparse.Namespace) -> bool:
+    """Whether an earlier run finished this configuration on the same device, libraries and sources."""
+    path = output(name, options)
+    if not path.exists():
+        return False
+    content, here = json.loads(path.read_text()), environment.collect(options.device)
+    return content["complete"] and all(content["environment"].get(k) == here[k] for k in environment.IDENTITY)
+
+
+def compile_first(names: list[str], options: argparse.Namespace) -> None:
+    import configs
+    import prepare
+    import sweep
+
+    rows = [
+        row
+        for name in names
+        for row in sweep.plan(configs.load(HERE / "configs" / f"{name}.yaml", options.quick), options.device)
     ]
-    command += ["--quick"] if options.quick else []
-    command += ["--device", options.device] if options.device else []
+    print(f"== {prepare.compile_all(rows, options.device, options.jobs, options.compile_seconds)}", flush=True)
+
+
+def run_config(name: str, budget: float, options: argparse.Namespace, child) -> int:
+    """One configuration; its exit code."""
+    words = ["--config", str(HERE / "configs" / f"{name}.yaml"), "--output-json", str(output(name, options))]
+    words += ["--budget-seconds", f"{budget:.0f}", "--device", options.device]
+    words += ["--quick"] if options.quick else []
+    words += ["--fresh"] if options.fresh else []
     try:
-        return subprocess.run(command, check=False, timeout=budget + 60).returncode
-    except subprocess.TimeoutExpired:
-        return 124
+        return benchmark.run(benchmark.build_parser().parse_args(words), child)
+    except Exception:  # the next configuration shall still have its turn
+        traceback.print_exc()
+        return 70
 
 
 if __name__ == "__main__":

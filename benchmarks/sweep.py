@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import queue
-import subprocess
-import sys
-import threading
+import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,12 +14,10 @@ from typing import Any
 import backends
 import environment
 import worker
+from child import LATE, Child
 from common import ERROR, BenchmarkResult
 from configs import Case, Config
 from measure import Settings
-
-#: Longest silence of a child: one row with all its compilation.
-ROW_TIMEOUT_S = 180.0
 
 OnRow = Callable[[BenchmarkResult, int, int], None]
 
@@ -51,15 +46,18 @@ class Row:
 
 
 def plan(config: Config, device: str) -> list[Row]:
-    """All rows of a configuration, case by case, so that the backends of a case share its inputs."""
+    """All rows of a configuration, case by case, so that the backends of a case share its inputs; a row that several
+    runs of the configuration name is there once."""
     chosen: dict[tuple[tuple[str, ...], str], list[str]] = {}
-    rows = []
+    rows: dict[str, Row] = {}
     for case in config.cases:
         key = (case.backends, case.workload)
         if key not in chosen:
             chosen[key] = backends.choose(case.backends, case.workload, device)
-        rows += [Row(case, name) for name in chosen[key]]
-    return rows
+        for name in chosen[key]:
+            row = Row(case, name)
+            rows.setdefault(row.key(), row)
+    return list(rows.values())
 
 
 def fingerprint(settings: Settings, env: dict[str, Any]) -> str:
@@ -110,9 +108,12 @@ class Journal:
 
     def _append(self, entry: dict[str, Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        cut_short = self.path.exists() and not self.path.read_bytes().endswith(b"\n")
-        with self.path.open("a") as file:
-            file.write(("\n" if cut_short else "") + json.dumps({"fingerprint": self.fingerprint, **entry}) + "\n")
+        with self.path.open("ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # a kill cut the last line short
+                    file.write(b"\n")
+            file.write(json.dumps({"fingerprint": self.fingerprint, **entry}).encode() + b"\n")
 
     def discard(self) -> None:
         self.path.unlink(missing_ok=True)
@@ -124,132 +125,47 @@ def run(
     settings: Settings,
     journal: Journal,
     *,
-    isolate: bool,
+    child: Child | None = None,
     deadline: float | None = None,
     on_row: OnRow = lambda result, done, total: None,
 ) -> tuple[list[BenchmarkResult], bool]:
     """Measure the rows that the journal does not have. Returns all rows so far, and whether that is everything.
 
-    isolate: one child process per workload, so that a crash or a lost device costs one row.
+    child: the process to measure in, so that a crash or a lost device costs one row; None measures in this one.
     deadline: time.monotonic() after which no further row is started.
     """
     results: list[BenchmarkResult | None] = [journal.finished(row) for row in rows]
     waiting = [i for i, result in enumerate(results) if result is None]
-    done = len(rows) - len(waiting)
-    if not waiting and journal.ceilings:
-        return [r for r in results if r is not None], True
-
-    def finish(index: int, result: BenchmarkResult) -> None:
-        nonlocal done
-        case = rows[index].case
-        result.target_us, result.target_vs_peer, result.note = case.target_us, case.target_vs_peer, case.note
-        results[index] = result
-        journal.add(rows[index], result)
-        done += 1
-        on_row(result, done, len(rows))
-
-    measure = _isolated if isolate else _in_process
-    for group in _by_workload(rows, waiting):
+    common = {"device": device, "settings": asdict(settings)}
+    if waiting and not journal.ceilings and _time_left(deadline):
+        event, _ = _answer({**common, "ceilings": True}, child, deadline)
+        if event is not None:
+            journal.set_ceilings(event["result"])
+    for i in waiting:
         if not _time_left(deadline):
             break
-        measure(rows, group, device, settings, journal, finish, deadline)
+        event, reason = _answer({**common, "row": rows[i].job()}, child, deadline)
+        if reason == LATE:
+            break
+        result = rows[i].failed(reason) if event is None else BenchmarkResult.from_dict(event["result"])
+        case = rows[i].case
+        result.target_us, result.target_vs_peer, result.note = case.target_us, case.target_vs_peer, case.note
+        results[i] = result
+        journal.add(rows[i], result)
+        on_row(result, sum(r is not None for r in results), len(rows))
     return [r for r in results if r is not None], all(r is not None for r in results)
-
-
-def _by_workload(rows: Sequence[Row], indices: Iterable[int]) -> list[list[int]]:
-    groups: dict[str, list[int]] = {}
-    for i in indices:
-        groups.setdefault(rows[i].case.workload, []).append(i)
-    return list(groups.values())
 
 
 def _time_left(deadline: float | None) -> bool:
     return deadline is None or time.monotonic() < deadline
 
 
-def _in_process(rows, group, device, settings, journal, finish, deadline) -> None:
-    pending = list(group)
-
-    def on_event(event: dict[str, Any]) -> None:
-        if event["event"] == "ceilings":
-            journal.set_ceilings(event["ceilings"])
-        elif event["event"] == "row":
-            finish(pending.pop(0), BenchmarkResult.from_dict(event["result"]))
-
-    worker.run_job({**_job([], device, settings), "ceilings": not journal.ceilings}, on_event)
-    while pending and _time_left(deadline):
-        worker.run_job(_job([rows[pending[0]]], device, settings), on_event)
-
-
-def _isolated(rows, group, device, settings, journal, finish, deadline) -> None:
-    """One child for the group; after a crash, a fresh one for what is left, less the row that crashed."""
-    pending = list(group)
-    while pending and _time_left(deadline):
-        job = {**_job([rows[i] for i in pending], device, settings), "ceilings": not journal.ceilings}
-        before = len(pending)
-        ended = _child(job, pending, journal, finish, deadline)
-        if pending and ended is not None:
-            crashed = pending.pop(0)
-            finish(crashed, rows[crashed].failed(ended))
-        elif len(pending) == before:
-            break  # stopped by the deadline
-
-
-def _job(rows: Sequence[Row], device: str, settings: Settings) -> dict[str, Any]:
-    return {"device": device, "settings": asdict(settings), "rows": [row.job() for row in rows]}
-
-
-def _child(job, pending: list[int], journal: Journal, finish, deadline: float | None) -> str | None:
-    """Run one child until it ends. Returns why the first pending row has no result, or None when that is not its
-    fault: everything is done, its context was lost by a row already reported, or the deadline has passed."""
-    child = subprocess.Popen(
-        [sys.executable, str(Path(worker.__file__))],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert child.stdin is not None
-    child.stdin.write(json.dumps(job))
-    child.stdin.close()
-    lines: queue.Queue[str | None] = queue.Queue()
-    errors: list[str] = []
-    threading.Thread(target=_forward, args=(child.stdout, lines), daemon=True).start()
-    threading.Thread(target=_keep, args=(child.stderr, errors), daemon=True).start()
-    try:
-        while True:
-            wait = ROW_TIMEOUT_S if deadline is None else min(ROW_TIMEOUT_S, max(1.0, deadline + 30 - time.monotonic()))
-            try:
-                line = lines.get(timeout=wait)
-            except queue.Empty:
-                late = deadline is not None and not _time_left(deadline)
-                return None if late else f"no result within {ROW_TIMEOUT_S:.0f} s"
-            if line is None:
-                break
-            event = json.loads(line)
-            if event["event"] == "ceilings":
-                journal.set_ceilings(event["ceilings"])
-            elif event["event"] == "row":
-                finish(pending.pop(0), BenchmarkResult.from_dict(event["result"]))
-            elif not _time_left(deadline):
-                return None
-        code = child.wait()
-        if code in (0, worker.CONTEXT_LOST):
-            return None
-        return f"the process ended with code {code}: {' '.join(''.join(errors[-3:]).split())[-300:]}"
-    finally:
-        child.kill()
-        child.wait()
-
-
-def _forward(stream, lines: queue.Queue[str | None]) -> None:
-    for line in stream:
-        lines.put(line)
-    lines.put(None)
-
-
-def _keep(stream, errors: list[str]) -> None:
-    """Last lines of a child's stderr, for the reason of a crash."""
-    for line in stream:
-        errors.append(line)
-        del errors[:-40]
+def _answer(job: dict[str, Any], child: Child | None, deadline: float | None) -> tuple[dict[str, Any] | None, str]:
+    """The event that answers a job, or None and the reason."""
+    events: list[dict[str, Any]] = []
+    if child is None:
+        worker.run_job(job, events.append)
+        reason = None
+    else:
+        reason = child.run(job, events.append, deadline)
+    return (events[0], "") if events else (None, reason or "the process ended without an answer")

@@ -1,10 +1,10 @@
 """A child process that measures rows and reports each as one JSON line, so that a crash costs one row.
 
-    python benchmarks/worker.py < job.json
+    python benchmarks/worker.py < jobs.jsonl
 
-The job: {"device", "settings", "ceilings": bool, "rows": [{"workload", "params", "backend"}, ...]}. Events on the
-original stdout: {"event": "ceilings", ...}, and for every row {"event": "start", ...}, {"event": "row", ...}.
-Everything that libraries print goes to stderr.
+One job per line: {"device", "settings"} and either {"ceilings": true} or {"row": {"workload", "params", "backend"}},
+which with {"compile_only": true} is run once and not timed (see prepare.py). Events on the original stdout:
+{"event": "ceilings" or "row", "result": ...}, then {"event": "done"}. Everything that libraries print goes to stderr.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Emit = Callable[[dict[str, Any]], None]
 
 
 def run_job(job: dict[str, Any], emit: Emit) -> None:
-    """Measure every row of a job. Raises measure.ContextLost, after reporting the row, when the device is lost."""
+    """Measure the row of a job. Raises measure.ContextLost, after reporting the row, when the device is lost."""
     import torch
     from clock import measure_ceilings
     from measure import ContextLost, Settings, measure
@@ -36,17 +36,18 @@ def run_job(job: dict[str, Any], emit: Emit) -> None:
     device = torch.device(job["device"])
     if device.type == "cpu" and triton_support.available("cpu").ok:
         import nsa_backend_plugin.ops.triton_interpreter  # noqa: F401
-    settings = Settings(**job["settings"])
     if job.get("ceilings"):
-        emit({"event": "ceilings", "ceilings": asdict(measure_ceilings(device))})
-    for row in job["rows"]:
-        emit({"event": "start", "row": row})
-        try:
-            result = measure(row["workload"], row["params"], row["backend"], device, settings)
-        except ContextLost as lost:
-            emit({"event": "row", "result": lost.row.as_dict()})
-            raise
-        emit({"event": "row", "result": result.as_dict()})
+        emit({"event": "ceilings", "result": asdict(measure_ceilings(device))})
+        return
+    row, settings = job["row"], Settings(**job["settings"])
+    try:
+        result = measure(
+            row["workload"], row["params"], row["backend"], device, settings, job.get("compile_only", False)
+        )
+    except ContextLost as lost:
+        emit({"event": "row", "result": lost.row.as_dict()})
+        raise
+    emit({"event": "row", "result": result.as_dict()})
 
 
 def main() -> int:
@@ -57,14 +58,15 @@ def main() -> int:
         events.write(json.dumps(event) + "\n")
         events.flush()
 
-    job = json.load(sys.stdin)
-    from measure import ContextLost
+    for line in sys.stdin:
+        from measure import ContextLost
 
-    try:
-        run_job(job, emit)
-    except ContextLost:
-        # The context cannot even be destroyed cleanly; leave without running destructors.
-        os._exit(CONTEXT_LOST)
+        try:
+            run_job(json.loads(line), emit)
+        except ContextLost:
+            # The context cannot even be destroyed cleanly; leave without running destructors.
+            os._exit(CONTEXT_LOST)
+        emit({"event": "done"})
     return 0
 
 

@@ -18,6 +18,7 @@ import mla_runner
 import pytest
 import sweep
 import torch
+from child import Child
 from common import ERROR, OK, UNAVAILABLE, BenchmarkConfig, BenchmarkResult, load_json
 from measure import Settings
 
@@ -37,7 +38,7 @@ def small_config(**extra) -> configs.Config:
 
 def run(config: configs.Config, path: Path, **arguments) -> tuple[list[BenchmarkResult], bool]:
     journal = sweep.Journal.open(path, "mark")
-    return sweep.run(sweep.plan(config, "cpu"), "cpu", FAST, journal, isolate=False, **arguments)
+    return sweep.run(sweep.plan(config, "cpu"), "cpu", FAST, journal, **arguments)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
@@ -144,7 +145,7 @@ def test_the_fingerprint_follows_settings_and_environment() -> None:
     assert sweep.fingerprint(Settings(repeats=2), env) != mark
 
 
-def test_a_crashing_row_costs_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crashing_row_costs_one_row(tmp_path: Path) -> None:
     """The child dies on tokens=2; the rows before and after it keep their results."""
     script = tmp_path / "worker_that_dies.py"
     script.write_text(
@@ -161,10 +162,10 @@ def test_a_crashing_row_costs_one_row(tmp_path: Path, monkeypatch: pytest.Monkey
         "measure.measure = dying\n"
         "sys.exit(worker.main())\n"
     )
-    monkeypatch.setattr(sweep.worker, "__file__", str(script))
     config = small_config(params={"tokens": [1, 2, 3], "heads": 2})
     journal = sweep.Journal.open(tmp_path / "rows.jsonl", "mark")
-    results, complete = sweep.run(sweep.plan(config, "cpu"), "cpu", FAST, journal, isolate=True)
+    with Child(script) as child:
+        results, complete = sweep.run(sweep.plan(config, "cpu"), "cpu", FAST, journal, child=child)
     assert complete
     assert [r.status for r in results] == [OK, ERROR, OK]
     assert "code -9" in results[1].reason

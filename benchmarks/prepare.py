@@ -1,0 +1,59 @@
+"""Compile what a sweep needs before anything is timed, in several processes side by side.
+
+Triton, NVRTC, TileLang, DeepGEMM, FlashInfer and SGLang keep what they compiled on disk, where the measuring process
+finds it. On a bare GPU host that is minutes of compilation, one kernel after the other, less in the sweep.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from child import LATE, Child
+from measure import Settings
+from sweep import Row
+
+#: Backends whose compilation takes longest start first.
+SLOW = ("flashinfer", "flashinfer_planned", "tilelang")
+
+
+def groups(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows of one workload and backend stay in one process: they share kernels and locks. Longest work first."""
+    found: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault((row.case.workload, row.backend), {}).setdefault(row.key(), row)
+    ordered = sorted(found.items(), key=lambda item: (item[0][1] not in SLOW, -len(item[1])))
+    return [list(group.values()) for _, group in ordered]
+
+
+def compile_all(rows: Sequence[Row], device: str, jobs: int, seconds: float) -> str:
+    """Run every row once, untimed, until all are done or the time is up. Returns a line that says how far it came."""
+    started = time.monotonic()
+    deadline = started + seconds
+    waiting: queue.SimpleQueue[list[Row]] = queue.SimpleQueue()
+    for group in groups(rows):
+        waiting.put(group)
+    done: list[str] = []
+
+    def work() -> None:
+        with Child(grace_s=0.0) as child:
+            while time.monotonic() < deadline:
+                try:
+                    group = waiting.get_nowait()
+                except queue.Empty:
+                    return
+                for row in group:
+                    job = {"device": device, "settings": asdict(Settings()), "row": row.job(), "compile_only": True}
+                    if time.monotonic() >= deadline or child.run(job, lambda event: None, deadline) == LATE:
+                        return
+                    done.append(row.key())
+
+    threads = [threading.Thread(target=work) for _ in range(jobs)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return f"compiled for {len(done)} rows in {time.monotonic() - started:.0f} s with {jobs} processes"
