@@ -1,4 +1,8 @@
-"""The GPU backends through real servers, beside stock SGLang: run on a GPU host with `make test-gpu`."""
+"""The GPU backends beside stock SGLang on random prompts and real answers: run on a GPU host with `make test-gpu`.
+
+Nothing here is timed, so that processes share the GPU: every probe (a model in process, `gpu_probe.py`) and every real
+server starts at once, at most `WORKERS` at a time, and the tests read what they left.
+"""
 
 from __future__ import annotations
 
@@ -6,44 +10,175 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.engine import tiny_tasks
+from tests.engine import gpu_probe, tiny_tasks
 from tests.engine.conftest import ROOT
+
+sys.path.append(str(ROOT / "benchmarks"))
+from engine_model import write_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.engine]
 
 MODEL_2K = ROOT / "examples" / "models" / "tiny-dsa-2k"
+WORKERS = 8
+LAYERS = 4
+#: (family, heads, KV dtype); 64 prompts up to 12k tokens for the first ones, 12 short ones for the other head counts.
+FULL = (("v32", 16, "fp8_e4m3"), ("v32", 16, "bfloat16"), ("glm", 16, "fp8_e4m3"))
+SHORT = tuple(("v32", heads, "fp8_e4m3") for heads in (8, 32, 64, 128))
+CASES = FULL + SHORT
+IDS = ["-".join(map(str, case)) for case in CASES]
+COMMON = ("--cuda-graph-backend-prefill=disabled", "--sampling-backend=pytorch", "--grammar-backend=none")
+PROBE = (*COMMON, "--mem-fraction-static=0.85", "--max-total-tokens=262144", "--max-running-requests=32")
+SERVER = (*COMMON, "--mem-fraction-static=0.5", "--max-total-tokens=300000", "--max-running-requests=32")
 PROMPT_TOKENS = (3000, 6000)
-#: Batches beyond the captured sizes run eagerly, those between them padded: both must be right.
-SERVER = ("--cuda-graph-bs-decode", "1", "4", "16", "--max-running-requests=32", "--mem-fraction-static=0.5")
-SERVER = (*SERVER, "--cuda-graph-backend-prefill=disabled", "--sampling-backend=pytorch", "--grammar-backend=none")
 
 
-def gsm8k(folder: Path, *arguments: str) -> dict:
-    """Report of the finished command; its exit code 0 says that every arm is right and none differs."""
+def _run(command: list[str], log: Path, env: dict[str, str] | None = None) -> str:
+    """ "" or the end of the log of a command that failed."""
+    with log.open("wb") as file:
+        everything = {**os.environ, "TRITON_INTERPRET": "0", **(env or {})}
+        try:
+            code = subprocess.run(
+                command, stdout=file, stderr=file, env=everything, timeout=400, check=False
+            ).returncode
+        except subprocess.TimeoutExpired:
+            code = 124
+    return f"exit code {code}: {log.read_text(errors='replace')[-4000:]}" if code else ""
+
+
+def _probe(folder: Path, model: Path, case: tuple[str, int, str], backend: str, port: int) -> Path:
+    output = folder / f"{'-'.join(map(str, case))}-{backend}.pt"
+    command = [sys.executable, "-m", "tests.engine.gpu_probe", f"--output={output}"]
+    command += [] if case in FULL else ["--prompts=19", "--longest=4096"]
+    command += ["--variants"] if backend == "nsa_plugin" else []
+    command += ["--", f"--model-path={model}", f"--attention-backend={backend}", f"--kv-cache-dtype={case[2]}"]
+    command += [f"--port={port}", *PROBE, "--cuda-graph-bs-decode", *map(str, gpu_probe.CAPTURED)]
+    error = _run(command, output.with_suffix(".log"))
+    if error:
+        raise RuntimeError(f"{case} {backend}: {error}")
+    return output
+
+
+def _gsm8k(folder: Path, tasks: Path, kv: str) -> Path:
+    out = folder / f"gsm8k-{kv}"
     command = [sys.executable, "-m", "nsa_backend_plugin.cli", "gsm8k", f"--model-path={MODEL_2K}", "--num-shots=0"]
-    command += ["--max-tokens=64", "--min-accuracy=0.95", f"--out={folder / 'out'}", *arguments, "--", *SERVER]
-    env = {**os.environ, "TRITON_INTERPRET": "0"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    return json.loads((folder / "out" / "report.json").read_text())
+    command += ["--max-tokens=64", "--min-accuracy=0.95", f"--out={out}", f"--data-path={tasks}", "--concurrency=32"]
+    command += ["--arms", "nsa_plugin", "dsa", "--", *SERVER, f"--kv-cache-dtype={kv}"]
+    # Batches beyond the captured sizes run eagerly, those between them padded: both must be right.
+    command += ["--cuda-graph-bs-decode", "1", "4", "16"]
+    error = _run(command, folder / f"gsm8k-{kv}.log")
+    if error:
+        raise RuntimeError(f"gsm8k {kv}: {error}")
+    return out / "report.json"
 
 
-@pytest.mark.parametrize("kv", ["auto", "fp8_e4m3"])
-def test_long_prompts_are_answered_as_by_stock(kv: str, tmp_path: Path) -> None:
-    """Prompts longer than index_topk: the indexer, top-k and sparse attention decide what the model sees."""
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[object, Future[Path]]]:
+    """(case, backend) -> saved probe, KV dtype -> report of the accuracy run, all of them started."""
+    folder = tmp_path_factory.mktemp("gpu")
+    tasks = folder / "tasks.jsonl"
     parts = []
     for kind in ("arithmetic", tiny_tasks.data.RECALL):
-        tiny_tasks.write_long(tmp_path / kind, kind, 40, PROMPT_TOKENS, seed=1)
-        parts.append((tmp_path / kind).read_text())
-    (tmp_path / "tasks.jsonl").write_text("".join(parts))
-    dtype = [f"--kv-cache-dtype={kv}"] if kv != "auto" else []
-    arms = [" ".join([arm, *dtype]) for arm in ("nsa_plugin", "nsa_plugin NSA_PLUGIN_DUAL_STREAM=0", "dsa")]
-    report = gsm8k(tmp_path, f"--data-path={tmp_path / 'tasks.jsonl'}", "--concurrency=32", "--arms", *arms)
-    assert [arm["accuracy"]["total"] for arm in report["arms"]] == [80, 80, 80]
-    for arm in report["arms"][1:]:
-        assert arm["versus_first"]["agreement"] >= 0.95
-        assert arm["versus_first"]["logprob_difference"] < 0.05
+        tiny_tasks.write_long(folder / kind, kind, 40, PROMPT_TOKENS, seed=1)
+        parts.append((folder / kind).read_text())
+    tasks.write_text("".join(parts))
+    models = {
+        (family, heads): write_model(folder / f"{family}-{heads}", family, heads, LAYERS)
+        for family, heads in dict.fromkeys((family, heads) for family, heads, _ in CASES)
+    }
+    started: dict[object, Future[Path]] = {}
+    with ThreadPoolExecutor(WORKERS) as pool:
+        for number, (case, backend) in enumerate((c, b) for c in CASES for b in ("nsa_plugin", "dsa")):
+            # SGLang draws its rendezvous port from the hundreds above --port.
+            arguments = (folder, models[case[:2]], case, backend, 20000 + 1500 * number)
+            started[case, backend] = pool.submit(_probe, *arguments)
+        for kv in ("bfloat16", "fp8_e4m3"):
+            started[kv] = pool.submit(_gsm8k, folder, tasks, kv)
+        yield started
+        for future in started.values():
+            future.cancel()
+
+
+def batches(runs: dict[object, Future[Path]], case: tuple[str, int, str], backend: str) -> list[dict]:
+    return torch.load(runs[case, backend].result())
+
+
+def cosines(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=-1)
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_logits_agree_with_stock(case: tuple[str, int, str], runs: dict) -> None:
+    """Captured, padded, eager and idle batches in turn, each replay on shorter prompts than the one before."""
+    worst = {}
+    for ours, stock in zip(batches(runs, case, "nsa_plugin"), batches(runs, case, "dsa"), strict=True):
+        assert ours["lengths"] == stock["lengths"]
+        size = len(ours["lengths"])
+        worst[f"{size} prefill"] = cosines(ours["prefill"], stock["prefill"]).min().item()
+        for step, (a, b) in enumerate(zip(ours["steps"], stock["steps"], strict=True)):
+            worst[f"{size} step {step}"] = cosines(a["logits"], b["logits"]).min().item()
+    print(case, {name: round(value, 6) for name, value in worst.items()})
+    assert min(worst.values()) > 0.999, worst
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_selected_tokens_agree_with_stock(case: tuple[str, int, str], runs: dict) -> None:
+    shares: list[list[float]] = [[] for _ in range(LAYERS)]
+    for ours, stock in zip(batches(runs, case, "nsa_plugin"), batches(runs, case, "dsa"), strict=True):
+        for a, b in zip(ours["steps"], stock["steps"], strict=True):
+            for layer in range(LAYERS):
+                shares[layer] += map(overlap, a["slots"][layer], b["slots"][layer])
+    least = [min(layer) for layer in shares]
+    mean = [sum(layer) / len(layer) for layer in shares]
+    print(case, "least", least, "mean", mean)
+    assert least[0] > 0.99  # the same inputs: any difference is the indexer's own
+    assert min(mean) > 0.99
+
+
+def overlap(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Share of b's slots that a has too; -1 is no slot."""
+    ours, theirs = set(a[a >= 0].tolist()), set(b[b >= 0].tolist())
+    return len(ours & theirs) / max(len(theirs), len(ours))
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_cat_skip_and_dual_stream_are_exact(case: tuple[str, int, str], runs: dict) -> None:
+    for batch in batches(runs, case, "nsa_plugin"):
+        variants = batch["variants"]
+        assert variants["views"].all()
+        assert len(variants["views"]) == 3 * LAYERS
+        assert torch.equal(variants["plain"], variants["again"])
+        assert torch.equal(variants["plain"], variants["dual_stream"])
+        assert torch.equal(variants["plain"], variants["concatenated"])
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_replayed_graphs_agree_with_eager_steps(case: tuple[str, int, str], runs: dict) -> None:
+    worst = [
+        cosines(batch["steps"][-1]["logits"], batch["variants"]["plain"]).min().item()
+        for batch in batches(runs, case, "nsa_plugin")
+    ]
+    print(case, worst)
+    assert min(worst) > 0.9999
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_a_step_without_requests_runs(case: tuple[str, int, str], runs: dict) -> None:
+    assert [batch["idle"] for batch in batches(runs, case, "nsa_plugin")] == [""] * len(
+        batches(runs, case, "nsa_plugin")
+    )
+
+
+@pytest.mark.parametrize("kv", ["bfloat16", "fp8_e4m3"])
+def test_long_prompts_are_answered_as_by_stock(kv: str, runs: dict) -> None:
+    """Prompts longer than index_topk: the indexer, top-k and sparse attention decide what the model sees."""
+    report = json.loads(runs[kv].result().read_text())
+    assert [arm["accuracy"]["total"] for arm in report["arms"]] == [80, 80]
+    assert report["arms"][1]["versus_first"]["agreement"] >= 0.95
+    assert report["arms"][1]["versus_first"]["logprob_difference"] < 0.05
