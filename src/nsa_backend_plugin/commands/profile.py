@@ -41,8 +41,8 @@ def run(options: argparse.Namespace) -> int:
     failed = False
     try:
         arms = parse_arms(options.arms)
-    except ValueError as error:
-        print(f"nsa-plugin profile: {error}", file=sys.stderr)
+    except ValueError as refusal:
+        print(f"nsa-plugin profile: {refusal}", file=sys.stderr)
         return 2
     for arm in arms:
         arm_rows, error = _run_arm(arm, options)
