@@ -96,7 +96,7 @@ class Probe:
         batch.prepare_for_decode()
         logits = self.forward(batch)
         size = len(tokens)
-        captured = size <= max(CAPTURED)
+        captured = size <= max(CAPTURED) and not self.args.disable_cuda_graph
         rows = min(c for c in CAPTURED if c >= size) if captured else size
         slots = [selected[captured, rows, layer][:size].sort(-1).values.cpu() for layer in range(self.layers)]
         return {"logits": logits, "slots": torch.stack(slots)}
@@ -104,9 +104,18 @@ class Probe:
     @torch.no_grad()
     def idle(self, batch: Any) -> str:
         """What went wrong in a step without requests, as data-parallel ranks run it; "" if nothing."""
-        batch.prepare_for_idle()
+        empty = self.one_batch.ScheduleBatch.init_new(
+            [],
+            batch.req_to_token_pool,
+            batch.token_to_kv_pool_allocator,
+            batch.tree_cache,
+            batch.model_config,
+            batch.enable_overlap,
+            batch.spec_algorithm,
+        )
+        empty.prepare_for_idle()
         try:
-            self.forward(batch)
+            self.forward(empty)
             torch.cuda.synchronize()
         except Exception:
             return traceback.format_exc()
