@@ -7,19 +7,26 @@ from collections.abc import Sequence
 from batch_spec import parse_batch_spec
 from common import BenchmarkResult
 
+#: (backend, batch size) -> query length -> pipeline -> microseconds
+Times = dict[tuple[str, int], dict[int, dict[str, float]]]
+
 
 def crossovers(results: Sequence[BenchmarkResult]) -> dict[str, dict[int, int | None]]:
     """backend -> batch size -> smallest measured q_len from which prefill wins at every longer one (None: never)."""
-    times: dict[tuple[str, int], dict[int, dict[str, float]]] = {}
+    found: dict[str, dict[int, int | None]] = {}
+    for (backend, batch), lengths in _times(results).items():
+        found.setdefault(backend, {})[batch] = _crossover(lengths)
+    return found
+
+
+def _times(results: Sequence[BenchmarkResult]) -> Times:
+    times: Times = {}
     for row in results:
         if row.median_us is not None and row.params.get("pipeline") in ("decode", "prefill"):
             requests = parse_batch_spec(row.params["batch_spec"])
             lengths = times.setdefault((row.backend, len(requests)), {})
             lengths.setdefault(requests[0].q_len, {})[row.params["pipeline"]] = row.median_us
-    found: dict[str, dict[int, int | None]] = {}
-    for (backend, batch), lengths in times.items():
-        found.setdefault(backend, {})[batch] = _crossover(lengths)
-    return found
+    return times
 
 
 def _crossover(lengths: dict[int, dict[str, float]]) -> int | None:
@@ -39,3 +46,27 @@ def report(results: Sequence[BenchmarkResult]) -> str:
         cells = ", ".join(f"batch {b}: {q or 'never'}" for b, q in sorted(column.items()))
         lines.append(f"  {backend}: {cells}")
     return "\n".join(lines)
+
+
+def tables(results: Sequence[BenchmarkResult]) -> list[str]:
+    """Markdown: where the prefill pipeline starts to win, then both pipelines' times."""
+    lines: list[str] = []
+    for backend, column in crossovers(results).items():
+        lines += [f"The prefill pipeline wins from this query length on (`{backend}`, 1k-token sequences):", ""]
+        found = [(str(batch), str(q or "never")) for batch, q in sorted(column.items())]
+        lines += ["| batch | " + " | ".join(b for b, _ in found) + " |", "|---" * (len(found) + 1) + "|"]
+        lines += ["| query length | " + " | ".join(q for _, q in found) + " |", ""]
+        lines += ["Microseconds of the layer, decode pipeline / prefill pipeline, over query length:", ""]
+        lines += [*_times_table(_times(results), backend), ""]
+    return lines
+
+
+def _times_table(times: Times, backend: str) -> list[str]:
+    batches = sorted(batch for name, batch in times if name == backend)
+    q_lens = sorted({q for batch in batches for q in times[backend, batch]})
+    lines = ["| batch | " + " | ".join(map(str, q_lens)) + " |", "|---" * (len(q_lens) + 1) + "|"]
+    for batch in batches:
+        pairs = [times[backend, batch].get(q, {}) for q in q_lens]
+        cells = [f"{p['decode']:.0f} / {p['prefill']:.0f}" if len(p) == 2 else "" for p in pairs]
+        lines.append(f"| {batch} | " + " | ".join(cells) + " |")
+    return lines

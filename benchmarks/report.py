@@ -1,4 +1,4 @@
-"""Generate benchmarks/RESULTS.md from the results files: targets, wins and losses, floors.
+"""Generate benchmarks/RESULTS.md from the results files: wins and losses, targets, floors, peers against the baseline.
 
 python benchmarks/report.py [--results benchmarks/results] [--out benchmarks/RESULTS.md]
 """
@@ -6,7 +6,6 @@ python benchmarks/report.py [--results benchmarks/results] [--out benchmarks/RES
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,206 +15,166 @@ for folder in (HERE, HERE.parent / "src"):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
-from backends import DEFAULT, OWN, is_peer  # noqa: E402
-from common import BenchmarkResult, ResultsFormatter, describe, job_key, label, load_json  # noqa: E402
-from crossover import crossovers  # noqa: E402
+import configs  # noqa: E402
+import crossover  # noqa: E402
+import peer_baseline  # noqa: E402
+from backends import OWN  # noqa: E402
+from common import BenchmarkResult, ResultsFormatter, describe, load_json  # noqa: E402
+from report_tables import (  # noqa: E402
+    TIE,
+    case_tables,
+    failures,
+    is_default,
+    is_own,
+    score,
+    target_table,
+)
+from run_h200 import ORDER  # noqa: E402
 
-#: Closer than this is a tie.
-TIE = 0.03
 NOTES = HERE / "RESULTS.notes.md"
+#: A section longer than this many lines is folded.
+FOLD = 40
 
-
-def jobs(results: Sequence[BenchmarkResult]) -> dict[str, list[BenchmarkResult]]:
-    """Rows by what they do, whatever the cache format."""
-    groups: dict[str, list[BenchmarkResult]] = {}
-    for row in results:
-        groups.setdefault(job_key(row), []).append(row)
-    return groups
-
-
-def fastest(rows: Sequence[BenchmarkResult], peers: bool) -> BenchmarkResult | None:
-    """The fastest of our own implementations, or of the peers."""
-    timed = [r for r in rows if r.median_us and (is_peer(r.backend) if peers else r.backend in OWN)]
-    return min(timed, key=lambda r: r.median_us or 0.0, default=None)
-
-
-def _same_case(rows: Sequence[BenchmarkResult], row: BenchmarkResult) -> list[BenchmarkResult]:
-    return [r for r in rows if r.workload == row.workload and r.params == row.params]
-
-
-def target_table(results: Sequence[BenchmarkResult]) -> list[str]:
-    """One line per case that has a target: ours, what the registry picks, the best peer, and the verdict."""
-    lines = [
-        "| case | target | ours us (which) | registry picks us | best peer us | % of byte floor | verdict |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    groups, seen = jobs(results), set()
-    for row in results:
-        case = f"{row.workload} {describe(row)}"
-        if (row.target_us is None and row.target_vs_peer is None) or case in seen:
-            continue
-        seen.add(case)
-        same = _same_case(results, row)
-        own, peer = fastest(same, peers=False), fastest(groups[job_key(row)], peers=True)
-        default = next((r for r in same if r.backend == DEFAULT and r.median_us), None)
-        note = f" ({row.note})" if row.note else ""
-        lines.append(
-            f"| {case}{note} | {_goal(row)} | {_cell(own)} | {_us(default)} | {_cell(peer, row)} | "
-            f"{_percent(own)} | {verdict(row, own, peer)} |"
-        )
-    return lines
-
-
-def verdict(goal: BenchmarkResult, own: BenchmarkResult | None, peer: BenchmarkResult | None) -> str:
-    """Whether the goals of a row are met by ours, and how ours stands against the best peer."""
-    if own is None or own.median_us is None:
-        return "**no result of ours**"
-    limits = [] if goal.target_us is None else [goal.target_us]
-    if goal.target_vs_peer is not None:
-        if peer is None or peer.median_us is None:
-            return "no peer ran"
-        limits.append(goal.target_vs_peer * peer.median_us)
-    over = max(own.median_us / limit for limit in limits) - 1
-    first = "target met" if over <= 0 else f"**missed by {100 * over:.0f}%**"
-    return first if peer is None else f"{first}, {standing(own, peer)}"
-
-
-def _goal(row: BenchmarkResult) -> str:
-    us = [] if row.target_us is None else [f"{row.target_us:g}"]
-    ratio = [] if row.target_vs_peer is None else [f"{row.target_vs_peer:g} x best peer"]
-    return ", ".join(us + ratio)
-
-
-def standing(own: BenchmarkResult, peer: BenchmarkResult) -> str:
-    """Words for two rows that both have a time."""
-    ratio = (peer.median_us or 0.0) / (own.median_us or 1.0)
-    if ratio > 1 + TIE:
-        return f"{ratio:.2f}x faster than {peer.backend}"
-    if ratio < 1 / (1 + TIE):
-        return f"{peer.backend} is {1 / ratio:.2f}x faster"
-    return f"level with {peer.backend}"
-
-
-def duel_table(results: Sequence[BenchmarkResult]) -> list[str]:
-    """Every case with both a result of ours and a peer's, ours first."""
-    lines = [
-        "| case | ours us | GB/s | TFLOP/s | % of byte floor | best peer us | ours against it |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for rows in jobs(results).values():
-        peer = fastest(rows, peers=True)
-        for params in _unique([r.params for r in rows]):
-            case_rows = [r for r in rows if r.params == params]
-            own = fastest(case_rows, peers=False)
-            if own is None and peer is None:
-                continue
-            shown = own or case_rows[0]
-            against = standing(own, peer) if own and peer else "no peer ran" if own else "no result of ours"
-            lines.append(
-                f"| {shown.workload} {describe(shown)} | {_cell(own)} | {_number(own.gbps if own else None)} | "
-                f"{_number(own.tflops if own else None)} | {_percent(own)} | {_cell(peer, shown)} | {against} |"
-            )
-    return lines
-
-
-def _unique(values: Sequence[dict]) -> list[dict]:
-    found: list[dict] = []
-    for v in values:
-        if v not in found:
-            found.append(v)
-    return found
-
-
-def score(results: Sequence[BenchmarkResult]) -> str:
-    """Wins, ties and losses over the jobs where both sides have a result."""
-    ratios = []
-    for rows in jobs(results).values():
-        own, peer = fastest(rows, peers=False), fastest(rows, peers=True)
-        if own and peer and own.median_us and peer.median_us:
-            ratios.append(peer.median_us / own.median_us)
-    if not ratios:
-        return "No case has both a result of ours and a peer's."
-    wins = sum(r > 1 + TIE for r in ratios)
-    losses = sum(r < 1 / (1 + TIE) for r in ratios)
-    return (
-        f"Ours against the best peer: {wins} faster, {len(ratios) - wins - losses} level (within {100 * TIE:.0f}%), "
-        f"{losses} slower; median {statistics.median(ratios):.2f}x, from {min(ratios):.2f}x to {max(ratios):.2f}x."
-    )
-
-
-def failures(results: Sequence[BenchmarkResult]) -> list[str]:
-    """Backends without a time, each reason once with how many cases it has."""
-    counts: dict[tuple[str, str, str, str], int] = {}
-    for r in results:
-        if r.median_us is None:
-            key = (r.workload, r.backend, r.status, r.reason)
-            counts[key] = counts.get(key, 0) + 1
-    return [f"- {w} `{b}`, {n} cases, {s}: {reason}" for (w, b, s, reason), n in counts.items()]
-
-
-def section(formatter: ResultsFormatter, results: Sequence[BenchmarkResult]) -> list[str]:
-    env, ceilings = formatter.environment, formatter.ceilings
-    libraries = ", ".join(f"{k} {v}" for k, v in env.get("libraries", {}).items())
-    lines = [
-        f"## {formatter.config}",
-        "",
-        f"{env['device']}, driver {env['driver']}, {libraries}; commit {env['commit']}, sources {env['sources']}, "
-        f"{env['date']}. `{env['command']}`",
-        "",
-        "Ceilings in this run: " + ", ".join(f"{k} {v:.1f}" for k, v in ceilings.items()) + ".",
-        "",
-    ]
-    if any(r.target_us is not None or r.target_vs_peer is not None for r in results):
-        lines += ["### Targets", "", *target_table(results), ""]
-    if not formatter.complete:
-        lines += ["**Incomplete**: the run ended before its last row.", ""]
-    lines += [score(results), ""]
-    for backend, column in crossovers(results).items():
-        cells = ", ".join(f"{b}: {q or 'never'}" for b, q in sorted(column.items()))
-        lines += [f"The prefill pipeline wins ({backend}) from this query length on, per batch size: {cells}.", ""]
-    lines += ["### Every case", "", *duel_table(results), ""]
-    missing = failures(results)
-    if missing:
-        lines += ["### Without a time", "", *missing, ""]
-    return lines
+Results = tuple[Path, ResultsFormatter, list[BenchmarkResult]]
 
 
 def page(files: Sequence[Path]) -> str:
     """The whole page. The notes file, if there is one, holds what numbers cannot say: limits, what was tried."""
+    loaded: list[Results] = [(file, *load_json(file)) for file in files]
     lines = [
         "# Results",
         "",
         "Generated by `python benchmarks/report.py` from `benchmarks/results/*.json`; do not edit.",
         "",
-        "Times are medians of CUDA-graph replays over rotated inputs; every row was checked against the torch",
-        "reference before it was timed. `% of byte floor` is the least DRAM traffic of the call over the read",
-        "bandwidth of the same run, over the time. Ours are " + ", ".join(f"`{n}`" for n in OWN) + ".",
+        "Times are medians of CUDA-graph replays over rotated inputs, in microseconds; every row was checked against",
+        "the torch reference before it was timed. `% floor` is the least DRAM traffic of the call, over the read",
+        "bandwidth measured in the same run, over the time. Ours are " + ", ".join(f"`{n}`" for n in OWN) + ";",
+        "`default` is what the registry picks, ours or not; everything else is a peer, and the best peer of a case is",
+        "the fastest on the same job, whatever cache format it reads.",
         "",
+        *environments(loaded),
+        "## Where we win and where we lose",
+        "",
+        *overview(loaded),
+        "",
+        *peers(loaded),
     ]
     if NOTES.exists():
         lines += [NOTES.read_text().strip(), ""]
-    for file in files:
-        lines += section(*load_json(file))
-    return "\n".join(lines)
+    for file, formatter, results in loaded:
+        lines += section(file, formatter, results)
+    return "\n".join(lines).rstrip() + "\n"
 
 
-def _cell(row: BenchmarkResult | None, against: BenchmarkResult | None = None) -> str:
-    if row is None or row.median_us is None:
-        return "-"
-    name = row.backend if against is None else label(row, against)
-    return f"{row.median_us:.2f} ({name})"
+def environments(loaded: Sequence[Results]) -> list[str]:
+    """What the files were measured on, once where they agree."""
+    found: dict[str, list[str]] = {}
+    for _, formatter, _ in loaded:
+        env = formatter.environment
+        libraries = ", ".join(f"{k} {v}" for k, v in env.get("libraries", {}).items())
+        text = f"{env['device']}, driver {env['driver']}, {libraries}; commit {env['commit']}. `{env['command']}`"
+        found.setdefault(text, []).append(formatter.config)
+    if len(found) == 1:
+        return [next(iter(found)), ""]
+    return [*(f"- {', '.join(names)}: {text}" for text, names in found.items()), ""]
 
 
-def _us(row: BenchmarkResult | None) -> str:
-    return "-" if row is None or row.median_us is None else f"{row.median_us:.2f}"
+def overview(loaded: Sequence[Results]) -> list[str]:
+    """One line per file: ours, and the registry's choice, against the best peer."""
+    lines = [
+        f"Jobs where both ours and a peer have a time; level is within {100 * TIE:.0f}%. Ratios are the best peer's",
+        "time over ours: above 1 we are faster.",
+        "",
+        "| config | rows | ours faster / level / slower | median (worst to best) | worst case | registry's choice "
+        "faster / level / slower |",
+        "|---|---|---|---|---|---|",
+    ]
+    for file, formatter, results in loaded:
+        timed = sum(r.median_us is not None for r in results)
+        name = f"[{formatter.config}](#{formatter.config}) ([data](results/{file.name}))"
+        rows = f"{timed} timed of {len(results)}" + ("" if formatter.complete else ", **incomplete**")
+        ours, default = score(results, is_own), score(results, is_default)
+        cells = ["no job of both", "-", "-"]
+        if ours:
+            ratio, worst = ours["worst"]
+            cells = [
+                _standings(ours),
+                f"{ours['median']:.2f} ({ratio:.2f} to {ours['best'][0]:.2f})",
+                f"{worst.workload} {describe(worst)}",
+            ]
+        lines.append(f"| {name} | {rows} | {' | '.join(cells)} | {_standings(default) if default else '-'} |")
+    return lines
 
 
-def _percent(row: BenchmarkResult | None) -> str:
-    return "-" if row is None or row.floor_percent is None else f"{row.floor_percent:.0f}%"
+def _standings(result: dict) -> str:
+    return f"{result['wins']} / {result['level']} / {result['losses']}"
 
 
-def _number(value: float | None) -> str:
-    return "-" if not value else f"{value:.0f}" if value >= 10 else f"{value:.1f}"
+def peers(loaded: Sequence[Results]) -> list[str]:
+    """The comparison with the numbers that the peers gave elsewhere; nothing for a device without such numbers."""
+    found = [
+        pair
+        for device in dict.fromkeys(formatter.environment["device"] for _, formatter, _ in loaded)
+        for pair in peer_baseline.pairs(
+            [r for _, formatter, results in loaded if formatter.environment["device"] == device for r in results],
+            device,
+        )
+    ]
+    if not found:
+        return []
+    same = sum(p.same for p in found)
+    return [
+        "## Do the peers reproduce an earlier measurement?",
+        "",
+        f"{same} of {len(found)} cases agree within noise ({100 * peer_baseline.NOISE:.0f}% or "
+        f"{peer_baseline.NOISE_US} us) with times that a separate script took on another machine of this kind "
+        "([peer_baseline.yaml](peer_baseline.yaml)).",
+        "",
+        *peer_baseline.table(found),
+        "",
+    ]
+
+
+def section(file: Path, formatter: ResultsFormatter, results: Sequence[BenchmarkResult]) -> list[str]:
+    """One configuration: ceilings, targets, every case, and what has no time."""
+    ceilings = formatter.ceilings
+    lines = [
+        f"## {formatter.config}",
+        "",
+        f"{_description(formatter.config)} Measured {formatter.environment['date']}; ceilings in this run: "
+        + ", ".join(f"{k} {v:.1f}" for k, v in ceilings.items())
+        + ".",
+        "",
+    ]
+    if not formatter.complete:
+        lines += [f"**Incomplete**: the run ended before its last row; it has {len(results)}.", ""]
+    if any(r.target_us is not None or r.target_vs_peer is not None for r in results):
+        lines += ["### Targets", "", *target_table(results), ""]
+    if crossover.crossovers(results):
+        lines += crossover.tables(results)
+    else:
+        tables = case_tables(results, formatter.baseline)
+        summary = f"Every case ({len(tables)} lines)"
+        lines += _folded(summary, tables) if len(tables) > FOLD else tables
+    missing = failures(results)
+    if missing:
+        lines += _folded(f"Without a time ({len(missing)} reasons)", [*missing, ""])
+    return lines
+
+
+def _folded(summary: str, lines: Sequence[str]) -> list[str]:
+    return [f"<details><summary>{summary}</summary>", "", *lines, "</details>", ""]
+
+
+def _description(name: str) -> str:
+    path = HERE / "configs" / f"{name}.yaml"
+    return " ".join(configs.load(path).description.split()) if path.exists() else ""
+
+
+def in_order(files: Sequence[Path]) -> list[Path]:
+    """The order of run_h200.py; other files last."""
+    names = {name: i for i, name in enumerate(ORDER)}
+    return sorted(files, key=lambda p: (names.get(p.stem.rsplit("-", 1)[0], len(names)), p.name))
 
 
 def main() -> int:
@@ -223,7 +182,7 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--out", type=Path, default=HERE / "RESULTS.md")
     options = parser.parse_args()
-    files = sorted(options.results.glob("*.json"), key=lambda p: (not p.name.startswith("ops-"), p.name))
+    files = in_order(list(options.results.glob("*.json")))
     if not files:
         print(f"report.py: error: no *.json under {options.results}", file=sys.stderr)
         return 2

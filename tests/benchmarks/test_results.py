@@ -6,11 +6,19 @@ import csv
 import json
 from pathlib import Path
 
+import backends
 import compare
+import configs
+import peer_baseline
 import pytest
 import report
+import report_tables
 from common import BenchmarkResult, ResultsFormatter, add_comparisons, load_json
-from crossover import crossovers
+from crossover import crossovers, tables
+
+from .conftest import SUITE
+
+ENVIRONMENT = {name: name for name in ("device", "driver", "commit", "sources", "date", "command")}
 
 
 def row(backend: str, us: float | None, **values) -> BenchmarkResult:
@@ -128,22 +136,27 @@ def test_crossover() -> None:
     rows = [*pair(1, 1, 9), *pair(4, 9, 8), *pair(16, 9, 10), *pair(64, 20, 12), *pair(256, 90, 15)]
     assert crossovers(rows) == {"triton": {2: 64}}  # 4 does not count: decode wins again at 16
     assert crossovers(pair(1, 1, 9)) == {"triton": {2: None}}
+    text = "\n".join(tables(rows))
+    assert "| query length | 64 |" in text
+    assert "| 2 | 1 / 9 | 9 / 8 | 9 / 10 | 20 / 12 | 90 / 15 |" in text
 
 
 def test_target_verdicts() -> None:
     goal = row("triton", 1.0, target_us=10.0)
-    assert report.verdict(goal, row("triton", 9.0), None) == "target met"
-    assert report.verdict(goal, row("triton", 12.0), row("fa3", 24.0)) == "**missed by 20%**, 2.00x faster than fa3"
-    assert report.verdict(goal, row("cuda", 10.0), row("fa3", 5.0)) == "target met, fa3 is 2.00x faster"
-    assert report.verdict(goal, row("cuda", 10.0), row("fa3", 10.1)) == "target met, level with fa3"
-    assert report.verdict(goal, None, row("fa3", 10.1)) == "**no result of ours**"
+    assert report_tables.verdict(goal, row("triton", 9.0), None) == "target met"
+    assert (
+        report_tables.verdict(goal, row("triton", 12.0), row("fa3", 24.0)) == "**missed by 20%**, 2.00x faster than fa3"
+    )
+    assert report_tables.verdict(goal, row("cuda", 10.0), row("fa3", 5.0)) == "target met, fa3 is 2.00x faster"
+    assert report_tables.verdict(goal, row("cuda", 10.0), row("fa3", 10.1)) == "target met, level with fa3"
+    assert report_tables.verdict(goal, None, row("fa3", 10.1)) == "**no result of ours**"
 
 
 def test_targets_relative_to_the_best_peer() -> None:
     goal = row("triton", 1.0, target_vs_peer=0.5)
-    assert report.verdict(goal, row("triton", 5.0), row("fa3", 10.0)) == "target met, 2.00x faster than fa3"
-    assert report.verdict(goal, row("triton", 10.0), row("fa3", 10.0)) == "**missed by 100%**, level with fa3"
-    assert report.verdict(goal, row("triton", 5.0), None) == "no peer ran"
+    assert report_tables.verdict(goal, row("triton", 5.0), row("fa3", 10.0)) == "target met, 2.00x faster than fa3"
+    assert report_tables.verdict(goal, row("triton", 10.0), row("fa3", 10.0)) == "**missed by 100%**, level with fa3"
+    assert report_tables.verdict(goal, row("triton", 5.0), None) == "no peer ran"
 
 
 def test_report_page(tmp_path: Path) -> None:
@@ -155,20 +168,84 @@ def test_report_page(tmp_path: Path) -> None:
         row("aiter", None, target_us=7.0),
     ]
     add_comparisons(rows, 4000.0)
-    keys = ("device", "driver", "commit", "sources", "date", "command")
-    formatter = ResultsFormatter({k: k for k in keys}, {"read_gbps": 4000.0}, "ops", complete=True)
+    formatter = ResultsFormatter(ENVIRONMENT, {"read_gbps": 4000.0}, "ops", complete=True)
     formatter.save_json(rows, tmp_path / "ops-x.json")
     text = report.page([tmp_path / "ops-x.json"])
     assert "| 7 | 6.00 (cuda) | 6.10 | 15.00 (fa3) |" in text
     assert "target met, 2.50x faster than fa3" in text
-    assert "1 faster, 0 level" in text
-    assert "`aiter`, 1 cases, error: broken" in text
-    assert "Incomplete" not in text
+    assert "| [ops](#ops) ([data](results/ops-x.json)) | 4 timed of 5 | 1 / 0 / 0 | 2.50 (2.50 to 2.50) |" in text
+    assert "`aiter`, 1 case, error: broken" in text
+    assert "ncomplete" not in text
+    assert "earlier measurement" not in text  # the baseline is of another device
 
 
 def test_unfinished_results_are_said_to_be_incomplete(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    keys = ("device", "driver", "commit", "sources", "date", "command")
-    ResultsFormatter({k: k for k in keys}, {}, "a").save_json([row("triton", 1.0)], path)
+    ResultsFormatter(ENVIRONMENT, {}, "a").save_json([row("triton", 1.0)], path)
     assert json.loads(path.read_text())["complete"] is False
     assert "**Incomplete**" in report.page([path])
+
+
+def test_many_cases_become_a_grid() -> None:
+    """Rows of the grid are heads and format, columns tokens; the faster side is bold, ours with its floor."""
+    rows = []
+    for heads in (8, 16, 32):
+        for tokens in (1, 2, 4, 8, 16, 32):
+            params = {"tokens": tokens, "heads": heads, "kv": "bf16"}
+            rows += [
+                row("triton", 10.0, params=params, bytes=4000),
+                row("fa3", 5.0 if tokens == 8 else 20.0, params=params),
+            ]
+    add_comparisons(rows, 1.0)
+    text = "\n".join(report_tables.case_tables(rows))
+    assert "| sparse_decode, tokens: | 1 | 2 | 4 | 8 | 16 | 32 | ours | best peer |" in text
+    assert text.count("| **10.0** / 20.0 (40%) ") == 15
+    assert text.count("| 10.0 / **5.0** (40%) ") == 3
+    assert [line.split(" |")[0] for line in text.splitlines() if "triton" in line] == [
+        "| heads=8",
+        "| heads=16",
+        "| heads=32",
+    ]
+
+
+def test_equal_requests_spread_over_the_grid() -> None:
+    rows = [
+        row("triton", 10.0, workload="dense_decode", params={"batch_spec": f"{b}q1s{s}k", "heads": h})
+        for b in (1, 8, 32)
+        for s in (1, 2, 4)
+        for h in (16, 128)
+    ]
+    text = "\n".join(report_tables.case_tables(rows))
+    assert "| dense_decode, context: | 1024 | 2048 | 4096 |" in text
+    assert "heads=128 batch=32" in text
+
+
+def test_speed_up_over_the_baseline_in_the_page() -> None:
+    params = {"tokens": 8, "dtype": "bf16"}
+    rows = [row(b, us, workload="concat_k", params=params) for b, us in (("torch_cat", 8.0), ("triton", 2.0))]
+    assert "| 4.00x | 75% |" in "\n".join(report_tables.case_tables(rows, "torch_cat"))
+
+
+def test_peers_against_the_baseline() -> None:
+    """Every earlier number has a case that the suite's configurations can measure; noise is judged per case."""
+    data = peer_baseline.load()
+    known = {
+        (case.workload, name)
+        for path in (SUITE / "configs").glob("*.yaml")
+        for case in configs.load(path).cases
+        for name in backends.choose(case.backends, case.workload, "cuda:0")
+    }
+    for table in data["tables"]:
+        assert (table["workload"], table["backend"]) in known
+        assert all(len(times) == len(table["columns"]) for times in table["us"].values())
+    same = row("flash_mla_planned", 20.95, params={"tokens": 1, "heads": 16, "kv": "packed", "topk": 2048})
+    slower = row("flash_mla_planned", 30.0, params={"tokens": 8, "heads": 16, "kv": "packed"})
+    spec = row(
+        "sglang_triton", 24.3, workload="dense_decode", params={"batch_spec": "1q1s1024", "heads": 16, "page_size": 64}
+    )
+    found = peer_baseline.pairs([same, slower, spec, row("fa3_planned", None)], data["device"])
+    assert [(p.before_us, p.same) for p in found] == [(20.9, True), (26.5, False), (24.3, True)]
+    assert peer_baseline.pairs([same], "another device") == []
+    text = "\n".join(peer_baseline.table(found))
+    assert "| sparse_decode | flash_mla_planned | 2 | 1 |" in text
+    assert "30.0 for 26.5 us" in text
