@@ -191,7 +191,7 @@ def test_usage_errors(tmp_path, monkeypatch, capsys):
     assert "expected the folder of the package `sglang`" in capsys.readouterr().err
     (tmp_path / "srt").mkdir()
     assert cli.main(["patch", "--check", "no_such", "--sglang", str(tmp_path)]) == 2
-    assert "unknown patch no_such: expected fused_decode" in capsys.readouterr().err
+    assert "unknown patch no_such: expected draft_backends" in capsys.readouterr().err
     monkeypatch.setattr(patch_command, "_PATCHES", tmp_path)
     assert cli.main(["patch", "--check"]) == 2
     assert "source checkout" in capsys.readouterr().err

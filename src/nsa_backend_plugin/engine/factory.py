@@ -22,6 +22,7 @@ def create_backend(runner: Any) -> Any:
     launch.check_arguments(runner.server_args)
     launch.check_model(runner.model_config, runner.token_to_kv_pool.page_size)
     device = torch.device(runner.device)
+    launch.check_speculation(runner.server_args, device.type)
     launch.check_exact(runner.dtype, device)
     registry.require_forced(device)
     hooks.install("factory")

@@ -13,19 +13,26 @@ from nsa_backend_plugin.engine.gpu import rocm
 from nsa_backend_plugin.layouts import INDEX_DIM, INDEX_PAGE_SIZE, LATENT_DIM, ROPE_DIM
 from nsa_backend_plugin.ops import dense_mla, registry
 
+#: Algorithms whose draft is the model's own next-token layer; SGLang resolves both to EAGLE.
+SPECULATIVE = ("EAGLE", "NEXTN")
 #: Arguments that move or rewrite cache rows behind the backend's back, or give it batches it does not know.
-UNSUPPORTED: tuple[tuple[str, Any, str], ...] = (
-    ("enable_hierarchical_cache", False, "hierarchical cache (HiCache)"),
-    ("enable_lmcache", False, "LMCache"),
-    ("enable_hisparse", False, "HiSparse"),
-    ("disaggregation_mode", "null", "prefill/decode disaggregation"),
-    ("speculative_algorithm", None, "speculative decoding"),
-    ("enable_prefill_cp", False, "prefill context parallelism"),
-    ("dcp_size", 1, "decode context parallelism"),
-    ("enable_pdmux", False, "prefill/decode multiplexing"),
-    ("enable_two_batch_overlap", False, "two-batch overlap"),
-    ("enable_unified_memory", False, "the unified memory pool"),
-    ("enable_page_major_kv_layout", False, "the page-major KV layout"),
+#: Name, the values that are served, and what any other value asks for.
+UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+    ("enable_hierarchical_cache", (False,), "hierarchical cache (HiCache)"),
+    ("enable_lmcache", (False,), "LMCache"),
+    ("enable_hisparse", (False,), "HiSparse"),
+    ("disaggregation_mode", ("null",), "prefill/decode disaggregation"),
+    ("speculative_algorithm", (None, *SPECULATIVE), f"speculative decoding other than {' or '.join(SPECULATIVE)}"),
+    ("speculative_eagle_topk", (None, 1), "drafts that branch into a tree, only chains (topk 1)"),
+    ("speculative_adaptive", (False,), "a number of draft steps that changes while serving"),
+    ("speculative_draft_attention_backend", (None, BACKEND_NAME), "a draft model with another backend"),
+    ("enable_multi_layer_eagle", (False,), "drafts by several next-token layers"),
+    ("enable_prefill_cp", (False,), "prefill context parallelism"),
+    ("dcp_size", (1,), "decode context parallelism"),
+    ("enable_pdmux", (False,), "prefill/decode multiplexing"),
+    ("enable_two_batch_overlap", (False,), "two-batch overlap"),
+    ("enable_unified_memory", (False,), "the unified memory pool"),
+    ("enable_page_major_kv_layout", (False,), "the page-major KV layout"),
 )
 
 
@@ -43,6 +50,8 @@ def checked_resolution(resolve: Callable[..., Any], server_args: Any, *args: Any
     page_size = server_args.page_size  # as the user wrote it: SGLang replaces it for DSA models, with a warning only
     with _cpu_resolution(), rocm.resolution():
         result = resolve(server_args, *args, **kwargs)
+    if server_args.device is not None:
+        check_speculation(server_args, torch.device(server_args.device).type)
     if str(server_args.model_path).lower() not in ("none", "dummy"):
         check_model(compat.model_config(server_args), page_size)
     return result
@@ -63,14 +72,27 @@ def check_arguments(server_args: Any) -> None:
             f"attention backends {', '.join(sorted(backends))}: nsa_plugin must serve prefill and decode alike, "
             "because one cache layout serves both. Use --attention-backend nsa_plugin alone"
         )
-    for name, off, meaning in UNSUPPORTED:
-        value = getattr(server_args, name, off)
-        if value != off:
+    for name, served, meaning in UNSUPPORTED:
+        value = getattr(server_args, name, served[0])
+        if value not in served:
             flag = "--" + name.replace("_", "-")
             raise ValueError(
                 f"{flag} is set ({value!r}): nsa_plugin does not support {meaning} yet. Start without it, or choose "
                 "another --attention-backend"
             )
+
+
+def check_speculation(server_args: Any, device: str) -> None:
+    """Raise ValueError for speculative decoding on a device (its type) without it."""
+    algorithm = server_args.speculative_algorithm
+    if algorithm is None:
+        return
+    kind = "ROCm" if rocm.on_rocm() else device
+    if kind != "cuda":
+        raise ValueError(
+            f"--speculative-algorithm {algorithm} on {kind}: nsa_plugin supports speculative decoding on NVIDIA GPUs "
+            "only. Start without it"
+        )
 
 
 def check_model(model: Any, page_size: int | None) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
+from nsa_backend_plugin.engine import query
 from nsa_backend_plugin.engine.cpu.metadata import TokenRows, token_rows
-from nsa_backend_plugin.ops import concat, dense_mla, latent_cache, sparse_mla
+from nsa_backend_plugin.ops import dense_mla, latent_cache, sparse_mla
 
 
 class NsaPluginCpuBackend(AttentionBackend):
@@ -66,10 +67,9 @@ class NsaPluginCpuBackend(AttentionBackend):
             )
         if save_kv_cache:
             self._save(k, k_rope, layer, forward_batch.out_cache_loc)
-        heads, value_dim = layer.tp_q_head_num, layer.v_head_dim
-        q_all = concat.q_all(q.view(-1, heads, value_dim), q_rope.view(-1, heads, layer.head_dim - value_dim))
+        q_all = query.absorbed(q, q_rope, layer)
         out = self._dense(q_all, layer) if topk_indices is None else self._sparse(q_all, layer, topk_indices)
-        return out.view(-1, heads * value_dim)
+        return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)
 
     forward_extend = forward_decode
 

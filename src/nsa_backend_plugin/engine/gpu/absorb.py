@@ -1,4 +1,5 @@
-"""The fused decode path of a DSA layer: replaces `forward_absorb_prepare` of the model for plain decode batches.
+"""The fused decode path of a DSA layer: replaces `forward_absorb_prepare` of the model for decode batches, and for
+those of speculative decoding (verification of drafts, the draft model's extend), where requests have several queries.
 
     main stream                                          side stream
     q_a norm
@@ -20,6 +21,8 @@ attention gets its two halves, so `concat.q_all` is a view there and nothing is 
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -39,6 +42,8 @@ from nsa_backend_plugin.engine.gpu.dsa_backend import NsaPluginDSABackend, plain
 from nsa_backend_plugin.engine.gpu.dual_stream import side_lane
 from nsa_backend_plugin.engine.gpu.quantize_once import shared_input
 from nsa_backend_plugin.ops import latent_cache
+
+logger = logging.getLogger(__name__)
 
 
 def forward_absorb_prepare(
@@ -68,9 +73,18 @@ def prepare_absorbed(
     prev_topk_indices: torch.Tensor | None = None,
 ) -> tuple[Any, ...] | None:
     """What the model's `forward_absorb_prepare` returns, by the fused path; None where that does not apply."""
-    if llama_4_scaling is not None or not _applies(attn, backend, hidden_states, forward_batch):
+    if not isinstance(backend, NsaPluginDSABackend):
         return None
-    q_all, slots = _prepare(attn, backend, positions, hidden_states, forward_batch, prev_topk_indices)
+    per_request = backend.queries_per_request(forward_batch.forward_mode)
+    if per_request is None:  # prefill, or an idle data-parallel rank
+        return None
+    reason = _obstacle(attn, backend, hidden_states, forward_batch, per_request)
+    if reason is None and llama_4_scaling is not None:
+        reason = "queries are scaled by position"
+    if reason is not None:
+        _log_once(reason)
+        return None
+    q_all, slots = _prepare(attn, backend, positions, hidden_states, forward_batch, prev_topk_indices, per_request)
     value_dim = attn.kv_lora_rank
     # k None tells the backend that the latent row is in the cache already.
     return (
@@ -87,21 +101,29 @@ def prepare_absorbed(
     )
 
 
-def _applies(attn: Any, backend: Any, hidden_states: torch.Tensor, forward_batch: Any) -> bool:
-    """Plain decode of a DSA layer with bf16 absorbed weights; everything rarer keeps SGLang's own path."""
-    return (
-        isinstance(backend, NsaPluginDSABackend)
-        and forward_batch.forward_mode.is_decode()
-        and attn.use_dsa
-        and attn.q_lora_rank is not None
-        and attn.rotary_emb is not None
-        and isinstance(hidden_states, torch.Tensor)
-        and hidden_states.shape[0] == forward_batch.batch_size
-        and attn.w_kc.dtype == hidden_states.dtype
-        and not attn.use_deep_gemm_bmm
-        and not get_parallel().dcp_enabled
-        and not is_kv_b_lora_active(attn)
-    )
+def _obstacle(
+    attn: Any, backend: NsaPluginDSABackend, hidden_states: torch.Tensor, forward_batch: Any, per_request: int
+) -> str | None:
+    """Why a batch of decode, verification or draft-extend keeps SGLang's own preparation; None if it need not."""
+    if not attn.use_dsa or attn.q_lora_rank is None or attn.rotary_emb is None:
+        return "the layer has no indexer, no q_lora or no RoPE"
+    if not isinstance(hidden_states, torch.Tensor):
+        return "hidden states are quantized"
+    tokens = hidden_states.shape[0]
+    if not (tokens == forward_batch.batch_size * per_request == backend.forward_metadata.real_page_table.shape[0]):
+        return "the batch has rows that its metadata lacks (padding for tensor or data parallelism)"
+    if attn.w_kc.dtype != hidden_states.dtype or attn.use_deep_gemm_bmm:
+        return f"W_UK is {attn.w_kc.dtype}"
+    if get_parallel().dcp_enabled:
+        return "decode context parallelism"
+    if is_kv_b_lora_active(attn):
+        return "a LoRA adapter on kv_b_proj"
+    return None
+
+
+@functools.cache
+def _log_once(reason: str) -> None:
+    logger.info("nsa_plugin fused decode path is left to SGLang where: %s", reason)
 
 
 def _prepare(
@@ -111,6 +133,7 @@ def _prepare(
     hidden_states: torch.Tensor,
     forward_batch: Any,
     prev_topk_indices: torch.Tensor | None,
+    per_request: int,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(q_all [T, heads, 576], slots [T, index_topk]); writes this step's rows of both caches."""
     pool, indexer = backend.token_to_kv_pool, attn.indexer
@@ -133,7 +156,7 @@ def _prepare(
         lane.fork()  # behind the key's store, before q_b_proj
         q = _project_q(attn, q_lora, q_input)
         with lane:
-            slots = indexer_path.select_slots(indexer, query, head_gate, positions, backend)
+            slots = indexer_path.select_slots(indexer, query, head_gate, positions, backend, per_request)
     else:
         q = attn.q_b_proj_forward(q_lora)
     with lane:

@@ -1,24 +1,22 @@
 """GPU backend for DSA models: stock metadata, graph capture and MHA prefill; our sparse attention.
 
 Everything that is bookkeeping (metadata, CUDA graphs, page tables, the choice of dense MHA for short prompts)
-is SGLang's `DeepseekSparseAttnBackend`. Overridden is what computes: absorbed attention in decode and in extend.
+is SGLang's `DeepseekSparseAttnBackend`. Overridden is what computes: absorbed attention in decode and in extend, which
+includes the verification of drafts and the draft model's extend.
 """
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
-from sglang.srt.layers.attention.dsa_backend import DeepseekSparseAttnBackend
+from sglang.srt.layers.attention.dsa_backend import DeepseekSparseAttnBackend, DeepseekSparseAttnMultiStepBackend
 
 from nsa_backend_plugin import BACKEND_NAME
-from nsa_backend_plugin.engine import hooks, index_cache
-from nsa_backend_plugin.engine.gpu import rocm
+from nsa_backend_plugin.engine import hooks, index_cache, query
+from nsa_backend_plugin.engine.gpu import rocm, scratch
 from nsa_backend_plugin.layouts import FP8_DTYPES, LATENT_DIM, ROPE_DIM
-from nsa_backend_plugin.ops import concat, sparse_mla
-
-logger = logging.getLogger(__name__)
+from nsa_backend_plugin.ops import sparse_mla
 
 
 def plain_fp8_scale(cache: torch.Tensor) -> float | None:
@@ -29,8 +27,12 @@ def plain_fp8_scale(cache: torch.Tensor) -> float | None:
 class NsaPluginDSABackend(DeepseekSparseAttnBackend):
     """Sparse MLA attention through `ops.sparse_mla`, for bf16 and packed fp8 latent caches."""
 
-    def __init__(self, runner: Any):
-        super().__init__(runner)
+    #: Read by the hook `prefill_key`.
+    joins_prefill_keys = True
+
+    def __init__(self, runner: Any, **speculative: Any):
+        """speculative: what SGLang passes to the backends of a draft model (step, number of steps ...)."""
+        super().__init__(runner, **speculative)
         if not self.use_fused_topk:
             raise ValueError(
                 "nsa_plugin selects tokens as physical slots: SGLANG_DSA_FUSE_TOPK must be on, and prefill/decode "
@@ -51,24 +53,39 @@ class NsaPluginDSABackend(DeepseekSparseAttnBackend):
         self.dsa_decode_impl = BACKEND_NAME
         self.dsa_prefill_impl = BACKEND_NAME
         self.enable_auto_select_prefill_impl = False
-        #: Scratch of captured graphs, allocated once, before capture (see `init_cuda_graph_state`).
+        #: Scratch of captured graphs, from before capture (see `init_cuda_graph_state`).
         self.attention_workspace: torch.Tensor | None = None
         self.logits_buffer: torch.Tensor | None = None
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         super().init_cuda_graph_state(max_bs, max_num_tokens)
-        scratch = sparse_mla.workspace_bytes(
-            max_num_tokens, self.num_q_heads, self.dsa_index_topk, self.device, value_dim=self.kv_lora_rank
+        self.attention_workspace = scratch.reserve(
+            "sparse attention",
+            sparse_mla.workspace_bytes(
+                max_num_tokens, self.num_q_heads, self.dsa_index_topk, self.device, value_dim=self.kv_lora_rank
+            ),
+            self.device,
         )
-        self.attention_workspace = torch.zeros(scratch, dtype=torch.uint8, device=self.device)
+        # As wide as the page table of a captured step, like the logits that stock allocates while capturing.
         columns = -(-self.req_to_token.shape[1] // self.real_page_size) * self.real_page_size
-        self.logits_buffer = torch.empty(max_num_tokens, columns, dtype=torch.float32, device=self.device)
-        logger.info(
-            "nsa_plugin scratch of captured decode steps, up to %d tokens: attention %.1f MiB, index logits %.1f MiB",
-            max_num_tokens,
-            scratch / 2**20,
-            self.logits_buffer.nbytes / 2**20,
-        )
+        size = max_num_tokens * columns * torch.float32.itemsize
+        logits = scratch.reserve("index logits", size, self.device)[:size]
+        self.logits_buffer = logits.view(torch.float32).view(max_num_tokens, columns)
+
+    def draft_backend(self, factory: Any, per_step: bool) -> Any:
+        """Backend of the draft model that SGLang's factory asks for, by the hook `draft_backends`."""
+        runner, seed = factory.draft_model_runner, factory.seed_dsa_topk_from_draft_extend
+        if per_step:
+            return NsaPluginDSADraftSteps(runner, factory.topk, factory.speculative_num_steps, seed)
+        return NsaPluginDSABackend(runner, seed_dsa_topk_from_draft_extend=seed)
+
+    def queries_per_request(self, mode: Any) -> int | None:
+        """Rows that each request of a batch has in the paged metadata; None for prefill, which is ragged."""
+        if mode.is_decode():
+            return 1
+        if mode.is_target_verify() or mode.is_draft_extend_v2():
+            return self.speculative_num_draft_tokens
+        return None
 
     def prepare_absorbed(self, *arguments: Any) -> tuple[Any, ...] | None:
         """Called by an SGLang with the patch `fused_decode`, in place of the hook of that name."""
@@ -112,22 +129,15 @@ class NsaPluginDSABackend(DeepseekSparseAttnBackend):
             return super().forward_extend(
                 q, k, v, layer, forward_batch, save_kv_cache, q_rope, k_rope, topk_indices, **kwargs
             )
-        if k is not None and save_kv_cache:
-            self.token_to_kv_pool.set_mla_kv_buffer(layer, forward_batch.out_cache_loc, k, k_rope)
-        return self._attend(q, q_rope, layer, topk_indices)
+        return self.forward_decode(q, k, v, layer, forward_batch, save_kv_cache, q_rope, k_rope, topk_indices)
 
     def _attend(
         self, q: torch.Tensor, q_rope: torch.Tensor | None, layer: Any, topk_indices: torch.Tensor | None
     ) -> torch.Tensor:
-        heads = layer.tp_q_head_num
-        if q_rope is None:
-            q_all = q.view(-1, heads, layer.head_dim)
-        else:
-            q_nope = q.view(-1, heads, layer.v_head_dim)
-            q_all = concat.q_all(q_nope, q_rope.view(-1, heads, layer.head_dim - layer.v_head_dim))
+        q_all = query.absorbed(q, q_rope, layer)
         if topk_indices is None:
             raise ValueError(f"layer {layer.layer_id}: sparse attention was called without top-k indices")
-        out = q_all.new_empty(q_all.shape[0], heads, layer.v_head_dim)
+        out = q_all.new_empty(*q_all.shape[:2], layer.v_head_dim)
         kv = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
         sparse_mla.attend(
             q_all,
@@ -137,6 +147,29 @@ class NsaPluginDSABackend(DeepseekSparseAttnBackend):
             kv_scale=plain_fp8_scale(kv),
             value_dim=layer.v_head_dim,
             out=out,
-            workspace=self.attention_workspace if torch.cuda.is_current_stream_capturing() else None,
+            workspace=self._workspace(q_all.shape[0]),
         )
-        return out.view(-1, heads * layer.v_head_dim)
+        return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)
+
+    def _workspace(self, tokens: int) -> torch.Tensor | None:
+        """None lets the operation allocate: eager steps, and prefill graphs, which are wider than decode's."""
+        planned = self.logits_buffer is not None and tokens <= self.logits_buffer.shape[0]
+        return self.attention_workspace if planned and torch.cuda.is_current_stream_capturing() else None
+
+
+class NsaPluginDSADraftSteps(DeepseekSparseAttnMultiStepBackend):
+    """One backend per step of the draft model."""
+
+    def __init__(self, runner: Any, topk: int, steps: int, seed_dsa_topk_from_draft_extend: bool):
+        super().__init__(runner, topk, 1, seed_dsa_topk_from_draft_extend)  # one step: no backend of stock's
+        self.speculative_num_steps = steps
+        self.attn_backends.extend(
+            NsaPluginDSABackend(
+                runner,
+                speculative_step_id=step,
+                topk=topk,
+                speculative_num_steps=steps,
+                seed_dsa_topk_from_draft_extend=seed_dsa_topk_from_draft_extend,
+            )
+            for step in range(steps - 1)
+        )

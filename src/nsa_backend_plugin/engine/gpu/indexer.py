@@ -1,4 +1,4 @@
-"""The indexer of one decode step.
+"""The indexer of one decode step, or of one step that verifies drafts: several queries for each request.
 
     needs hidden_states:  wk | weights_proj as one GEMM; key norm + RoPE + Hadamard + fp8 + store
     needs q_lora:         wq_b
@@ -10,6 +10,7 @@ through the stock indexer. The byte layout of the pages is the pool's (`engine.i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,28 +21,52 @@ from nsa_backend_plugin.ops import indexer_prep, mqa_logits, topk
 from nsa_backend_plugin.ops.arch import device_arch, is_rocm
 
 _MERGED = "_nsa_plugin_wk_weights"
+#: Types of the wk weights that were merged by a copy in this process.
+_copied: set[str] = set()
 
 
 def merge_projection(indexer: Any) -> None:
     """Build [128 + heads, hidden] bf16 = wk | weights_proj, so that one GEMM reads hidden_states once.
 
-    Stock does this for interleaved-RoPE indexers only (`wk_weights_proj`). wk of fp8 checkpoints is dequantized.
+    Stock does this for interleaved-RoPE indexers only (`wk_weights_proj`). bf16 weights become views of the merged
+    tensor, so that weights which are updated while serving land in it. wk of an fp8 checkpoint is dequantized into a
+    copy that an update would leave behind: `refuse_weight_update` says so.
     """
-    if indexer.use_dsa_indexer_fusion:
+    if indexer.use_dsa_indexer_fusion or hasattr(indexer, _MERGED):
         return
-    wk = indexer.wk.weight
-    if wk.dtype == torch.float8_e4m3fn:
-        block = indexer.wk.quant_method.quant_config.weight_block_size
-        wk = block_quant_dequant(wk, indexer.wk.weight_scale_inv, block, torch.bfloat16)
-    merged = torch.cat([wk.to(torch.bfloat16), indexer.weights_proj.weight.to(torch.bfloat16)])
+    wk, gate = indexer.wk.weight, indexer.weights_proj.weight
+    merged = torch.cat([_dequantized(indexer.wk), gate.detach().to(torch.bfloat16)])
     setattr(indexer, _MERGED, merged)
+    if wk.dtype == gate.dtype == torch.bfloat16:
+        wk.data, gate.data = merged.split([wk.shape[0], gate.shape[0]])
+    else:
+        _copied.add(str(wk.dtype))
+
+
+def _dequantized(wk: Any) -> torch.Tensor:
+    weight = wk.weight.detach()
+    if weight.dtype == torch.float8_e4m3fn:
+        block = wk.quant_method.quant_config.weight_block_size
+        weight = block_quant_dequant(weight, wk.weight_scale_inv, block, torch.bfloat16)
+    return weight.to(torch.bfloat16)
 
 
 def merge_all_projections(model: Any) -> None:
-    """`merge_projection` for every indexer of a model, after its weights were loaded or updated."""
+    """`merge_projection` for every indexer of a model, after its weights were loaded."""
     for module in model.modules():
         if type(module).__name__ == "Indexer":
             merge_projection(module)
+
+
+def refuse_weight_update(original: Callable[..., str | None], *model: Any) -> str | None:
+    """AROUND hook of SGLang's list of reasons against a weight update: None, or why it is refused."""
+    reason = original(*model)
+    if reason is None and _copied:
+        reason = (
+            f"Online weight updates are not supported by nsa_plugin while the indexer's wk is {', '.join(_copied)}: "
+            "its merged bf16 copy would keep serving the old weights. Serve a bf16 checkpoint to update weights online."
+        )
+    return reason
 
 
 def project(indexer: Any, hidden_states: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -120,22 +145,31 @@ def quantize_query(
 
 
 def select_slots(
-    indexer: Any, query: torch.Tensor, head_gate: torch.Tensor, positions: torch.Tensor, backend: Any
+    indexer: Any,
+    query: torch.Tensor,
+    head_gate: torch.Tensor,
+    positions: torch.Tensor,
+    backend: Any,
+    per_request: int = 1,
 ) -> torch.Tensor:
-    """Physical slots [T, index_topk] of the tokens that each decode query attends to, -1 padded."""
+    """Physical slots [T, index_topk] of the tokens that each query attends to, -1 padded.
+
+    per_request: adjacent queries of one request; their rows of the page table are equal, their lengths are not.
+    """
     metadata, pool = backend.forward_metadata, backend.token_to_kv_pool
     tokens = query.shape[0]
     q_fp8, weights = quantize_query(indexer, query, head_gate, positions)
-    page_table, lengths = metadata.real_page_table, metadata.cache_seqlens_int32
+    page_table = metadata.real_page_table
+    lengths = metadata.cache_seqlens_int32 if per_request == 1 else metadata.dsa_seqlens_expanded
     columns = page_table.shape[1] * pool.page_size
     layout = index_cache.layout_of(pool)
     capturing = torch.cuda.is_current_stream_capturing()
     logits = mqa_logits.paged(
-        q_fp8[:, None],
+        q_fp8.view(-1, per_request, *q_fp8.shape[1:]),
         index_cache.pages(pool, indexer.layer_id, layout),
         weights,
-        lengths,
-        page_table,
+        lengths if per_request == 1 else lengths.view(-1, per_request),
+        page_table[::per_request],
         columns,
         layout=layout,
         page_size=pool.page_size,

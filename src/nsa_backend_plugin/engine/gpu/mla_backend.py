@@ -1,7 +1,7 @@
 """GPU backend for MLA models without an indexer (DeepSeek-V2/V3/R1, Kimi-K2) on Hopper.
 
-Prefill, metadata and graph capture are SGLang's FlashAttention-3 backend; decode runs `ops.dense_mla`, which takes
-any head count without padding.
+Prefill, the verification of drafts, metadata and graph capture are SGLang's FlashAttention-3 backend; decode runs
+`ops.dense_mla`, which takes any head count without padding.
 """
 
 from __future__ import annotations
@@ -9,9 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from sglang.srt.layers.attention.flashattention_backend import FlashAttentionBackend
+from sglang.srt.layers.attention.flashattention_backend import FlashAttentionBackend, FlashAttentionMultiStepBackend
+from sglang.srt.runtime_context import get_parallel
 
-from nsa_backend_plugin.ops import concat, dense_mla
+from nsa_backend_plugin.engine import query
+from nsa_backend_plugin.engine.gpu import prefill, scratch
+from nsa_backend_plugin.ops import dense_mla
+from nsa_backend_plugin.ops.registry import Operation
 
 
 class NsaPluginMLABackend(FlashAttentionBackend):
@@ -19,20 +23,39 @@ class NsaPluginMLABackend(FlashAttentionBackend):
 
     #: Whose choice of MHA or absorbed MLA fits: the backend that prefills (read by the hook `forward_method`).
     forward_method_like = "fa3"
+    #: Read by the hook `prefill_key`.
+    joins_prefill_keys = True
 
-    def __init__(self, runner: Any):
-        super().__init__(runner)
+    def __init__(self, runner: Any, **speculative: Any):
+        """speculative: what SGLang passes to the backends of a draft model (step, number of steps ...)."""
+        super().__init__(runner, **speculative)
         if runner.page_size not in dense_mla.PAGE_SIZES:
             raise ValueError(
                 f"--page-size {runner.page_size}: nsa_plugin serves MLA models with page size "
                 f"{', '.join(map(str, dense_mla.PAGE_SIZES))}"
             )
+        if runner.kv_cache_dtype != runner.dtype:
+            raise ValueError(
+                f"--kv-cache-dtype {runner.kv_cache_dtype}: nsa_plugin keeps the latent cache of MLA models without an "
+                f"indexer in the model's dtype, {runner.dtype}. Use --kv-cache-dtype auto"
+            )
+        self.num_q_heads = runner.model_config.num_attention_heads // get_parallel().attn_tp_size
+        if runner.dtype == torch.bfloat16:  # what SGLang reads the cached prefix as when it finds this attribute
+            self.pack_prefix_chunk_kv = prefill.pack_chunk
         self.decode_workspace: torch.Tensor | None = None
+        self._fa3_wins: dict[int, bool] = {}
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         super().init_cuda_graph_state(max_bs, max_num_tokens)
-        scratch = dense_mla.workspace_bytes(max_bs, 128, self.device)
-        self.decode_workspace = torch.zeros(scratch, dtype=torch.uint8, device=self.device)
+        size = dense_mla.workspace_bytes(max_bs, self.num_q_heads, self.device)
+        self.decode_workspace = scratch.reserve("dense attention", size, self.device)
+
+    def draft_backend(self, factory: Any, per_step: bool) -> Any:
+        """Backend of the draft model that SGLang's factory asks for, by the hook `draft_backends`."""
+        runner = factory.draft_model_runner
+        if per_step:
+            return NsaPluginMLADraftSteps(runner, factory.topk, factory.speculative_num_steps)
+        return NsaPluginMLABackend(runner)
 
     def forward_decode(
         self,
@@ -44,18 +67,15 @@ class NsaPluginMLABackend(FlashAttentionBackend):
         save_kv_cache: bool = True,
         q_rope: torch.Tensor | None = None,
         k_rope: torch.Tensor | None = None,
-        **_: Any,
+        **kwargs: Any,
     ) -> torch.Tensor:
+        metadata = self.forward_metadata
+        if self._decodes_by_fa3(metadata.page_table):
+            return super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache, q_rope, k_rope, **kwargs)
         if k is not None and save_kv_cache:
             self.token_to_kv_pool.set_mla_kv_buffer(layer, forward_batch.out_cache_loc, k, k_rope)
-        heads = layer.tp_q_head_num
-        if q_rope is None:
-            q_all = q.contiguous().view(-1, heads, layer.head_dim)
-        else:
-            q_nope = q.view(-1, heads, layer.v_head_dim)
-            q_all = concat.q_all(q_nope, q_rope.view(-1, heads, layer.head_dim - layer.v_head_dim))
-        metadata = self.forward_metadata
-        out = q_all.new_empty(q_all.shape[0], heads, layer.v_head_dim)
+        q_all = query.absorbed(q, q_rope, layer)
+        out = q_all.new_empty(*q_all.shape[:2], layer.v_head_dim)
         dense_mla.decode(
             q_all,
             self.token_to_kv_pool.get_key_buffer(layer.layer_id),
@@ -67,4 +87,33 @@ class NsaPluginMLABackend(FlashAttentionBackend):
             out=out,
             workspace=self.decode_workspace if torch.cuda.is_current_stream_capturing() else None,
         )
-        return out.view(-1, heads * layer.v_head_dim)
+        return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)
+
+    def _decodes_by_fa3(self, page_table: torch.Tensor) -> bool:
+        """Whether the registry picks FlashAttention 3: then SGLang's own call, whose schedule is made once per step.
+
+        The operation's adapter makes it in every layer.
+        """
+        batch = page_table.shape[0]
+        if batch not in self._fa3_wins:
+            shape = {
+                "batch": batch,
+                "heads": self.num_q_heads,
+                "page_size": self.page_size,
+                "context": page_table.shape[1] * self.page_size,
+            }
+            rows = Operation.all["dense_mla.decode"].candidates(self.device, shape)
+            self._fa3_wins[batch] = any(row.chosen and row.name == "fa3" for row in rows)
+        return self._fa3_wins[batch]
+
+
+class NsaPluginMLADraftSteps(FlashAttentionMultiStepBackend):
+    """One backend per step of the draft model."""
+
+    def __init__(self, runner: Any, topk: int, steps: int):
+        super().__init__(runner, topk, 1)  # one step: no backend of stock's
+        self.speculative_num_steps = steps
+        self.attn_backends.extend(
+            NsaPluginMLABackend(runner, speculative_step_id=step, topk=topk, speculative_num_steps=steps)
+            for step in range(steps - 1)
+        )
