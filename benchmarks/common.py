@@ -202,18 +202,19 @@ class ResultsFormatter:
                 writer.writerow([*(values[name] for name in plain), *(r.params.get(p) for p in params)])
 
     def save_json(self, results: Sequence[BenchmarkResult], path: str | Path) -> None:
-        """Environment, ceilings and rows. Written to a temporary name first, so a kill leaves no half a file."""
+        """Environment, ceilings and one line per row, whose fields are left out where they have their default.
+        Written to a temporary name first, so a kill leaves no half a file."""
         path = Path(path)
-        content = {
+        head = {
             "config": self.config,
             "complete": self.complete,
             "baseline": self.baseline,
             "environment": self.environment,
             "ceilings": self.ceilings,
-            "rows": [r.as_dict() for r in results],
         }
+        lines = ",\n".join("  " + json.dumps(_compact(r)) for r in results)
         partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(content, indent=1) + "\n")
+        partial.write_text(json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n{lines}\n ]\n}}\n')
         partial.replace(path)
 
 
@@ -228,6 +229,13 @@ def load_json(path: str | Path) -> tuple[ResultsFormatter, list[BenchmarkResult]
         complete=content["complete"],
     )
     return formatter, [BenchmarkResult.from_dict(row) for row in content["rows"]]
+
+
+def _compact(row: BenchmarkResult) -> dict[str, Any]:
+    """Fields that differ from their default, six digits of every number."""
+    defaults = {name: field.default for name, field in BenchmarkResult.__dataclass_fields__.items()}
+    values = {k: v for k, v in row.as_dict().items() if k == "status" or v != defaults[k]}
+    return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -65,11 +65,13 @@ def pairs(results: Sequence[BenchmarkResult], device: str) -> list[Pair]:
 def _matches(row: BenchmarkResult, params: dict[str, Any]) -> bool:
     for name, value in params.items():
         mine = row.params.get(name)
-        if name == "batch_spec":
-            mine, value = ([r.as_tuple() for r in parse_batch_spec(x)] for x in (mine, value))
-        if mine != value:
+        if mine != value and (name != "batch_spec" or _lengths(str(mine)) != _lengths(value)):
             return False
     return True
+
+
+def _lengths(spec: str) -> list[tuple[int, int]]:
+    return [request.as_tuple() for request in parse_batch_spec(spec)]
 
 
 def table(found: Sequence[Pair]) -> list[str]:

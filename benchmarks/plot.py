@@ -1,62 +1,116 @@
-"""Pictures of results: the roofline, and time over batch per backend."""
+"""Pictures of results: the roofline of every row, and time over batch per backend, a panel per kind of case."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from backends import is_peer
 from common import BenchmarkResult, ResultsFormatter, describe
 from workloads import workload
 
+#: Panels of one picture, the ones with most points first to be kept.
+MAX_PANELS = 12
+_COLUMNS = 3
+_MARKERS = "osD^vP*X<>hdp8H"
+
+#: Panel title -> backend -> (batch, microseconds)
+Panels = dict[str, dict[str, list[tuple[int, float]]]]
+
 
 def save_plot(formatter: ResultsFormatter, results: Sequence[BenchmarkResult], path: str | Path) -> None:
-    """Write a PNG: left the roofline of every row with FLOPs, right microseconds over batch, one line per backend."""
+    """Write a PNG. Left: TFLOP/s over FLOP per byte under the machine's ceilings, for rows with FLOPs. Right:
+    microseconds over batch. Ours are solid, peers dashed and hollow."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(15, 6.5))
     rows = [r for r in results if r.median_us]
     names = list(dict.fromkeys(r.backend for r in rows))
-    colors = {name: pyplot.get_cmap("tab20")(i % 20) for i, name in enumerate(names)}
-    _roofline(left, formatter, rows, colors)
-    _over_batch(right, rows, colors)
-    figure.suptitle(f"{formatter.config}, {formatter.environment.get('device', '')}")
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    styles = {name: _style(i, name, pyplot) for i, name in enumerate(names)}
+    found = panels(rows)
+    shown = sorted(sorted(found, key=lambda t: -_points(found[t]))[:MAX_PANELS], key=list(found).index)
+    grid_rows = max(2, math.ceil(len(shown) / _COLUMNS))
+    figure = pyplot.figure(figsize=(19, 1.2 + 3.1 * grid_rows), layout="constrained")
+    grid = figure.add_gridspec(grid_rows, _COLUMNS + 1, width_ratios=[1.5] + [1] * _COLUMNS)
+    _roofline(figure.add_subplot(grid[:2, 0]), formatter, rows, styles)
+    for i, title in enumerate(shown):
+        _panel(figure.add_subplot(grid[i // _COLUMNS, 1 + i % _COLUMNS]), title, found[title], styles)
+    handles = [pyplot.Line2D([], [], **styles[n], label=n) for n in names]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(8, max(1, len(names))), fontsize=9)
+    omitted = f" ({len(found) - len(shown)} more kinds of cases not drawn)" if len(shown) < len(found) else ""
+    figure.suptitle(f"{formatter.config}, {formatter.environment.get('device', '')}{omitted}")
+    figure.savefig(path, dpi=90)
     pyplot.close(figure)
 
 
-def _roofline(axes, formatter: ResultsFormatter, rows: Sequence[BenchmarkResult], colors) -> None:
-    for name, color in colors.items():
-        mine = [r for r in rows if r.backend == name and r.flops and r.bytes]
-        axes.scatter([r.flops / r.bytes for r in mine], [r.tflops for r in mine], s=18, color=color, label=name)
+def panels(rows: Sequence[BenchmarkResult]) -> Panels:
+    """Rows by what they have in common besides batch and backend. Kinds of a single batch are left out, unless there
+    is no other."""
+    found: Panels = {}
+    for r in rows:
+        fixed = {k: v for k, v in r.params.items() if k not in ("tokens", "batch", "rows")}
+        if "batch_spec" in fixed:
+            fixed["batch_spec"] = str(fixed["batch_spec"]).lstrip("0123456789")
+        title = f"{r.workload} {describe(BenchmarkResult(r.workload, fixed, r.backend))}"
+        point = (workload(r.workload).batch(r.params), r.median_us or 0.0)
+        found.setdefault(title, {}).setdefault(r.backend, []).append(point)
+    lines = {t: panel for t, panel in found.items() if any(len(points) > 1 for points in panel.values())}
+    return lines or found
+
+
+def _points(panel: dict[str, list[tuple[int, float]]]) -> int:
+    return sum(len(points) for points in panel.values())
+
+
+def _style(i: int, name: str, pyplot: Any) -> dict[str, Any]:
+    color = pyplot.get_cmap("tab10")(i % 10)
+    peer = is_peer(name)
+    return {
+        "color": color,
+        "marker": _MARKERS[i % len(_MARKERS)],
+        "markersize": 5,
+        "markerfacecolor": "none" if peer else color,
+        "linestyle": "--" if peer else "-",
+        "linewidth": 1.0 if peer else 1.6,
+    }
+
+
+def _roofline(axes: Any, formatter: ResultsFormatter, rows: Sequence[BenchmarkResult], styles: dict) -> None:
     read, gemm = formatter.ceilings.get("read_gbps"), formatter.ceilings.get("gemm_bf16_tflops")
-    intensities = [r.flops / r.bytes for r in rows if r.flops and r.bytes]
-    if read and gemm and intensities:
+    axes.set(xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="TFLOP/s", title="roofline")
+    drawn = [r for r in rows if r.flops and r.bytes and r.tflops]
+    if not drawn:
+        axes.text(0.5, 0.5, "these operations have no FLOPs", ha="center", transform=axes.transAxes)
+        return
+    for name, style in styles.items():
+        mine = [r for r in drawn if r.backend == name]
+        axes.plot([r.flops / r.bytes for r in mine], [r.tflops for r in mine], **{**style, "linestyle": "none"})
+    if read and gemm:
+        intensities = [r.flops / r.bytes for r in drawn]
         low, high = min(intensities) / 2, max([*intensities, 1e3 * gemm / read]) * 2
         xs = [low * (high / low) ** (i / 100) for i in range(101)]
         axes.plot(xs, [min(gemm, x * read / 1e3) for x in xs], color="black", linewidth=1)
         axes.set_title(f"roofline: {read:.0f} GB/s read, {gemm:.1f} TFLOP/s bf16")
-    axes.set(xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="TFLOP/s")
-    axes.legend(fontsize=7)
 
 
-def _over_batch(axes, rows: Sequence[BenchmarkResult], colors) -> None:
-    lines: dict[tuple[str, str], list[tuple[int, float]]] = {}
-    for r in rows:
-        size = workload(r.workload).batch(r.params)
-        fixed = {k: v for k, v in r.params.items() if k not in ("tokens", "batch", "rows")}
-        if "batch_spec" in fixed:
-            fixed["batch_spec"] = str(fixed["batch_spec"]).lstrip("0123456789")
-        case = describe(BenchmarkResult(r.workload, fixed, r.backend))
-        lines.setdefault((r.backend, f"{r.workload} {case}"), []).append((size, r.median_us or 0.0))
-    styles = {case: ("-", "--", ":", "-.")[i % 4] for i, case in enumerate(dict.fromkeys(c for _, c in lines))}
-    for (name, case), points in lines.items():
-        points.sort()
-        xs, ys = zip(*points, strict=True)
-        axes.plot(xs, ys, styles[case], marker=".", color=colors[name], label=f"{name}, {case}")
-    axes.set(xscale="log", yscale="log", xlabel="batch (requests, tokens or rows)", ylabel="microseconds")
-    if len(lines) <= 24:
-        axes.legend(fontsize=6)
+def _panel(axes: Any, title: str, lines: dict[str, list[tuple[int, float]]], styles: dict) -> None:
+    from matplotlib import ticker
+
+    for name, points in lines.items():
+        xs, ys = zip(*sorted(points), strict=True)
+        axes.plot(xs, ys, **styles[name])
+    sizes = sorted({x for points in lines.values() for x, _ in points})
+    axes.set(xscale="log", yscale="log")
+    axes.set_xticks(sizes, [str(s) for s in sizes], fontsize=8)
+    axes.minorticks_off()
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    axes.grid(alpha=0.3)
+    axes.tick_params(axis="y", labelsize=8)
+    axes.set_title(title, fontsize=8)
+    axes.set_ylabel("us", fontsize=8)
+    axes.set_xlabel("batch (requests, tokens or rows)", fontsize=8)
