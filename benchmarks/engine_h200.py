@@ -61,6 +61,7 @@ def main() -> int:
         child.set_defaults(run=run)
         if name == "served":
             child.add_argument("--tokens", type=int, default=200, help="decoded per request and shape")
+            child.add_argument("--shared", type=int, default=0, help="leading tokens that all prompts have in common")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     options.arms = options.arms or ["nsa_plugin", *STOCK[options.family]]
@@ -129,18 +130,29 @@ def _serve_arm(
     log = options.out / f"served-{options.family}-{options.kv}-{arm.file_name}.log"
     command = [f"--attention-backend={arm.backend}", *args, *arm.args]
     with Server(model, command, env=arm.env, log_path=log, timeout=400) as server:
-        return [{"arm": arm.text, **_decode_step(server, batch, context, options.tokens)} for batch, context in shapes]
+        return [
+            {"arm": arm.text, **_decode_step(server, batch, context, options.tokens, options.shared)}
+            for batch, context in shapes
+        ]
 
 
-def _decode_step(server: Server, batch: int, context: int, tokens: int) -> dict[str, Any]:
+def _prompt(seed: int, context: int, shared: int) -> list[int]:
+    """`context` tokens, the first `shared` of them the same for every seed, the last page of them never."""
+    common = random.Random("shared").choices(range(3, VOCAB), k=min(shared, context - 64)) if shared else []
+    return common + random.Random(seed).choices(range(3, VOCAB), k=context - len(common))
+
+
+def _decode_step(server: Server, batch: int, context: int, tokens: int, shared: int) -> dict[str, Any]:
     """Best decode step that the server logs while exactly `batch` requests run."""
     seen = len(server.log_path.read_text(errors="replace"))
     sampling = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
 
     def ask(seed: int) -> None:
-        prompt = random.Random(seed).choices(range(3, VOCAB), k=context)
-        server.post("/generate", {"input_ids": prompt, "sampling_params": sampling}, timeout=300)
+        body = {"input_ids": _prompt(seed, context, shared), "sampling_params": sampling}
+        server.post("/generate", body, timeout=300)
 
+    if shared:
+        ask(0)  # into the radix cache
     with ThreadPoolExecutor(batch) as pool:
         list(pool.map(ask, range(batch)))
     lines = _STEP.findall(server.log_path.read_text(errors="replace")[seen:])

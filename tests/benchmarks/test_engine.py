@@ -64,7 +64,7 @@ class Log:
 
 
 def test_step_comes_from_lines_of_this_batch_only(tmp_path: Path) -> None:
-    row = engine_h200._decode_step(Log(tmp_path / "log"), 2, 5, 4)
+    row = engine_h200._decode_step(Log(tmp_path / "log"), 2, 5, 4, shared=0)
     assert row["tokens_per_second"] == 250.0
     assert row["step_us"] == 8000.0
     assert row["log_lines"] == 4
@@ -74,6 +74,16 @@ def test_prompts_grow_and_the_cache_holds_their_longest_versions() -> None:
     shapes = engine_h200._shapes(engine_h200.argparse.Namespace(shapes=["1:32", "2:8", "4:8"]))
     assert shapes == [(4, 8), (2, 8), (1, 32)]
     assert engine_h200._cache_tokens(shapes, 10) == (32 + 8 + 8 + 8) + 7 * 138 + 8192
+
+
+def test_prompts_share_what_they_should() -> None:
+    short, long = engine_h200._prompt(1, 200, 150), engine_h200._prompt(1, 300, 150)
+    other = engine_h200._prompt(2, 300, 150)
+    assert len(short) == 200
+    assert short[:136] == other[:136]
+    assert long[:150] == other[:150]
+    assert long[150:160] != other[150:160]
+    assert engine_h200._prompt(3, 300, 0)[:200] == engine_h200._prompt(3, 200, 0)
 
 
 def test_table_gives_ratios_to_the_first_arm(capsys: pytest.CaptureFixture) -> None:
