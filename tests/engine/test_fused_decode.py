@@ -20,8 +20,19 @@ quantize_once = pytest.importorskip("nsa_backend_plugin.engine.gpu.quantize_once
 gpu_indexer = pytest.importorskip("nsa_backend_plugin.engine.gpu.indexer")
 
 HIDDEN, Q_LORA, HEADS, NOPE, INDEX_HEADS, TOPK, PAGES = 48, 32, 3, 16, 4, 20, 6
+#: Tokens of each request, those of the step included.
 LENGTHS = [70, 5, 130]
-T = len(LENGTHS)
+#: Mode of a batch and its queries for each request.
+MODES = [("decode", 1), ("target_verify", 2), ("target_verify", 5), ("draft_extend_v2", 3)]
+
+
+def forward_mode(name: str) -> SimpleNamespace:
+    """Answers SGLang's questions about a batch's mode."""
+    return SimpleNamespace(
+        is_decode=lambda: name == "decode",
+        is_target_verify=lambda: name == "target_verify",
+        is_draft_extend_v2=lambda: name == "draft_extend_v2",
+    )
 
 
 class Norm(torch.nn.Module):
@@ -48,8 +59,11 @@ class Linear:
 class Case:
     """A layer, a backend and a batch, all made of CPU tensors; `log` records the order of issue."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, packed: bool, is_neox: bool):
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, packed: bool, is_neox: bool, mode: str = "decode", per_request: int = 1
+    ):
         self.log: list[str] = []
+        self.tokens = len(LENGTHS) * per_request
         rope = SimpleNamespace(cos_sin_cache=torch.randn(256, 64), is_neox_style=is_neox)
         self.indexer = SimpleNamespace(
             use_dsa_indexer_fusion=not is_neox,
@@ -104,20 +118,25 @@ class Case:
         )
         index_cache.declare_layout(pool, "row_major")
         order = torch.randperm(PAGES).int()
-        self.page_table = torch.stack([order[:3], order[[3, 3, 3]], order[[4, 5, 0]]])
+        pages = torch.stack([order[:3], order[[3, 3, 3]], order[[4, 5, 0]]])
+        self.page_table = pages.repeat_interleave(per_request, dim=0)
         lengths = torch.tensor(LENGTHS, dtype=torch.int32)
-        self.slots = torch.stack(
-            [self.page_table[b, (n - 1) // 64].long() * 64 + (n - 1) % 64 for b, n in enumerate(LENGTHS)]
-        )
+        earlier = torch.arange(per_request - 1, -1, -1, dtype=torch.int32)
+        #: Tokens that each query of the step sees: a draft sees those before it.
+        self.lengths = (lengths[:, None] - earlier).flatten()
+        self.positions = self.lengths.long() - 1
+        self.slots = self.page_table.long().gather(1, self.positions[:, None] // 64)[:, 0] * 64 + self.positions % 64
         self.backend = object.__new__(dsa_backend.NsaPluginDSABackend)
         self.backend.token_to_kv_pool = pool
-        self.backend.forward_metadata = SimpleNamespace(real_page_table=self.page_table, cache_seqlens_int32=lengths)
-        self.backend.attention_workspace = None
-        self.positions = lengths.long() - 1
-        self.hidden = torch.randn(T, HIDDEN).to(torch.bfloat16)
-        self.qkv = torch.randn(T, Q_LORA + 576).to(torch.bfloat16)
-        mode = SimpleNamespace(is_decode=lambda: True)
-        self.batch = SimpleNamespace(forward_mode=mode, batch_size=T, out_cache_loc=self.slots)
+        self.backend.forward_metadata = SimpleNamespace(
+            real_page_table=self.page_table, cache_seqlens_int32=lengths, dsa_seqlens_expanded=self.lengths
+        )
+        self.backend.speculative_num_draft_tokens = per_request
+        self.backend.attention_workspace = self.backend.logits_buffer = None
+        self.backend.use_mha = False
+        self.hidden = torch.randn(self.tokens, HIDDEN).to(torch.bfloat16)
+        self.qkv = torch.randn(self.tokens, Q_LORA + 576).to(torch.bfloat16)
+        self.batch = SimpleNamespace(forward_mode=forward_mode(mode), batch_size=len(LENGTHS), out_cache_loc=self.slots)
         self.capturing = False
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
         monkeypatch.setattr(absorb, "get_attn_backend", lambda: self.backend)
@@ -135,7 +154,7 @@ class Case:
         )
 
 
-@pytest.fixture(params=[(packed, neox) for packed in (False, True) for neox in (False, True)])
+@pytest.fixture(params=[(packed, neox, *mode) for packed in (False, True) for neox in (False, True) for mode in MODES])
 def case(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Case:
     return Case(monkeypatch, *request.param)
 
@@ -163,7 +182,7 @@ def expected(case: Case) -> dict[str, torch.Tensor]:
     cos_sin_cache = attn.rotary_emb.cos_sin_cache
     norm = indexer.k_norm
     indexer_prep.key_store(key, norm.weight, norm.bias, case.positions, cos_sin_cache, pages, case.slots, **rope)
-    query = indexer.wq_b(q_lora)[0].view(T, INDEX_HEADS, 128)
+    query = indexer.wq_b(q_lora)[0].view(case.tokens, INDEX_HEADS, 128)
     q_fp8, weights = indexer_prep.query(
         query,
         gate,
@@ -173,9 +192,8 @@ def expected(case: Case) -> dict[str, torch.Tensor]:
         scale_format="ue8m0" if neox else "fp32",
         **rope,
     )
-    lengths = case.backend.forward_metadata.cache_seqlens_int32
-    logits = mqa_logits.paged(q_fp8[:, None], pages, weights, lengths, case.page_table, 192)
-    slots = topk.select(logits, lengths, TOPK, page_table=case.page_table, page_size=64)
+    logits = mqa_logits.paged(q_fp8[:, None], pages, weights, case.lengths, case.page_table, 192)
+    slots = topk.select(logits, case.lengths, TOPK, page_table=case.page_table, page_size=64)
     return {"q_all": torch.cat([q_nope, q_rope], -1), "latent": latent, "pages": pages, "slots": slots}
 
 
@@ -206,8 +224,9 @@ def test_cat_skip_is_a_view_and_bitwise_equal(case: Case, monkeypatch: pytest.Mo
     monkeypatch.setattr(dsa_backend.sparse_mla, "attend", recording)
     layer = SimpleNamespace(tp_q_head_num=HEADS, v_head_dim=512, head_dim=576, layer_id=0, scaling=0.05)
     before = case.latent.clone()
-    fused = case.backend.forward_decode(q_nope, None, None, layer, case.batch, q_rope=q_rope, topk_indices=slots)
-    plain = case.backend.forward_decode(
+    forward = case.backend.forward_decode if case.batch.forward_mode.is_decode() else case.backend.forward_extend
+    fused = forward(q_nope, None, None, layer, case.batch, q_rope=q_rope, topk_indices=slots)
+    plain = forward(
         q_nope.clone().contiguous(), None, None, layer, case.batch, q_rope=q_rope.contiguous(), topk_indices=slots
     )
     assert seen[0].data_ptr() == q_nope.data_ptr()
@@ -253,32 +272,41 @@ def test_main_lane_is_issued_first_and_joined_last(case: Case, monkeypatch: pyte
 def test_capture_uses_the_buffers_allocated_before_it(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     want = expected(case)["slots"]
     case.capturing = True
-    case.backend.logits_buffer = torch.full((T + 2, 192), float("nan"))
+    case.backend.logits_buffer = torch.full((case.tokens + 2, 192), float("nan"))
     assert torch.equal(case.prepare()[7], want)
-    for row, length in enumerate(LENGTHS):
+    for row, length in enumerate(case.lengths.tolist()):
         assert torch.isfinite(case.backend.logits_buffer[row, :length]).all()
-    assert torch.isnan(case.backend.logits_buffer[T:]).all()
+    assert torch.isnan(case.backend.logits_buffer[case.tokens :]).all()
 
 
-def test_rare_cases_keep_the_stock_path(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rare_cases_keep_the_stock_path_and_say_why(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons: list[str] = []
+    monkeypatch.setattr(absorb, "_log_once", reasons.append)
     before = case.latent.clone()
     assert case.prepare(llama_4_scaling=torch.ones(1)) == "stock"
-    case.batch.batch_size = T - 1  # rows padded for tensor parallelism
+    case.batch.batch_size -= 1  # rows padded for tensor parallelism
     assert case.prepare() == "stock"
-    case.batch.batch_size = T
-    case.batch.forward_mode = SimpleNamespace(is_decode=lambda: False)
+    case.batch.batch_size += 1
+    table = case.backend.forward_metadata.real_page_table  # rows padded for data parallelism after the metadata
+    case.backend.forward_metadata.real_page_table = table[:-1]
     assert case.prepare() == "stock"
-    case.batch.forward_mode = SimpleNamespace(is_decode=lambda: True)
+    case.backend.forward_metadata.real_page_table = table
     case.attn.w_kc = case.attn.w_kc.float()
     assert case.prepare() == "stock"
+    assert [reason.split()[0] for reason in reasons] == ["queries", "the", "the", "W_UK"]
+    reasons.clear()
+    mode, case.batch.forward_mode = case.batch.forward_mode, forward_mode("extend")  # prefill is not ours to prepare
+    assert case.prepare() == "stock"
+    case.batch.forward_mode = mode
     monkeypatch.setattr(absorb, "get_attn_backend", lambda: object())  # another backend is selected
     assert case.prepare() == "stock"
+    assert not reasons
     assert torch.equal(case.latent, before)
 
 
 def test_layers_that_reuse_top_k_run_no_indexer(case: Case) -> None:
     case.attn.should_run_indexer = lambda previous: False
-    pages, previous = case.index_pages.clone(), torch.zeros(T, TOPK, dtype=torch.int32)
+    pages, previous = case.index_pages.clone(), torch.zeros(case.tokens, TOPK, dtype=torch.int32)
     slots = case.prepare(prev_topk_indices=previous)[7]
     assert slots is previous
     assert torch.equal(case.index_pages, pages)
