@@ -45,7 +45,7 @@ SERVER_ARGS = (
 _STEP = re.compile(r"#running-req: (\d+), .*gen throughput \(token/s\): ([0-9.]+)")
 
 
-def main() -> int:
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=REPO / "benchmarks" / "results")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -62,7 +62,11 @@ def main() -> int:
         if name == "served":
             child.add_argument("--tokens", type=int, default=200, help="decoded per request and shape")
             child.add_argument("--shared", type=int, default=0, help="leading tokens that all prompts have in common")
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    options = arguments().parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     options.arms = options.arms or ["nsa_plugin", *STOCK[options.family]]
     return options.run(options)

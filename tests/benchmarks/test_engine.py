@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
+import time
 from pathlib import Path
 
 import engine_h200
 import pytest
+import run_engine
 import torch
 from engine_model import FAMILIES, config, weights, write_config
 
@@ -100,3 +103,23 @@ def test_results_carry_environment_and_options(tmp_path: Path) -> None:
     body = json.loads((tmp_path / "served-v32-auto-h16-h200.json").read_text())
     assert body["options"] == {"family": "v32", "kv": "auto", "heads": 16, "label": ""}
     assert {"device", "libraries", "date", "command"} <= set(body["environment"])
+
+
+def test_every_step_of_the_whole_run_parses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_engine.shutil, "which", lambda name: f"/usr/bin/{name}")
+    steps = run_engine.commands(tmp_path)
+    assert {"tests", "memcheck"} <= set(steps)
+    for name in run_engine.MEASUREMENTS:
+        words = steps[name][1]
+        options = engine_h200.arguments().parse_args(words[2:])
+        assert options.out == tmp_path
+        engine_h200.parse_arms(options.arms or ["nsa_plugin", "dsa"])
+        assert engine_h200._shapes(options)
+
+
+def test_a_step_that_takes_too_long_is_ended(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    command = [sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)"]
+    start = time.monotonic()
+    assert run_engine._run("slow", 2, command, tmp_path) == 124
+    assert time.monotonic() - start < 30
+    assert "begun\n== slow: exit code 124" in capsys.readouterr().out
