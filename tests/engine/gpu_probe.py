@@ -94,12 +94,14 @@ class Probe:
     def decode(self, batch: Any, tokens: torch.Tensor) -> dict[str, Any]:
         batch.input_ids = tokens.to(self.runner.device)
         batch.prepare_for_decode()
-        logits = self.forward(batch)
+        result = {"logits": self.forward(batch)}
         size = len(tokens)
         captured = size <= max(CAPTURED) and not self.args.disable_cuda_graph
         rows = min(c for c in CAPTURED if c >= size) if captured else size
-        slots = [selected[captured, rows, layer][:size].sort(-1).values.cpu() for layer in range(self.layers)]
-        return {"logits": logits, "slots": torch.stack(slots)}
+        if selected:  # the model has an indexer
+            slots = [selected[captured, rows, layer][:size].sort(-1).values.cpu() for layer in range(self.layers)]
+            result["slots"] = torch.stack(slots)
+        return result
 
     @torch.no_grad()
     def idle(self, batch: Any) -> str:
