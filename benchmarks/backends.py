@@ -10,7 +10,10 @@ import peers
 import torch
 from workloads import Problem, workload
 
+from nsa_backend_plugin.engine import kernels
 from nsa_backend_plugin.ops.registry import operations
+
+kernels.register()
 
 #: The registry decides, as in the engine.
 DEFAULT = "default"

@@ -18,6 +18,7 @@ from workloads import Problem
 from workloads.base import HEAD_DIM, SOFTMAX_SCALE, VALUE_DIM
 from workloads.dense_mla import row_slots
 
+from nsa_backend_plugin.engine.kernels import sglang_topk_v2
 from nsa_backend_plugin.layouts import INDEX_PAGE_SIZE
 
 Call = Callable[[Any], Any]
@@ -106,15 +107,13 @@ def _deep_gemm_planned(problem: Problem) -> Call:
 
 
 def _sglang_topk(problem: Problem) -> Call:
-    """SGLang's JIT top-k v2 with its plan made outside, plus the -1 fill that the engine needs."""
-    from sglang.kernels.ops.attention.dsv4.topk import plan_topk_v2, topk_transform_512_v2
-
+    """SGLang's JIT top-k v2 with its plan made outside."""
     lens, table, k = problem.extra["lens"], problem.extra["table"], problem.extra["k"]
-    plan = plan_topk_v2(lens)
+    plan = sglang_topk_v2.plan(lens)
 
     def call(logits: torch.Tensor) -> torch.Tensor:
-        out = logits.new_full((logits.shape[0], k), -1, dtype=torch.int32)
-        topk_transform_512_v2(logits, lens, table, out, INDEX_PAGE_SIZE, plan)
+        out = logits.new_empty((logits.shape[0], k), dtype=torch.int32)
+        sglang_topk_v2.run(logits, lens, table, INDEX_PAGE_SIZE, plan, out)
         return out
 
     return call
@@ -122,18 +121,16 @@ def _sglang_topk(problem: Problem) -> Call:
 
 def _sglang_chain(problem: Problem) -> Call:
     """DeepGEMM logits, then SGLang's top-k v2: the engine's own chain."""
-    from sglang.kernels.ops.attention.dsv4.topk import plan_topk_v2, topk_transform_512_v2
-
     logits_of = _deep_gemm_planned(problem)
     lens, k = problem.extra["lens"], problem.extra["k"]
-    plan = plan_topk_v2(lens)
+    plan = sglang_topk_v2.plan(lens)
 
     def call(item: Any) -> torch.Tensor:
         logits = logits_of(item)
         if logits.shape[0] == 1 and logits.stride(0) % 4:  # the kernel asks for 16-byte rows
             logits = logits.as_strided(logits.shape, (-(-logits.shape[1] // 4) * 4, 1))
-        out = logits.new_full((logits.shape[0], k), -1, dtype=torch.int32)
-        topk_transform_512_v2(logits, lens, item[2], out, INDEX_PAGE_SIZE, plan)
+        out = logits.new_empty((logits.shape[0], k), dtype=torch.int32)
+        sglang_topk_v2.run(logits, lens, item[2], INDEX_PAGE_SIZE, plan, out)
         return out
 
     return call
@@ -233,7 +230,7 @@ PEERS = {
         Peer("dense_decode", "flashinfer_planned", peers_mla.flashinfer_dense, ("flashinfer",)),
         Peer("dense_decode", "sglang_triton", _sglang_triton_decode, ("sglang",)),
         Peer("logits_paged", "deep_gemm_planned", _deep_gemm_planned, ("deep_gemm",)),
-        Peer("topk", "sglang_topk_v2", _sglang_topk, ("sglang",)),
+        Peer("topk", "sglang_topk_v2_planned", _sglang_topk, ("sglang",)),
         Peer("indexer_chain", "sglang_chain", _sglang_chain, ("sglang", "deep_gemm")),
         Peer("indexer_prep", "sglang_kernels", _sglang_prep, ("sglang",)),
         Peer("index_store", "sglang_fused_store", _sglang_index_store, ("sglang",)),

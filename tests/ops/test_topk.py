@@ -207,8 +207,11 @@ def test_external_implementation(monkeypatch, device):
     registry.register_external("topk", "elsewhere", "nsa_backend_plugin.ops.topk.reference")
     logits, lengths = torch.randn(2, 10, device=device), torch.tensor([3, 10], dtype=torch.int32, device=device)
     check(topk.select(logits, lengths, 4, impl="elsewhere"), logits, lengths, 4)
+    registry.register_external("topk", "elsewhere", "nsa_backend_plugin.ops.topk.reference")  # again: no change
     with pytest.raises(ValueError, match="op='nothing'"):
         registry.register_external("nothing", "elsewhere", "x")
+    with pytest.raises(ValueError, match="name='torch'"):
+        registry.register_external("topk", "torch", "x")
     registry._external.clear()
     for cached in (registry.implementation_names, registry._load, registry._available):
         cached.cache_clear()

@@ -168,8 +168,10 @@ def settings_in_force(problems: Problems) -> list[dict[str, str]]:
 
 def operations(device: str, problems: Problems) -> list[dict[str, Any]]:
     """Every operation's implementations in order of preference, chosen or declined and why."""
+    from nsa_backend_plugin.engine import kernels
     from nsa_backend_plugin.ops import registry
 
+    kernels.register()
     rows = []
     for operation in registry.operations():
         try:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from nsa_backend_plugin import BACKEND_NAME, settings
-from nsa_backend_plugin.engine import compat
+from nsa_backend_plugin.engine import compat, kernels
 from nsa_backend_plugin.engine.gpu import rocm
 from nsa_backend_plugin.layouts import INDEX_DIM, INDEX_PAGE_SIZE, LATENT_DIM, ROPE_DIM
 from nsa_backend_plugin.ops import dense_mla, registry
@@ -61,6 +61,7 @@ def check_settings() -> None:
     """Raise ValueError for an unsupported SGLang, a bad NSA_PLUGIN_* value or an unknown implementation name."""
     compat.require_supported()
     settings.validate()
+    kernels.register()
     registry.validate_forced()
 
 

@@ -39,12 +39,16 @@ def register_external(op: str, name: str, module: str) -> None:
     """Add an implementation whose file may not live under ops/, because it imports the engine.
 
     module: its dotted path, imported when first asked for. Same contract as a file of the operation's folder.
+    Raises ValueError for an unknown operation and for a name that is taken; the same call again changes nothing.
     """
     if op not in settings.OPERATIONS:
         raise ValueError(f"op={op!r}: expected one of {', '.join(settings.OPERATIONS)}")
+    if _external.get((op, name)) == module:
+        return
+    if name in implementation_names(op):
+        raise ValueError(f"name={name!r}: expected a name that {op} does not have yet")
     _external[op, name] = module
-    for cached in (implementation_names, _load, _available):
-        cached.cache_clear()
+    implementation_names.cache_clear()
 
 
 @functools.cache

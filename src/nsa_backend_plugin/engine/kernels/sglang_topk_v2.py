@@ -1,7 +1,7 @@
 """SGLang's JIT top-k v2 (sglang.kernels, deepseek_v4/topk_v2.cuh): decode rows, page tables, k up to 2048, CUDA.
 
-Its plan (which rows get a cluster of blocks) depends on the lengths only; SGLang makes it once per step, this adapter
-once per call.
+Its plan (which rows get a cluster of blocks) depends on the lengths only; SGLang makes it once per step, `select` once
+per call. The benchmarks time `run` with a plan made outside.
 """
 
 from __future__ import annotations
@@ -50,6 +50,28 @@ def accepts_select(
     return YES if logits.shape[0] else no("no rows")
 
 
+def plan(lengths: torch.Tensor) -> torch.Tensor:
+    """The plan of a step for lengths [R], which must not be negative."""
+    from sglang.kernels.ops.attention.dsv4.topk import plan_topk_v2
+
+    return plan_topk_v2(lengths)
+
+
+def run(
+    logits: torch.Tensor,
+    lengths: torch.Tensor,
+    page_table: torch.Tensor,
+    page_size: int,
+    step_plan: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """Write the slots of each row's largest logits, then -1, into out [R, k]. Arguments as in `ops.topk.select`."""
+    from sglang.kernels.ops.attention.dsv4.topk import topk_transform_512_v2
+
+    out.fill_(-1)
+    topk_transform_512_v2(logits, lengths, page_table, out, page_size, step_plan)
+
+
 def select(
     logits: torch.Tensor,
     lengths: torch.Tensor,
@@ -62,8 +84,6 @@ def select(
     deterministic: bool,
     out: torch.Tensor,
 ) -> None:
-    from sglang.kernels.ops.attention.dsv4.topk import plan_topk_v2, topk_transform_512_v2
-
     lengths = lengths.clamp_min(0)  # read as unsigned: a negative length would be four billion
-    out.fill_(-1)
-    topk_transform_512_v2(logits, lengths, page_table, out, page_size, plan_topk_v2(lengths))
+    assert page_table is not None  # or `accepts_select` would have declined
+    run(logits, lengths, page_table, page_size, plan(lengths), out)
