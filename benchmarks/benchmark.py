@@ -37,7 +37,9 @@ JOURNALS = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nsa
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("compare", nargs="*", metavar="compare A.json B.json", help="compare two results files")
     parser.add_argument("--config", type=Path, help="YAML file; overrides the arguments that say what to measure")
-    parser.add_argument("--quick", action="store_true", help="the config's small sizes, for a look and for a CPU")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="the config's small sizes: what a CPU gets without --full")
+    size.add_argument("--full", action="store_true", help="the config's own sizes, on a CPU too")
     what = parser.add_argument_group("what to measure")
     what.add_argument("--backends", nargs="+", metavar="BACKEND", help="names, or all")
     what.add_argument("--backend", help="a single backend")
@@ -77,7 +79,10 @@ def configuration(options: argparse.Namespace) -> Config:
     import configs
 
     if options.config is not None:
-        config = configs.load(options.config, options.quick)
+        quick = options.quick or (not options.full and default_device(options) == "cpu")
+        if quick and not options.quick:
+            print("on a CPU: the small sizes of this configuration (--full for its own)")
+        config = configs.load(options.config, quick)
         for name in ("repeats", "warmup_iters"):
             if getattr(options, name) is not None:
                 setattr(config, name, getattr(options, name))

@@ -56,6 +56,7 @@ def main() -> int:
     parser.add_argument("--device", help="default: cuda:0, or cpu without a GPU")
     options = parser.parse_args()
     options.device = benchmark.default_device(options)
+    options.quick |= options.device == "cpu"
     options.out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     ends = started + options.total_seconds

@@ -15,6 +15,7 @@ import benchmark
 import configs
 import measure
 import mla_runner
+import prepare
 import pytest
 import sweep
 import torch
@@ -241,6 +242,57 @@ def test_command_line_sweep() -> None:
     assert cases == [("dense_decode", 1, 4), ("dense_decode", 2, 4), ("mla_batch", 1, 4), ("mla_batch", 2, 4)]
     standard = benchmark.configuration(options("--backends", "flash", "triton", "--batch-specs", "q1s8"))
     assert standard.cases[0].workload == "standard"
+
+
+def test_a_cpu_gets_the_small_sizes(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--config", str(SUITE / "configs" / "mla_decode.yaml"), "--device")
+    specs = {
+        w: benchmark.configuration(options(*words, *w)).cases[0].params["batch_spec"] for w in (("cpu",), ("cuda:0",))
+    }
+    assert specs == {("cpu",): "q1s64", ("cuda:0",): "1q1s1k"}
+    assert "--full" in capsys.readouterr().out
+    assert benchmark.configuration(options(*words, "cpu", "--full")).cases[0].params["batch_spec"] == "1q1s1k"
+
+
+def test_a_row_that_two_runs_name_is_measured_once() -> None:
+    runs = [{"params": {"tokens": [1, 2]}}, {"params": {"tokens": [2, 3]}}]
+    config = configs.from_mapping({"workload": "concat_k", "backends": ["torch"], "params": {"heads": 2}, "runs": runs})
+    assert [row.case.params["tokens"] for row in sweep.plan(config, "cpu")] == [1, 2, 3]
+
+
+def test_compilation_runs_every_row_once(tmp_path: Path) -> None:
+    """Rows of one workload and backend stay together, slow compilers first, and nothing is measured."""
+    config = small_config(backends=["torch", "torch_cat", "triton"])
+    rows = sweep.plan(config, "cpu")
+    slow = sweep.Row(config.cases[0], "tilelang")
+    groups = prepare.groups([*rows, *rows, slow])
+    assert [[(r.backend, r.case.params["tokens"]) for r in g] for g in groups[:2]] == [
+        [("tilelang", 1)],
+        [("torch", n) for n in (1, 2, 3, 4)],
+    ]
+    assert sum(map(len, groups)) == 13
+    assert "compiled for 8 rows" in prepare.compile_all(rows[:8], "cpu", 2, 60.0)
+    assert "compiled for 0 rows" in prepare.compile_all(rows[:8], "cpu", 2, 0.0)
+
+
+def test_run_h200_keeps_what_is_complete(tmp_path: Path) -> None:
+    """The real command twice: the second run measures nothing; a changed environment would."""
+    command = [sys.executable, str(SUITE / "run_h200.py"), "--configs", "mla_concat", "--quick", "--device", "cpu"]
+    command += ["--out", str(tmp_path), "--suffix", "x", "--compile-seconds", "0"]
+    first = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert first.returncode == 0, first.stderr
+    assert "mla_concat: complete\n" in first.stdout
+    path = tmp_path / "mla_concat-x.json"
+    before = path.read_text()
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "mla_concat: complete before" in again.stdout
+    assert path.read_text() == before
+    changed = json.loads(before)
+    changed["environment"]["sources"] = "other"
+    path.write_text(json.dumps(changed))
+    late = subprocess.run([*command, "--total-seconds", "1"], capture_output=True, text=True, check=False)
+    assert late.returncode == 75
+    assert "mla_concat: incomplete" in late.stdout
 
 
 @pytest.mark.parametrize(
