@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from nsa_backend_plugin import serving
 from tests.engine import tiny_tasks
@@ -28,12 +30,39 @@ ARGS = ["--cuda-graph-bs-decode", "1", "4", "8", "--max-running-requests=24", "-
 ARGS += ["--cuda-graph-backend-prefill=disabled", "--sampling-backend=pytorch", "--grammar-backend=none"]
 ARGS += ["--mem-fraction-static=0.5"]
 EAGER = "--disable-cuda-graph"
-KV = ("fp8_e4m3", "bfloat16")
-#: Name: (backend, KV dtype, steps of the draft, further arguments).
-ARMS = {f"plain {kv}": ("nsa_plugin", kv, 0, []) for kv in KV}
-ARMS |= {f"{steps} steps {kv}": ("nsa_plugin", kv, steps, []) for kv in KV for steps in (1, 3)}
-ARMS |= {"2 steps eager": ("nsa_plugin", "fp8_e4m3", 2, [EAGER]), "stock 3 steps": ("dsa", "fp8_e4m3", 3, [])}
-SPECULATIVE = [name for name in ARMS if "steps" in name]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A server. kind: "dsa", or "mla" for the same model without its indexer. steps: of the draft, 0 = none."""
+
+    steps: int
+    kv: str = "fp8_e4m3"
+    kind: str = "dsa"
+    backend: str = "nsa_plugin"
+    args: tuple[str, ...] = ()
+
+    @property
+    def arguments(self) -> list[str]:
+        args = [f"--attention-backend={self.backend}", f"--kv-cache-dtype={self.kv}", *ARGS, *self.args]
+        if self.steps:
+            args += ["--speculative-algorithm=NEXTN", f"--speculative-num-steps={self.steps}"]
+            args += ["--speculative-eagle-topk=1", f"--speculative-num-draft-tokens={self.steps + 1}"]
+        return args
+
+
+ARMS = {
+    "plain": Arm(0),
+    "1 step": Arm(1),
+    "3 steps": Arm(3),
+    "2 steps, eager": Arm(2, args=("--disable-cuda-graph",)),
+    "3 steps, stock": Arm(3, backend="dsa"),
+    "plain bf16": Arm(0, kv="bfloat16"),
+    "3 steps bf16": Arm(3, kv="bfloat16"),
+    "plain mla": Arm(0, kv="auto", kind="mla"),
+    "3 steps mla": Arm(3, kv="auto", kind="mla"),
+}
+PLAIN = {(arm.kind, arm.kv): name for name, arm in ARMS.items() if not arm.steps}
 
 
 @dataclass
@@ -44,26 +73,27 @@ class Outcome:
     per_step: float
 
 
-def draft_arguments(steps: int) -> list[str]:
-    if not steps:
-        return []
-    return [
-        "--speculative-algorithm=NEXTN",
-        f"--speculative-num-steps={steps}",
-        "--speculative-eagle-topk=1",
-        f"--speculative-num-draft-tokens={steps + 1}",
-    ]
-
-
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    named = os.environ.get("NSA_TEST_DRAFT_MODEL")
-    if named:
-        return Path(named)
-    folder = tmp_path_factory.mktemp("draft") / "model"
-    script = ROOT / "examples" / "tiny_dsa" / "draft_layer.py"
-    run_python(script, "--folder", MODEL_2K, "--out", folder, timeout=1200)
-    return folder
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders by kind."""
+    folder = tmp_path_factory.mktemp("draft")
+    dsa = Path(os.environ.get("NSA_TEST_DRAFT_MODEL", folder / "dsa"))
+    if not dsa.exists():
+        script = ROOT / "examples" / "tiny_dsa" / "draft_layer.py"
+        run_python(script, "--folder", MODEL_2K, "--out", dsa, timeout=1200)
+    without_indexer(dsa, folder / "mla")
+    return {"dsa": dsa, "mla": folder / "mla"}
+
+
+def without_indexer(model: Path, out: Path) -> None:
+    shutil.copytree(model, out)
+    weights = load_file(model / "model.safetensors")
+    kept = {name: weight for name, weight in weights.items() if "indexer" not in name}
+    save_file(kept, out / "model.safetensors", {"format": "pt"})
+    config = json.loads((model / "config.json").read_text())
+    config = {key: value for key, value in config.items() if not key.startswith("index_")}
+    config |= {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"}
+    (out / "config.json").write_text(json.dumps(config))
 
 
 @pytest.fixture(scope="module")
@@ -76,16 +106,15 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [row["context"] + row["question"] for row in rows]
 
 
-def serve(model: Path, log: Path, arm: tuple[str, str, int, list[str]], prompts: list[str]) -> Outcome:
-    backend, kv, steps, further = arm
-    args = [f"--attention-backend={backend}", f"--kv-cache-dtype={kv}", *ARGS, *draft_arguments(steps), *further]
+def serve(model: Path, log: Path, arm: Arm, prompts: list[str]) -> Outcome:
     sampling = {"temperature": 0, "max_new_tokens": 48, "ignore_eos": True}
+    bodies = [{"text": prompt, "sampling_params": sampling} for prompt in prompts]
+    env = {"TRITON_INTERPRET": "0", "HF_HUB_OFFLINE": "1"}
     with (
-        serving.Server(model, args, {"TRITON_INTERPRET": "0", "HF_HUB_OFFLINE": "1"}, log_path=log) as server,
+        serving.Server(model, arm.arguments, env, log_path=log) as server,
         ThreadPoolExecutor(len(prompts)) as pool,
     ):
-        bodies = [{"text": prompt, "sampling_params": sampling} for prompt in prompts]
-        answers = [pool.submit(server.post, "/generate", body).result() for body in bodies[:3]]  # alone
+        answers = [server.post("/generate", body) for body in bodies[:3]]  # alone
         answers += pool.map(lambda body: server.post("/generate", body), bodies[3:])  # together
     verified = sum(answer["meta_info"].get("spec_verify_ct", 0) for answer in answers)
     tokens = [answer["output_ids"] for answer in answers]
@@ -94,22 +123,28 @@ def serve(model: Path, log: Path, arm: tuple[str, str, int, list[str]], prompts:
 
 @pytest.fixture(scope="module")
 def outcomes(
-    model: Path, prompts: list[str], tmp_path_factory: pytest.TempPathFactory
+    models: dict[str, Path], prompts: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Outcome | Exception]:
+    """Of every arm, from servers that run at the same time; nothing here is timed."""
     folder = tmp_path_factory.mktemp("servers")
 
     def run(name: str) -> Outcome | Exception:
         try:
-            return serve(model, folder / f"{name.replace(' ', '-')}.log", ARMS[name], prompts)
+            return serve(models[ARMS[name].kind], folder / f"{name.replace(' ', '-')}.log", ARMS[name], prompts)
         except Exception as error:
             return error
 
     with ThreadPoolExecutor(len(ARMS)) as pool:
         results = dict(zip(ARMS, pool.map(run, ARMS), strict=True))
     for name, result in results.items():
-        print(
-            name, f"{result.per_step:.2f} tokens a step" if isinstance(result, Outcome) else "failed", file=sys.stderr
-        )
+        if isinstance(result, Outcome):
+            plain = results[PLAIN[ARMS[name].kind, ARMS[name].kv]]
+            share = same_share(plain, result) if isinstance(plain, Outcome) else float("nan")
+            print(
+                f"{name:16} {result.per_step:.2f} tokens a step, {share:.3f} of the answers as plain's", file=sys.stderr
+            )
+        else:
+            print(f"{name:16} failed", file=sys.stderr)
     return results
 
 
@@ -118,9 +153,9 @@ def same_share(one: Outcome, other: Outcome) -> float:
     return sum(a == b for a, b in zip(one.tokens, other.tokens, strict=True)) / len(one.tokens)
 
 
-@pytest.mark.parametrize("name", SPECULATIVE)
+@pytest.mark.parametrize("name", [name for name, arm in ARMS.items() if arm.steps])
 def test_tokens_are_those_of_plain_decoding(outcomes: dict[str, Outcome | Exception], name: str) -> None:
-    plain, result = outcomes[f"plain {ARMS[name][1]}"], outcomes[name]
+    plain, result = outcomes[PLAIN[ARMS[name].kind, ARMS[name].kv]], outcomes[name]
     for outcome in (plain, result):
         if isinstance(outcome, Exception):
             raise outcome

@@ -67,7 +67,8 @@ class NsaPluginDSABackend(DeepseekSparseAttnBackend):
             self.device,
         )
         # As wide as the page table of a captured step, like the logits that stock allocates while capturing.
-        columns = -(-self.req_to_token.shape[1] // self.real_page_size) * self.real_page_size
+        page_size = self.token_to_kv_pool.page_size
+        columns = -(-self.req_to_token.shape[1] // page_size) * page_size
         size = max_num_tokens * columns * torch.float32.itemsize
         logits = scratch.reserve("index logits", size, self.device)[:size]
         self.logits_buffer = logits.view(torch.float32).view(max_num_tokens, columns)

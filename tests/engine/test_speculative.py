@@ -1,0 +1,213 @@
+"""Speculative decoding on a CPU: SGLang's own metadata into our calls, the draft model's backends, what is refused."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from nsa_backend_plugin.engine import index_cache, launch
+from nsa_backend_plugin.layouts import index_page_bytes
+from nsa_backend_plugin.ops import indexer_prep, mqa_logits, topk
+
+pytest.importorskip("sglang", reason="needs SGLang")
+dsa_backend = pytest.importorskip("nsa_backend_plugin.engine.gpu.dsa_backend")
+drafts = pytest.importorskip("nsa_backend_plugin.engine.gpu.drafts")
+gpu_indexer = pytest.importorskip("nsa_backend_plugin.engine.gpu.indexer")
+stock = pytest.importorskip("sglang.srt.layers.attention.dsa_backend")
+batch_info = pytest.importorskip("sglang.srt.model_executor.forward_batch_info")
+
+HEADS, TOPK, DRAFTS, PAGES, WIDTH = 4, 8, 3, 8, 192
+COMMITTED = [70, 1, 125]  # tokens of each request before the step
+
+
+def expand_on_cpu(queries: torch.Tensor, lengths: torch.Tensor, total: int, widest: int) -> torch.Tensor:
+    """What SGLang's kernel of that name does: lengths that end at each request's, one for each query."""
+    rows = [torch.arange(n - q + 1, n + 1) for q, n in zip(queries.tolist(), lengths.tolist(), strict=True)]
+    return torch.cat(rows).int()
+
+
+@pytest.fixture
+def backend(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A backend with just enough of a pool for SGLang's metadata of an eager batch."""
+    order = torch.randperm(PAGES - 1).int() + 1
+    table = torch.zeros(4, WIDTH, dtype=torch.int32)
+    for request, pages in enumerate((order[:3], order[3:4].repeat(3), order[[4, 5, 6]])):
+        table[request] = (pages[:, None] * 64 + torch.arange(64)).flatten()
+    made = object.__new__(dsa_backend.NsaPluginDSABackend)
+    made.device = torch.device("cpu")
+    made.req_to_token = table
+    made.req_to_token_pool = SimpleNamespace(req_to_token=table)
+    made.index_pages = torch.randint(0, 120, (PAGES, index_page_bytes()), dtype=torch.uint8)
+    for page in made.index_pages:  # finite fp32 scales of a live page
+        page[64 * 128 :] = (torch.rand(64) * 0.02 + 0.005).view(torch.uint8)
+    made.token_to_kv_pool = SimpleNamespace(
+        page_size=64, get_index_k_with_scale_buffer=lambda layer_id: made.index_pages
+    )
+    index_cache.declare_layout(made.token_to_kv_pool, "row_major")
+    made.speculative_num_draft_tokens = DRAFTS
+    made.real_page_size = made.physical_page_size = 64
+    made.dsa_index_topk, made.dsa_index_kpool = TOPK, 1
+    made.dsa_decode_impl = made.dsa_prefill_impl = "nsa_plugin"
+    made.enable_auto_select_prefill_impl = made.dsa_kv_cache_store_fp8 = False
+    made._kv_shard_pool = None
+    made.set_dsa_prefill_impl = lambda batch: None  # which asks for the GPU; batches of drafts are never dense
+    made.use_mha = False
+    made._arange_buf = torch.arange(64, dtype=torch.int32)
+    made.dsa_topk_backend = SimpleNamespace(should_use_topk_v2=lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(stock, "seqlens_expand_triton", expand_on_cpu)
+    monkeypatch.setattr(stock, "pad_dsa_cache_seqlens", lambda batch, lengths: lengths)
+    return made
+
+
+def forward_batch(mode: str) -> SimpleNamespace:
+    before = torch.tensor(COMMITTED)
+    extend = mode == "DRAFT_EXTEND_V2"
+    lengths = before + DRAFTS if extend else before  # as SGLang passes them: with the drafts in draft-extend only
+    requests = len(COMMITTED)
+    return SimpleNamespace(
+        forward_mode=batch_info.ForwardMode[mode],
+        batch_size=requests,
+        seq_lens=lengths,
+        seq_lens_cpu=lengths,
+        seq_lens_sum=int(lengths.sum()),
+        req_pool_indices=torch.arange(requests),
+        spec_info=None,
+        extend_prefix_lens=before,
+        extend_prefix_lens_cpu=COMMITTED,
+        extend_seq_lens=torch.full((requests,), DRAFTS, dtype=torch.int32),
+        extend_seq_lens_cpu=[DRAFTS] * requests,
+        extend_num_tokens=DRAFTS * requests,
+    )
+
+
+@pytest.mark.parametrize("mode", ["TARGET_VERIFY", "DRAFT_EXTEND_V2"])
+def test_every_draft_selects_among_the_tokens_before_it(backend: Any, mode: str) -> None:
+    batch = forward_batch(mode)
+    backend.init_forward_metadata(batch)
+    assert backend.queries_per_request(batch.forward_mode) == DRAFTS
+    visible = [n + j + 1 for n in COMMITTED for j in range(DRAFTS)]
+    tokens = len(visible)
+    query, gate = torch.randn(tokens, HEADS, 128), torch.rand(tokens, HEADS)
+    positions, cos_sin = torch.tensor(visible) - 1, torch.randn(WIDTH, 64)
+    indexer = SimpleNamespace(
+        layer_id=0,
+        n_heads=HEADS,
+        index_topk=TOPK,
+        softmax_scale=1.0,
+        use_dsa_indexer_fusion=False,
+        scale_fmt=None,
+        rotary_emb=SimpleNamespace(cos_sin_cache=cos_sin, is_neox_style=True),
+        _mask_init_and_local_tokens=lambda logits, lengths: logits,
+    )
+    slots = gpu_indexer.select_slots(indexer, query, gate, positions, backend, DRAFTS)
+
+    quantized, weights = indexer_prep.query(query, gate, positions, cos_sin, weight_scale=HEADS**-0.5, is_neox=True)
+    for row, length in enumerate(visible):
+        table = backend.req_to_token[row // DRAFTS]
+        length_tensor = torch.tensor([length], dtype=torch.int32)
+        logits = mqa_logits.paged(
+            quantized[row : row + 1, None],
+            backend.index_pages,
+            weights[row : row + 1],
+            length_tensor,
+            (table[::64] // 64)[None],
+            WIDTH,
+        )
+        want = topk.select(logits, length_tensor, TOPK)[0]
+        want = sorted(table[want[want >= 0].long()].tolist())
+        assert sorted(slot for slot in slots[row].tolist() if slot >= 0) == want
+        assert len(want) == min(length, TOPK)
+
+
+class Recorder:
+    """Stands for a backend: remembers what it was made with."""
+
+    def __init__(self, runner: Any, **options: Any):
+        self.runner, self.options = runner, options
+
+
+class Factory:
+    """Of SGLang's factory what the hook sees."""
+
+    topk, speculative_num_steps, seed_dsa_topk_from_draft_extend = 1, 4, False
+
+    def __init__(self, attn_backend: Any):
+        self.draft_model_runner = SimpleNamespace(attn_backend=attn_backend, kv_index_translator=None)
+
+    def _create_dsa_decode_backend(self) -> None: ...
+
+    def _create_dsa_prefill_backend(self) -> None: ...
+
+
+def create(factory: Factory, per_step: bool) -> Any:
+    table = {"dsa": factory._create_dsa_decode_backend if per_step else factory._create_dsa_prefill_backend}
+    return drafts.create_backend(lambda *args, **kwargs: "stock", factory, "decode_attention_backend", table, "no {x}")
+
+
+def test_the_draft_model_gets_a_backend_per_step_and_one_to_extend(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = object.__new__(dsa_backend.NsaPluginDSABackend)
+    monkeypatch.setattr(dsa_backend, "NsaPluginDSABackend", Recorder)
+    monkeypatch.setattr(stock, "DeepseekSparseAttnBackend", None)  # none of stock's may be made
+    factory = Factory(ours)
+    steps = create(factory, per_step=True)
+    assert isinstance(steps, stock.DeepseekSparseAttnMultiStepBackend)
+    assert steps.speculative_num_steps == 4
+    assert [one.options["speculative_step_id"] for one in steps.attn_backends] == [0, 1, 2]
+    assert all(one.runner is factory.draft_model_runner for one in steps.attn_backends)
+    assert all(one.options["speculative_num_steps"] == 4 for one in steps.attn_backends)
+    extend = create(factory, per_step=False)
+    assert isinstance(extend, Recorder)
+    for each in (steps, extend, *steps.attn_backends):
+        assert each.prefill_attention_backend_str == each.decode_attention_backend_str == "nsa_plugin"
+
+
+def test_other_backends_get_their_own_draft_backends() -> None:
+    assert create(Factory(object()), per_step=True) == "stock"
+    assert create(Factory(object()), per_step=False) == "stock"
+
+
+ARGUMENTS = {
+    "attention_backend": "nsa_plugin",
+    "prefill_attention_backend": None,
+    "decode_attention_backend": None,
+    "speculative_algorithm": "NEXTN",
+    "speculative_eagle_topk": 1,
+}
+
+
+@pytest.mark.parametrize("algorithm", ["EAGLE", "NEXTN"])
+@pytest.mark.parametrize("width", [None, 1])
+def test_chains_of_drafts_are_served_on_cuda(algorithm: str, width: int | None) -> None:
+    served = {**ARGUMENTS, "speculative_algorithm": algorithm, "speculative_eagle_topk": width}
+    arguments = SimpleNamespace(**served)
+    launch.check_arguments(arguments)
+    launch.check_speculation(arguments, "cuda")
+    with pytest.raises(ValueError, match=f"--speculative-algorithm {algorithm} on cpu.*NVIDIA GPUs"):
+        launch.check_speculation(arguments, "cpu")
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("speculative_algorithm", "NGRAM"),
+        ("speculative_algorithm", "EAGLE3"),
+        ("speculative_eagle_topk", 4),
+        ("speculative_adaptive", True),
+        ("speculative_draft_attention_backend", "fa3"),
+        ("enable_multi_layer_eagle", True),
+    ],
+)
+def test_other_drafts_are_refused_by_name(name: str, value: Any) -> None:
+    flag = "--" + name.replace("_", "-")
+    with pytest.raises(ValueError, match=rf"{flag} is set \({value!r}\).*does not support"):
+        launch.check_arguments(SimpleNamespace(**{**ARGUMENTS, name: value}))
+
+
+def test_speculation_is_refused_on_rocm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    with pytest.raises(ValueError, match="on ROCm"):
+        launch.check_speculation(SimpleNamespace(**ARGUMENTS), "cuda")
