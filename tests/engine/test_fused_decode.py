@@ -18,6 +18,8 @@ absorb = pytest.importorskip("nsa_backend_plugin.engine.gpu.absorb")
 dsa_backend = pytest.importorskip("nsa_backend_plugin.engine.gpu.dsa_backend")
 quantize_once = pytest.importorskip("nsa_backend_plugin.engine.gpu.quantize_once")
 gpu_indexer = pytest.importorskip("nsa_backend_plugin.engine.gpu.indexer")
+prefill = pytest.importorskip("nsa_backend_plugin.engine.gpu.prefill")
+scratch = pytest.importorskip("nsa_backend_plugin.engine.gpu.scratch")
 
 HIDDEN, Q_LORA, HEADS, NOPE, INDEX_HEADS, TOPK, PAGES = 48, 32, 3, 16, 4, 20, 6
 #: Tokens of each request, those of the step included.
@@ -338,23 +340,63 @@ def test_input_is_quantized_once_where_every_projection_takes_it(monkeypatch: py
     assert quantize_once.shared_input(x, DeepGemmLinear(64), DeepGemmLinear(65)) is x
 
 
-def test_merged_projection_dequantizes_fp8_blocks() -> None:
+def an_indexer(wk: Any, gate: torch.Tensor) -> SimpleNamespace:
+    return SimpleNamespace(use_dsa_indexer_fusion=False, wk=wk, weights_proj=SimpleNamespace(weight=gate), head_dim=128)
+
+
+def test_merged_projection_dequantizes_fp8_blocks_and_refuses_updates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_indexer, "_copied", set())
     wk = torch.randn(128, 256)
     scale = torch.rand(1, 2) + 0.5
     quantized = (wk / scale.repeat_interleave(128, 1)).to(torch.float8_e4m3fn)
-    indexer = SimpleNamespace(
-        use_dsa_indexer_fusion=False,
-        wk=SimpleNamespace(
-            weight=quantized,
-            weight_scale_inv=scale,
-            quant_method=SimpleNamespace(quant_config=SimpleNamespace(weight_block_size=[128, 128])),
-        ),
-        weights_proj=SimpleNamespace(weight=torch.randn(4, 256).to(torch.bfloat16)),
-        head_dim=128,
-    )
+    blocks = SimpleNamespace(quant_config=SimpleNamespace(weight_block_size=[128, 128]))
+    projection = SimpleNamespace(weight=quantized, weight_scale_inv=scale, quant_method=blocks)
+    indexer = an_indexer(projection, torch.randn(4, 256).to(torch.bfloat16))
     gpu_indexer.merge_projection(indexer)
     x = torch.randn(3, 256).to(torch.bfloat16)
     key, gate = gpu_indexer.project(indexer, x)
     dequantized = (quantized.float() * scale.repeat_interleave(128, 1)).to(torch.bfloat16).float()
     torch.testing.assert_close(key, x.float() @ dequantized.t())
     torch.testing.assert_close(gate, x.float() @ indexer.weights_proj.weight.float().t())
+    assert "wk is torch.float8_e4m3fn" in gpu_indexer.refuse_weight_update(lambda: None)
+    assert gpu_indexer.refuse_weight_update(lambda model: "another reason", object()) == "another reason"
+
+
+def test_merged_bf16_weights_follow_an_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_indexer, "_copied", set())
+    weights = [torch.nn.Parameter(torch.randn(n, 64).to(torch.bfloat16), requires_grad=False) for n in (128, 4)]
+    before = [weight.clone() for weight in weights]
+    indexer = an_indexer(SimpleNamespace(weight=weights[0]), weights[1])
+    gpu_indexer.merge_projection(indexer)
+    assert all(torch.equal(*pair) for pair in zip(weights, before, strict=True))
+    assert gpu_indexer.refuse_weight_update(lambda: None) is None
+    for weight in weights:
+        weight.data.copy_(torch.randn(weight.shape))  # as SGLang's loaders write
+    gpu_indexer.merge_projection(indexer)  # another backend of the same model: graphs keep the first matrix
+    x = torch.randn(3, 64).to(torch.bfloat16)
+    for got, weight in zip(gpu_indexer.project(indexer, x), weights, strict=True):
+        torch.testing.assert_close(got, x.float() @ weight.float().t())
+
+
+def test_scratch_is_shared_and_grows_for_later_backends_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scratch, "_pieces", {})
+    first = scratch.reserve("a", 100, "cpu")
+    assert scratch.reserve("a", 40, "cpu") is first
+    assert scratch.reserve("b", 40, "cpu") is not first
+    larger = scratch.reserve("a", 200, "cpu")
+    assert (first.numel(), larger.numel()) == (100, 200)
+
+
+def test_prefill_keys_are_joined_for_our_backends_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    kv, rope = torch.randn(5, 3, 256), torch.randn(5, 1, 64)
+    k_nope = kv[..., :128]  # a slice, as kv_b_proj's output is split
+    want = torch.cat([k_nope, rope.expand(-1, 3, -1)], -1)
+    monkeypatch.setattr(prefill, "get_attn_backend", lambda: object.__new__(dsa_backend.NsaPluginDSABackend))
+    got = prefill.concat_key(lambda *args: pytest.fail("stock"), None, k_nope, rope, None)
+    assert torch.equal(got, want)
+    assert got.is_contiguous()
+    key, value = prefill.pack_chunk(k_nope, rope, kv[..., 128:])
+    assert torch.equal(key, want)
+    assert value.data_ptr() == kv[..., 128:].data_ptr()
+    monkeypatch.setattr(prefill, "get_attn_backend", object)
+    assert prefill.concat_key(lambda *args: args, "attn", k_nope, rope, "batch") == ("attn", k_nope, rope, "batch")

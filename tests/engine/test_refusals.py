@@ -60,6 +60,20 @@ CASES: dict[str, tuple[str, list[str], dict[str, str], str | None, str | None]] 
     "prefill of pd": ("mla", ["--disaggregation-mode=prefill"], {}, None, "--disaggregation-mode.*'prefill'"),
     "decode of pd": ("dsa", ["--disaggregation-mode=decode"], {}, None, "--disaggregation-mode.*'decode'"),
     "speculative": ("dsa", ["--speculative-algorithm=NGRAM"], {}, None, "--speculative-algorithm.*speculative"),
+    "tree of drafts": (
+        "dsa",
+        ["--speculative-algorithm=EAGLE", "--speculative-eagle-topk=4"],
+        {},
+        None,
+        r"--speculative-eagle-topk is set \(4\).*tree",
+    ),
+    "drafts on a cpu": (
+        "dsa",
+        ["--speculative-algorithm=NEXTN"],
+        {},
+        None,
+        "--speculative-algorithm NEXTN on cpu: .*NVIDIA GPUs only",
+    ),
     "two backends": (
         "mla",
         ["--decode-attention-backend=torch_native"],

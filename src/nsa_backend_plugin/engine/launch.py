@@ -47,11 +47,11 @@ def checked_resolution(resolve: Callable[..., Any], server_args: Any, *args: Any
         return resolve(server_args, *args, **kwargs)
     check_settings()
     check_arguments(server_args)
+    if server_args.device is not None:  # else SGLang finds one, and the factory asks again
+        check_speculation(server_args, torch.device(server_args.device).type)
     page_size = server_args.page_size  # as the user wrote it: SGLang replaces it for DSA models, with a warning only
     with _cpu_resolution(), rocm.resolution():
         result = resolve(server_args, *args, **kwargs)
-    if server_args.device is not None:
-        check_speculation(server_args, torch.device(server_args.device).type)
     if str(server_args.model_path).lower() not in ("none", "dummy"):
         check_model(compat.model_config(server_args), page_size)
     return result
