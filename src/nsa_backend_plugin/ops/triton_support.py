@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from nsa_backend_plugin.ops.arch import is_rocm
 from nsa_backend_plugin.ops.support import YES, Support, no
 
 
@@ -28,6 +29,13 @@ def available(arch: str) -> Support:
     if arch.startswith(("sm_", "gfx")):
         return YES
     return no(f"Triton has no target for {arch}")
+
+
+def available_for_large_tiles(arch: str) -> Support:
+    """Support of a kernel that holds more in registers than an RDNA lane has (256, in waves of 32): it would spill."""
+    if is_rocm(arch) and not arch.startswith("gfx9"):
+        return no(f"{arch}: its tiles need the registers of CDNA (gfx9)")
+    return available(arch)
 
 
 def has_e4m3(arch: str) -> bool:

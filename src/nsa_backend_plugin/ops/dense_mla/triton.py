@@ -9,7 +9,7 @@ from nsa_backend_plugin.ops import mla_launch, triton_support
 from nsa_backend_plugin.ops.arch import device_arch
 from nsa_backend_plugin.ops.support import Support, no
 
-available = triton_support.available
+available = triton_support.available_for_large_tiles
 
 
 def accepts_decode(

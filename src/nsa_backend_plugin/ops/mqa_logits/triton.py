@@ -26,6 +26,7 @@ MAX_BATCH = 4096  # every paged program holds the tile counts of the whole batch
 MAX_HEADS = 128
 _PAGED_TILE = 64
 _FILL_BLOCK = 1024
+_WARP_GROUP_MMA = ("sm_90", "sm_100", "sm_103")  # fp8 operands come from shared memory
 
 
 def available(arch: str) -> Support:
@@ -228,7 +229,9 @@ def _config(arch: str, kind: str, queries: int, heads: int, page_size: int = IND
     tile = min(_PAGED_TILE, page_size & -page_size)
     if not is_cuda(arch):
         return _Config(tile, share, padded, 4, 2, 4)
-    return _Config(tile, share, padded, 8 if columns > 128 else 4, 3, 4 if columns <= 128 else 1)
+    # mma.sync (sm_89, sm_120) has its operands in registers: 4 warps spill at 64 columns, though not at 128.
+    eight = columns > 128 or (columns == 64 and arch not in _WARP_GROUP_MMA)
+    return _Config(tile, share, padded, 8 if eight else 4, 3, 4 if columns <= 128 else 1)
 
 
 @functools.cache

@@ -27,8 +27,7 @@ _MIN_BLOCK = 8192
 _PROGRAMS_PER_CORE = 2
 
 
-def available(arch: str) -> Support:
-    return triton_support.available(arch)
+available = triton_support.available_for_large_tiles
 
 
 def accepts_select(logits: torch.Tensor, lengths: torch.Tensor, k: int, **kwargs: object) -> Support:
