@@ -1,0 +1,91 @@
+"""The GPU backend of MLA models without an indexer, on a CPU: which computation decodes, and into what."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("sglang", reason="needs SGLang")
+if importlib.util.find_spec("sgl_kernel") is None:  # SGLang's FlashAttention backend imports it, and no CPU has it
+    kernels = ModuleType("sgl_kernel")
+    kernels.merge_state_v2 = None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "sgl_kernel", kernels)
+        from nsa_backend_plugin.engine.gpu import mla_backend
+else:
+    from nsa_backend_plugin.engine.gpu import mla_backend
+
+HEADS, PAGE = 3, 16
+LENGTHS = [40, 1, 17]
+
+
+@pytest.fixture
+def backend(monkeypatch: pytest.MonkeyPatch) -> Any:
+    made = object.__new__(mla_backend.NsaPluginMLABackend)
+    made.device, made.page_size, made.num_q_heads = torch.device("cpu"), PAGE, HEADS
+    made.decode_workspace, made._fa3_wins = None, {}
+    made.latent = torch.randn(8 * PAGE, 1, 576)
+
+    def set_mla_kv_buffer(layer: Any, slots: torch.Tensor, k: torch.Tensor, k_rope: torch.Tensor) -> None:
+        made.latent[slots] = torch.cat([k, k_rope], -1)
+
+    made.token_to_kv_pool = SimpleNamespace(
+        get_key_buffer=lambda layer_id: made.latent, set_mla_kv_buffer=set_mla_kv_buffer
+    )
+    table = torch.stack([torch.tensor([6, 2, 4]), torch.tensor([1, 1, 1]), torch.tensor([7, 3, 3])]).int()
+    made.forward_metadata = SimpleNamespace(
+        page_table=table, cache_seqlens_int32=torch.tensor(LENGTHS, dtype=torch.int32)
+    )
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return made
+
+
+LAYER = SimpleNamespace(tp_q_head_num=HEADS, v_head_dim=512, head_dim=576, layer_id=0, scaling=0.05)
+
+
+def decode(backend: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """(output of a step, what it should be)."""
+    requests = len(LENGTHS)
+    q, q_rope = torch.randn(requests, HEADS * 512), torch.randn(requests, HEADS, 64)
+    k, k_rope = torch.randn(requests, 1, 512), torch.randn(requests, 1, 64)
+    table = backend.forward_metadata.page_table
+    slots = [[int(table[b, i // PAGE]) * PAGE + i % PAGE for i in range(n)] for b, n in enumerate(LENGTHS)]
+    batch = SimpleNamespace(out_cache_loc=torch.tensor([row[-1] for row in slots]))
+    out = backend.forward_decode(q, k, k, LAYER, batch, q_rope=q_rope, k_rope=k_rope)
+    want = []
+    for b, row in enumerate(slots):
+        keys = backend.latent[row, 0].double()
+        query = torch.cat([q[b].view(HEADS, 512), q_rope[b]], -1).double()
+        want.append((torch.softmax(query @ keys.T * LAYER.scaling, -1) @ keys[:, :512]).flatten())
+        assert torch.equal(keys[-1].float(), torch.cat([k[b, 0], k_rope[b, 0]]))
+    return out, torch.stack(want).float()
+
+
+def test_decode_is_the_operations(backend: Any) -> None:
+    out, want = decode(backend)
+    torch.testing.assert_close(out, want, atol=1e-4, rtol=1e-4)
+
+
+def test_sglang_decodes_where_the_registry_picks_its_kernel(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: list[dict[str, int]] = []
+
+    def candidates(device: torch.device, shape: dict[str, int]) -> list[SimpleNamespace]:
+        shapes.append(shape)
+        return [SimpleNamespace(name="fa3", chosen=True), SimpleNamespace(name="triton", chosen=False)]
+
+    operation = SimpleNamespace(candidates=candidates)
+    monkeypatch.setitem(mla_backend.Operation.all, "dense_mla.decode", operation)
+    stock = mla_backend.FlashAttentionBackend
+    monkeypatch.setattr(stock, "forward_decode", lambda self, *args, **kwargs: ("stock", args, kwargs))
+    for _ in range(2):
+        assert backend.forward_decode("q", "k", "v", LAYER, "batch", True, "q_rope", "k_rope", sinks=None) == (
+            "stock",
+            ("q", "k", "v", LAYER, "batch", True, "q_rope", "k_rope"),
+            {"sinks": None},
+        )
+    assert shapes == [{"batch": 3, "heads": HEADS, "page_size": PAGE, "context": 48}], "asked once for each batch"
