@@ -108,22 +108,33 @@ def fused_qk_rope_cat_and_cache_mla(
     assert cos.stride() == sin.stride(), "the kernel uses the strides of cos for both"
     assert cos.shape[1] == k_pe.shape[2] // 2
     assert isinstance(is_neox, bool)
-    assert apply_scale == (kv_cache.dtype in _FP8)
+    assert q_nope.shape[2] == k_nope.shape[2]
+    assert q_nope.dtype == q_pe.dtype == k_nope.dtype == k_pe.dtype
+    if q_out is not None:
+        assert q_out.shape == (*q_nope.shape[:2], kv_cache.shape[2])
+        assert q_out.stride(2) == 1
+        assert q_out.data_ptr() == q_nope.data_ptr(), "the query's first part is rewritten where it lies"
+        assert q_out.stride() == q_nope.stride()
+    assert not apply_scale or kv_cache.dtype in _FP8
+    assert apply_scale == (k_scale is not None)
     if apply_scale:
         assert isinstance(k_scale, torch.Tensor)
         assert k_scale.numel() == 1
         assert k_scale.dtype == torch.float32
     cos_sin = torch.cat([cos, sin], dim=1)[pos.long()]
     rotated = apply_rope(k_pe, cos_sin, is_neox).to(k_pe.dtype)
+    keep = slot_mapping >= 0
     if k_pe_out is not None:
         assert k_pe_out.shape == k_pe.shape
-        k_pe_out.copy_(rotated)
+        k_pe_out[keep] = rotated[keep]
     row = torch.cat([k_nope, rotated], dim=2).float()
     row = (row / k_scale if apply_scale else row).to(kv_cache.dtype)
-    keep = slot_mapping >= 0
     kv_cache.view(torch.uint8)[slot_mapping[keep].long()] = row[keep].view(torch.uint8)
     q = torch.cat([q_nope, apply_rope(q_pe, cos_sin, is_neox).to(q_pe.dtype)], dim=2)
-    return q.to(q_out_dtype or q.dtype), None, rotated, None
+    if q_out is None:
+        q_out = torch.empty(q.shape, dtype=q_out_dtype or q.dtype)
+    q_out.copy_(q)
+    return q_out, None, rotated, None
 
 
 def install(monkeypatch) -> None:

@@ -123,7 +123,7 @@ def latent_calls() -> Iterator[Call]:
     }
     for kind, cache in caches.items():
         for tokens in (33, 600):
-            q = randn(tokens, 20, 64)
+            q = randn(tokens, 20, 576)
             call = partial(
                 latent_cache.store,
                 *(randn(tokens, 512), randn(tokens, 64), cache, slots[:tokens]),
@@ -131,8 +131,8 @@ def latent_calls() -> Iterator[Call]:
                 cos_sin_cache=angles,
                 kv_scale=0.5 if kind == "fp8" else None,
                 k_rope_out=randn(tokens, 64),
-                q_rope=q,
-                q_rope_out=q,
+                q_rope=q[..., 512:],
+                q_all=q,
                 impl="triton",
             )
             yield f"latent store {kind} {tokens}", call

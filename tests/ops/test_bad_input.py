@@ -168,7 +168,7 @@ BAD = [
     (latent_cache.store, "positions", None, "positions=None: expected given with cos_sin_cache"),
     (latent_cache.store, "cos_sin_cache", torch.zeros(9, 32), "cos_sin_cache.shape[1]=32: expected k_rope's width"),
     (latent_cache.store, "kv_scale", 1.0, "kv_scale=1.0: expected a float with a plain fp8 cache, else None"),
-    (latent_cache.store, "q_rope", torch.zeros(2, 4, 64), "expected given with q_rope_out"),
+    (latent_cache.store, "q_rope", torch.zeros(2, 4, 64), "expected given with q_all"),
     (concat.q_all, "q_rope", torch.zeros(2, 5, 64), "q_rope has shape [2, 5, 64]: expected [2, 4, any]"),
     (concat.q_all, "q_rope", torch.zeros(2, 4, 64).half(), "q_rope has dtype torch.float16: expected torch.float32"),
     (concat.mla_k, "k_rope", torch.zeros(2, 4, 64), "k_rope has shape [2, 4, 64]: expected [2, 1, any]"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -70,14 +72,14 @@ class Call:
         k_nope, k_rope = self.kv[:, :512], self.kv[:, 512:].clone()
         query = self.query.clone()
         q_rope = query[..., 512:]
+        q_all = query if in_place else torch.cat([query[..., :512], torch.full_like(q_rope, float("nan"))], dim=-1)
         cache = empty_cache(self.kind, self.kv.shape[0] + 20, self.device)
         k_out = k_rope if in_place else torch.full_like(k_rope, float("nan"))
-        q_out = q_rope if in_place else torch.full_like(q_rope, float("nan"))
         if q_rope.shape[1] and "positions" in self.options:
-            options |= {"q_rope": q_rope, "q_rope_out": q_out}
+            options |= {"q_rope": q_rope, "q_all": q_all}
         arguments = (k_nope, k_rope, cache, self.slots)
         run(latent_cache.store, impl, *arguments, k_rope_out=k_out, **self.options, **options)
-        return cache.view(torch.uint8), k_out.view(torch.int16), query.view(torch.int16), q_out.view(torch.int16)
+        return cache.view(torch.uint8), k_out.view(torch.int16), query.view(torch.int16), q_all.view(torch.int16)
 
 
 @pytest.mark.parametrize("kind", ["bf16", "fp8", "packed"])
@@ -116,11 +118,12 @@ def test_store_of_no_tokens(impl, device):
 @pytest.mark.parametrize("tokens", [64, 300, 8192])
 def test_store_is_bitwise_repeatable_in_place(tokens, kind, device):
     call = Call(kind, tokens, 24, device)
-    expected = call.run("torch", is_neox=False)
+    cache, key, _, query = call.run("torch", is_neox=False)
     for _ in range(20):
-        for a, b in zip(call.run("triton", in_place=True, is_neox=False), expected, strict=True):
-            if a.shape != call.query.shape:  # in place, the query buffer itself is the output
-                assert torch.equal(a, b)
+        actual = call.run("triton", in_place=True, is_neox=False)
+        assert torch.equal(actual[0], cache)
+        assert torch.equal(actual[1], key)
+        assert torch.equal(actual[3], query)
 
 
 @pytest.mark.gpu
@@ -138,24 +141,33 @@ def test_cache_past_two_to_the_31_elements(kind, device):
     assert (cache[:1000].view(torch.uint8) == 0x7F).all()
 
 
-@pytest.mark.parametrize("kind", ["bf16", "fp8"])
+@pytest.mark.parametrize("kind, scale", [("bf16", None), ("fp8", 37.5), ("fp8", 1.0)])
 @pytest.mark.parametrize("is_neox", [False, True])
-def test_aiter_is_called_as_it_wants(is_neox, kind, monkeypatch):
+@pytest.mark.parametrize("heads", [0, 1, 12])
+def test_aiter_is_called_as_it_wants(heads, is_neox, kind, scale, monkeypatch):
+    """With a query, the fused call rotates it into q_all and leaves its first part; without, it writes the cache."""
     fake_aiter.install(monkeypatch)
-    call = Call(kind, 7, 0, torch.device("cpu"))
+    call = Call(kind, 7, heads, torch.device("cpu"))
     call.kv = torch.randn(7, 576).bfloat16()  # AITER does not saturate: stay below 448 after scaling
     k_nope, k_rope = call.kv[:, :512], call.kv[:, 512:]
-    actual, expected = (empty_cache(kind, 27, call.device) for _ in range(2))
-    k_out, k_expected = torch.empty(7, 64).bfloat16(), torch.empty(7, 64).bfloat16()
-    options = {**call.options, "is_neox": is_neox}
-    latent_cache.store(k_nope, k_rope, expected, call.slots, k_rope_out=k_expected, impl="torch", **options)
-    options |= {"kind": kind, "q_rope": None, "q_rope_out": None}
-    assert aiter.accepts_store(k_nope, k_rope, actual, call.slots, k_rope_out=k_out, **options).ok
-    aiter.store(k_nope, k_rope, actual, call.slots, k_rope_out=k_out, **options)
-    assert torch.equal(actual.view(torch.uint8), expected.view(torch.uint8))
-    assert torch.equal(k_out, k_expected)
+    q_rope = call.query[..., 512:].clone() if heads else None
+    options = {**call.options, "is_neox": is_neox, "kv_scale": scale, "q_rope": q_rope, "q_all": None}
 
-    for change in ({"q_rope": k_rope}, {"positions": None}, {"kind": "packed"}):
-        declined = aiter.accepts_store(k_nope, k_rope, actual, call.slots, **{**options, **change})
+    def written(store, **extra) -> tuple[torch.Tensor, torch.Tensor | None]:
+        cache = empty_cache(kind, 27, call.device)
+        q_all = torch.cat([call.query[..., :512], torch.full_like(q_rope, float("nan"))], dim=-1) if heads else None
+        store(k_nope, k_rope, cache, call.slots, **{**options, "q_all": q_all}, **extra)
+        return cache.view(torch.uint8), q_all
+
+    expected_cache, expected_query = written(latent_cache.store, impl="torch")
+    cache, query = written(aiter.store, kind=kind, k_rope_out=None)
+    assert torch.equal(cache, expected_cache)
+    assert query is expected_query is None or torch.equal(query, expected_query)
+
+    options |= {"kind": kind, "k_rope_out": None}
+    accepts = functools.partial(aiter.accepts_store, k_nope, k_rope, empty_cache(kind, 27, call.device), call.slots)
+    assert accepts(**options).ok
+    for change in ({"k_rope_out": torch.empty(7, 64)}, {"positions": None}, {"kind": "packed"}):
+        declined = accepts(**{**options, **change})
         assert not declined.ok
         assert declined.reason

@@ -322,7 +322,7 @@ def test_latent_store(kind, is_neox, rotated):
     before = cache.view(torch.uint8).clone()
     k_out = poison(3, 64, dtype=dtype, device=CPU)
     q_all = poison(3, 2, 576, dtype=dtype, device=CPU)
-    extra = dict(positions=positions, cos_sin_cache=cos_sin, q_rope=q_rope, q_rope_out=q_all[..., 512:])
+    extra = dict(positions=positions, cos_sin_cache=cos_sin, q_rope=q_rope, q_all=q_all)
     slots = torch.tensor([2, -1, 4])
     latent_cache.store(
         k_nope,

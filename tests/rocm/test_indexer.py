@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("sglang", reason="needs SGLang")
 rocm_indexer = pytest.importorskip("nsa_backend_plugin.engine.gpu.rocm_indexer")
-from tests.engine.test_fused_decode import LENGTHS, Q_LORA, Case, T, gpu_indexer  # noqa: E402
+from tests.engine.test_fused_decode import LENGTHS, Q_LORA, Case, gpu_indexer  # noqa: E402
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def case(monkeypatch: pytest.MonkeyPatch) -> Case:
     made.indexer._mask_init_and_local_tokens = lambda logits, lengths, row_starts=None: logits
     metadata = made.backend.forward_metadata
     metadata.dsa_seqlens_expanded = metadata.cache_seqlens_int32
-    metadata.token_to_batch_idx = torch.arange(T, dtype=torch.int32)
+    metadata.token_to_batch_idx = torch.arange(made.tokens, dtype=torch.int32)
     made.batch.seq_lens = torch.tensor(LENGTHS)
     return made
 
@@ -54,7 +54,7 @@ def test_fused_norm_output_feeds_key_and_gate(case: Case) -> None:
     plain = run(case, decode=True)
     wk, seen = case.indexer.wk, []
     case.indexer.wk = lambda x: (seen.append(x), wk(case.hidden))[1]
-    fused = (case.hidden.to(torch.float8_e4m3fn), torch.ones(T, 1), case.hidden)
+    fused = (case.hidden.to(torch.float8_e4m3fn), torch.ones(case.tokens, 1), case.hidden)
     assert selected(run(case, decode=True, x=fused)) == selected(plain)
     assert seen == [fused]
     with pytest.raises(ValueError, match="tuple of 2: expected"):

@@ -89,7 +89,7 @@ CALLS: tuple[Call, ...] = (
         "aiter.ops.triton.fused_kv_cache",
         "fused_qk_rope_cat_and_cache_mla",
         _names("q_nope q_pe k_nope k_pe kv_cache slot_mapping pos cos sin k_scale is_neox"),
-        _names("apply_scale k_pe_out"),
+        _names("apply_scale q_out"),
     ),
 )
 

@@ -43,6 +43,7 @@ TABLE: tuple[Preference, ...] = (
     Preference("topk.select", "cuda", ("cuda", "triton"), "rule: as on sm_90"),
     Preference("mqa_logits.paged", "rocm", ("aiter", "triton"), _UNTRIED_ROCM, {"layout": "preshuffled"}),
     Preference("mqa_logits.ragged", "rocm", ("aiter", "triton"), _UNTRIED_ROCM),
+    Preference("latent_cache.store", "rocm", ("aiter", "triton"), _UNTRIED_ROCM),
     Preference("sparse_mla.attend", "rocm", ("triton", "tilelang", "aiter"), _PUBLIC_ROCM),
 )
 

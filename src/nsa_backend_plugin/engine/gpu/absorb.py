@@ -174,7 +174,7 @@ def _prepare(
         cos_sin_cache=attn.rotary_emb.cos_sin_cache,
         is_neox=attn.rotary_emb.is_neox_style,
         q_rope=q[..., nope_dim:],
-        q_rope_out=q_all[..., value_dim:],
+        q_all=q_all,
         kv_scale=plain_fp8_scale(cache),
     )
     lane.join()

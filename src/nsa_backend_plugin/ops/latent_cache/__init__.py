@@ -87,7 +87,7 @@ def store(
     kv_scale: float | None = None,
     k_rope_out: torch.Tensor | None = None,
     q_rope: torch.Tensor | None = None,
-    q_rope_out: torch.Tensor | None = None,
+    q_all: torch.Tensor | None = None,
     impl: str | None = None,
 ) -> None:
     """Write new tokens into the latent cache: RoPE of the key (and query), quantization and the write in one step.
@@ -97,8 +97,9 @@ def store(
     packed; written in place. slots: [T] int32/int64, negative = skip the write.
     positions: [T], cos_sin_cache: [max_position, 64] fp32 (cosines, then sines): rotate k_rope (and q_rope) first;
     both None writes k_rope as it is. is_neox: half-split pairs, else interleaved.
-    k_rope_out: [T, 64] receives the rotated key. q_rope: [T, H, 64] is rotated into q_rope_out: [T, H, 64], any strides
-    with a contiguous last dimension (a slice of the q_all buffer, or q_rope itself).
+    k_rope_out: [T, 64] receives the rotated key. q_rope: [T, H, 64] is rotated into the end of q_all: [T, H, 576], any
+    strides with a contiguous last dimension, whose beginning holds the query's other part already and stays as it is
+    (AITER's kernel reads and rewrites whole rows). q_rope may be the end of q_all itself.
     Raises ValueError for bad shapes, dtypes, devices, and on CPU for slots or positions out of range.
     Source: DeepSeek MLA; AITER fused_qk_rope_cat_and_cache_mla for the fusion.
     """
@@ -130,14 +131,14 @@ def store(
     if k_rope_out is not None:
         checks.tensor("k_rope_out", k_rope_out, k_rope.shape, k_rope.dtype, k_rope.device)
         checks.inner_contiguous("k_rope_out", k_rope_out)
-    checks.require((q_rope is None) == (q_rope_out is None), "q_rope", q_rope, "given with q_rope_out")
+    checks.require((q_rope is None) == (q_all is None), "q_rope", q_rope, "given with q_all")
     heads = 0
-    if q_rope is not None and q_rope_out is not None:
+    if q_rope is not None and q_all is not None:
         checks.require(positions is not None, "positions", positions, "given with q_rope")
         checks.tensor("q_rope", q_rope, (tokens, None, k_rope.shape[1]), k_rope.dtype, k_rope.device)
-        checks.tensor("q_rope_out", q_rope_out, q_rope.shape, q_rope.dtype, q_rope.device)
+        checks.tensor("q_all", q_all, (*q_rope.shape[:2], value_dim + k_rope.shape[1]), k_rope.dtype, k_rope.device)
         checks.inner_contiguous("q_rope", q_rope)
-        checks.inner_contiguous("q_rope_out", q_rope_out)
+        checks.inner_contiguous("q_all", q_all)
         heads = q_rope.shape[1]
     _store(
         impl,
@@ -154,5 +155,5 @@ def store(
         kv_scale=kv_scale,
         k_rope_out=k_rope_out,
         q_rope=q_rope,
-        q_rope_out=q_rope_out,
+        q_all=q_all,
     )

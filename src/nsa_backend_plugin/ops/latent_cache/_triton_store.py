@@ -269,11 +269,12 @@ def store(
     kv_scale: float | None,
     k_rope_out: torch.Tensor | None,
     q_rope: torch.Tensor | None,
-    q_rope_out: torch.Tensor | None,
+    q_all: torch.Tensor | None,
 ) -> None:
     tokens, nope = k_nope.shape
     if tokens == 0:
         return
+    q_rope_out = None if q_all is None else q_all[..., nope:]
     heads = 0 if q_rope is None else q_rope.shape[1]
     block, warps = config(tokens)
     fp8_dtype = cache.dtype if kind == "fp8" else PACKED_FP8

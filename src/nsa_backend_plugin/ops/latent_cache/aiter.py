@@ -1,7 +1,7 @@
-"""AITER's fused RoPE + cache write (ROCm), for the key alone.
+"""AITER's fused RoPE + concatenation + cache write (ROCm).
 
-AITER also concatenates and rotates the query, which needs its unrotated part; `store` does not have that, so calls
-with q_rope are declined. The key stands in for a query of one head, whose result is thrown away.
+AITER writes whole query rows: it reads their first part from the buffer that it writes, where it stays as it is. A call
+without a query passes the key as a query of one head, whose result is thrown away.
 Checked against a fake, not run on AMD.
 """
 
@@ -25,13 +25,13 @@ def accepts_store(
     *,
     kind: str,
     positions: torch.Tensor | None,
-    q_rope: torch.Tensor | None,
+    k_rope_out: torch.Tensor | None,
     **_,
 ) -> Support:
-    if q_rope is not None:
-        return no("rotates the query only together with its other part")
     if positions is None:
         return no("always rotates")
+    if k_rope_out is not None:
+        return no("does not return the rotated key of tokens without a slot")
     if cache.dtype not in (torch.bfloat16, fp8_dtype(cache.device)) or kind == "packed":
         return no(f"does not write {kind} caches of {cache.dtype}")
     return YES
@@ -50,18 +50,20 @@ def store(
     kv_scale: float | None,
     k_rope_out: torch.Tensor | None,
     q_rope: torch.Tensor | None,
-    q_rope_out: torch.Tensor | None,
+    q_all: torch.Tensor | None,
 ) -> None:
     from aiter.ops.triton.fused_kv_cache import fused_qk_rope_cat_and_cache_mla
 
-    if k_nope.shape[0] == 0:
+    tokens, value_dim = k_nope.shape
+    if tokens == 0:
         return
     half = cos_sin_cache.shape[1] // 2
     nope, rope = k_nope[:, None], k_rope[:, None]
-    scale = None if kv_scale is None else torch.full((1,), kv_scale, dtype=torch.float32, device=cache.device)
+    has_query = q_rope is not None and q_all is not None and q_rope.shape[1] > 0
+    scaled = kv_scale is not None and kv_scale != 1.0
     fused_qk_rope_cat_and_cache_mla(
-        nope,
-        rope,
+        q_all[..., :value_dim] if has_query else nope,
+        q_rope if has_query else rope,
         nope,
         rope,
         cache,
@@ -69,8 +71,8 @@ def store(
         positions,
         cos_sin_cache[:, :half],
         cos_sin_cache[:, half:],
-        scale,
+        torch.full((1,), kv_scale, dtype=torch.float32, device=cache.device) if scaled else None,
         is_neox,
-        apply_scale=kind == "fp8",
-        k_pe_out=None if k_rope_out is None else k_rope_out[:, None],
+        apply_scale=scaled,
+        q_out=q_all if has_query else None,
     )

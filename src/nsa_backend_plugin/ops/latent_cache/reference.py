@@ -58,13 +58,13 @@ def store(
     kv_scale: float | None,
     k_rope_out: torch.Tensor | None,
     q_rope: torch.Tensor | None,
-    q_rope_out: torch.Tensor | None,
+    q_all: torch.Tensor | None,
 ) -> None:
     if positions is not None and cos_sin_cache is not None:
         cos_sin = cos_sin_cache[positions.long()]
         k_rope = apply_rope(k_rope, cos_sin, is_neox).to(k_rope.dtype)
-        if q_rope is not None and q_rope_out is not None:
-            q_rope_out.copy_(apply_rope(q_rope, cos_sin, is_neox).to(q_rope.dtype))
+        if q_rope is not None and q_all is not None:
+            q_all[..., k_nope.shape[1] :].copy_(apply_rope(q_rope, cos_sin, is_neox).to(q_rope.dtype))
     if k_rope_out is not None:
         k_rope_out.copy_(k_rope)
     keep = slots >= 0

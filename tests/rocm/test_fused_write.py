@@ -1,0 +1,62 @@
+"""The fused decode path on ROCm: one call of AITER rotates the query and writes the latent row; without it, ours."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from nsa_backend_plugin.ops import registry
+from tests.rocm import simulated_host
+
+pytest.importorskip("sglang", reason="needs SGLang")
+from tests.engine.test_fused_decode import HEADS, PAGES, Case
+
+FUSED = "aiter.ops.triton.fused_kv_cache"
+FLAVOURS = {"gfx942": torch.float8_e4m3fnuz, "gfx950": torch.float8_e4m3fn}
+
+
+@pytest.fixture
+def calls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict]]:
+    """AITER's fake where the parameter says so; the list grows by the arguments that matter of each fused call."""
+    seen: list[dict] = []
+    registry._available.cache_clear()
+    if request.param:
+        simulated_host.install_fakes(lambda name, module: monkeypatch.setitem(sys.modules, name, module))
+        fused = sys.modules[FUSED].fused_qk_rope_cat_and_cache_mla
+
+        def record(*args: object, **kwargs: object) -> object:
+            seen.append({"query": tuple(args[1].shape), "q_out": kwargs["q_out"]})
+            return fused(*args, **kwargs)
+
+        monkeypatch.setattr(sys.modules[FUSED], "fused_qk_rope_cat_and_cache_mla", record)
+    yield seen
+    registry._available.cache_clear()
+
+
+@pytest.mark.parametrize("calls", [True, False], indirect=True, ids=["AITER", "no AITER"])
+@pytest.mark.parametrize("arch", FLAVOURS)
+@pytest.mark.parametrize("kv", ["bf16", "fp8"])
+def test_query_and_latent_row_of_one_step(calls: list, arch: str, kv: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(monkeypatch, packed=False, is_neox=False)
+    if kv == "fp8":
+        case.latent = torch.zeros(PAGES * 64, 1, 576).to(FLAVOURS[arch])
+    empty = case.latent.clone()
+    q_rope, _, q_nope, *_ = case.prepare()
+    want, case.latent = case.latent, empty
+
+    monkeypatch.setattr(registry, "device_arch", lambda device: arch)
+    monkeypatch.setattr("nsa_backend_plugin.ops.arch.device_arch", lambda device: arch)  # read by fp8_dtype
+    got_rope, _, got_nope, *_ = case.prepare()
+    assert torch.equal(got_rope, q_rope)
+    assert torch.equal(got_nope, q_nope)
+    assert torch.equal(case.latent.view(torch.uint8), want.view(torch.uint8))
+    assert case.latent[case.slots].view(torch.uint8).any(dim=-1).all(), "every token's row was written"
+    if "aiter" in sys.modules:
+        [call] = calls
+        assert call["query"] == (case.tokens, HEADS, 64)
+        assert call["q_out"].data_ptr() == got_nope.data_ptr()
+    else:
+        assert calls == []
