@@ -25,6 +25,12 @@ _POINTS = "1:8192 16:8192 64:8192 1:32768 16:32768 1:131072"
 _BATCHES = " ".join(f"{batch}:8192" for batch in (1, 2, 4, 8, 16, 32, 64, 128))
 _SWEEP = " ".join(f"{batch}:1024" for batch in (1, 2, 4, 8, 16, 32, 64, 128))
 _SWEEP += " 1:8192 4:8192 16:8192 32:8192 64:8192 1:32768 8:32768 1:131072 2:131072"
+#: Name -> (limit in seconds, tests).
+TESTS = {
+    "tests": (400, "tests/engine/test_gpu.py"),
+    "tests-speculative": (400, "tests/engine/test_speculative_gpu.py"),
+    "tests-parallel": (300, "tests/engine/test_gpu_parallel.py"),
+}
 #: Name -> (limit in seconds, arguments of engine_h200.py). Twenty layers keep the GPU busier than the host.
 MEASUREMENTS = {
     "layers-fp8": (150, f"layers --layers=4 --shapes {_POINTS} 64:131072"),
@@ -55,7 +61,8 @@ END_SECONDS = 15
 def commands(out: Path) -> dict[str, tuple[int, list[str]]]:
     """Name -> (limit in seconds, command), in the order in which they run."""
     python = sys.executable
-    steps = {"tests": (300, [python, "-m", "pytest", "-q", "-rP", "-m", "gpu", "tests/engine"])}
+    pytest = [python, "-m", "pytest", "-v", "-s", "-m", "gpu"]
+    steps = {name: (limit, [*pytest, path]) for name, (limit, path) in TESTS.items()}
     engine = [python, str(REPO / "benchmarks" / "engine_h200.py"), f"--out={out}"]
     steps.update({name: (limit, [*engine, *shlex.split(text)]) for name, (limit, text) in MEASUREMENTS.items()})
     memcheck = ["compute-sanitizer", "--tool=memcheck", "--report-api-errors=no", "--error-exitcode=9", python, "-m"]
