@@ -59,11 +59,15 @@ def store(
         return
     half = cos_sin_cache.shape[1] // 2
     nope, rope = k_nope[:, None], k_rope[:, None]
-    has_query = q_rope is not None and q_all is not None and q_rope.shape[1] > 0
-    scaled = kv_scale is not None and kv_scale != 1.0
+    q_nope, q_pe, q_out = nope, rope, None
+    if q_rope is not None and q_all is not None and q_rope.shape[1] > 0:
+        q_nope, q_pe, q_out = q_all[..., :value_dim], q_rope, q_all
+    scale = None
+    if kv_scale is not None and kv_scale != 1.0:
+        scale = torch.full((1,), kv_scale, dtype=torch.float32, device=cache.device)
     fused_qk_rope_cat_and_cache_mla(
-        q_all[..., :value_dim] if has_query else nope,
-        q_rope if has_query else rope,
+        q_nope,
+        q_pe,
         nope,
         rope,
         cache,
@@ -71,8 +75,8 @@ def store(
         positions,
         cos_sin_cache[:, :half],
         cos_sin_cache[:, half:],
-        torch.full((1,), kv_scale, dtype=torch.float32, device=cache.device) if scaled else None,
+        scale,
         is_neox,
-        apply_scale=scaled,
-        q_out=q_all if has_query else None,
+        apply_scale=scale is not None,
+        q_out=q_out,
     )
