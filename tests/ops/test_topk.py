@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nsa_backend_plugin.ops import registry, topk
+from nsa_backend_plugin.engine import kernels
+from nsa_backend_plugin.ops import preferences, registry, topk
 from tests.conftest import HAS_GPU
 from tests.ops.common import poison
 
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
+kernels.register()
 
 
 def implementations() -> list[str]:
@@ -36,6 +38,12 @@ def rows_of(kind: str, rows: int, columns: int, device: torch.device) -> torch.T
 
 
 KINDS = ("normal", "narrow", "plateau", "equal", "zeros", "inf", "ascending")
+
+
+def skip_known_limit(impl: str, kind: str, columns: int) -> None:
+    """sgl_kernel returns wrong sets where thousands of logits share their leading bits; its file says more."""
+    if impl == "sgl_kernel" and (kind in ("narrow", "plateau") or columns > 100_000):
+        pytest.skip("known limit of sgl_kernel's fast_topk")
 
 
 def check(actual: torch.Tensor, logits: torch.Tensor, lengths: torch.Tensor, k: int, row_starts=None) -> None:
@@ -127,6 +135,7 @@ def test_no_rows(device, impl):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows, columns", [(1, 8192), (64, 32768), (133, 20000), (300, 3000), (3, 1_000_000)])
 def test_select_2048(device, impl, kind, rows, columns):
+    skip_known_limit(impl, kind, columns)
     logits = rows_of(kind, rows, columns, device)
     lengths = torch.randint(0, columns + 1, (rows,), device=device).int()
     for row, length in enumerate((columns, 0, 1, 2047, 2048, 2049)):
@@ -178,6 +187,12 @@ def test_graph_replays_with_other_lengths(device, impl):
         out.fill_(-7)
         graph.replay()
         check(out, logits, lengths, 2048)
+
+
+def test_an_implementation_with_wrong_sets_is_never_preferred():
+    rows = [row for row in preferences.TABLE if row.operation == "topk.select"]
+    assert rows
+    assert all("sgl_kernel" not in row.order for row in rows)
 
 
 LOGITS, LENGTHS = torch.zeros(2, 10), torch.tensor([3, 10], dtype=torch.int32)

@@ -1,4 +1,10 @@
-"""sgl_kernel's fast_topk: k 2048, CUDA, slots only through a page table of page size 1."""
+"""sgl_kernel's fast_topk: k 2048, CUDA, slots only through a page table of page size 1.
+
+Only for forced calls and comparisons, and no row of `preferences.py` may name it: it returns wrong sets where thousands
+of logits share the leading bits of the k-th largest. Seen on an H200 with sglang-kernel 0.4.5 on plateaus of equal
+logits (which a ReLU makes), on logits of a narrow range, and on rows of a million. Shapes do not show it, so
+`accepts_select` cannot decline such rows.
+"""
 
 from __future__ import annotations
 
