@@ -1,4 +1,7 @@
-"""FlashAttention 3 (sgl_kernel) over bf16 pages of 1 or 64 tokens, any head count, on Hopper."""
+"""FlashAttention 3 (sgl_kernel) over bf16 pages of 1 or 64 tokens, up to 64 heads, on Hopper.
+
+With more heads it loads whole pages, and NaN past a sequence's end spreads: its weight is 0, and 0 * NaN is NaN.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from nsa_backend_plugin.ops import mla_vendor
 from nsa_backend_plugin.ops.support import Support, no
 
 _PAGE_SIZES = (1, 64)
+_MAX_HEADS = 64
 
 
 def available(arch: str) -> Support:
@@ -32,6 +36,8 @@ def accepts_decode(
 ) -> Support:
     if page_size not in _PAGE_SIZES:
         return no(f"page_size {page_size}: only {' and '.join(map(str, _PAGE_SIZES))}")
+    if q.shape[1] > _MAX_HEADS:
+        return no(f"{q.shape[1]} heads: at most {_MAX_HEADS}, it would read the last page past its length")
     return mla_vendor.fits(q, kv, value_dim, page_size)
 
 
