@@ -6,6 +6,8 @@ a window of recent tokens cannot answer it.
 
 Training and test problems are disjoint by construction: the operands (a, b) of every operation, and the
 (name, code) of every memo, belong to exactly one of the two sides, decided by `is_test_pair` / `is_test_memo`.
+Test problems have no difference below ten: 35 - 8, held out, can be learnt from 25 - 8 and 45 - 8, but 15 - 8 from
+nothing, and the problems are to test attention, not arithmetic.
 Everything is a function of the `random.Random` passed in.
 """
 
@@ -63,11 +65,12 @@ class Mix:
     copy: float = 0.0
 
 
-def _operands(rng: random.Random, test: bool, subtract: bool = False) -> tuple[int, int]:
+def _operands(rng: random.Random, test: bool, subtract: bool = False, least: int = 0) -> tuple[int, int]:
+    """Two operands from one side of the partition, whose sum or difference is at least `least`."""
     while True:
         a = rng.randint(12, 99) if subtract else rng.randint(10, 89)
         b = rng.randint(2, 9)
-        if is_test_pair(a, b) == test:
+        if is_test_pair(a, b) == test and (a - b if subtract else a + b) >= least:
             return a, b
 
 
@@ -80,7 +83,8 @@ def word_problem(rng: random.Random, test: bool) -> Problem:
     """One arithmetic problem of one or two steps, from the test side of the partition iff `test`."""
     (name, other, third), (thing, other_thing, third_thing) = rng.sample(NAMES, 3), rng.sample(OBJECTS, 3)
     kind = rng.choice(ARITHMETIC)
-    a, b = _operands(rng, test, subtract=kind == "lose")
+    least = {"lose": 10, "two_step": 10 + 9}.get(kind, 0) if test else 0  # two_step then loses up to 9
+    a, b = _operands(rng, test, kind == "lose", least)
     facts = [f"{name} has {a} {thing}.", f"{other} has {rng.randint(10, 99)} {other_thing}."]
     third_fact = f"{third} has {rng.randint(10, 99)} {third_thing}."
     if kind == "find":

@@ -124,9 +124,9 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def result_table(log: Path) -> str:
-    """The final table of a training log, without the time stamps."""
+    """The last table of a training log, without the time stamps."""
     lines = [line.split("] ", 1)[-1] for line in log.read_text(encoding="utf-8").splitlines()]
-    start = next(i for i, line in enumerate(lines) if line.startswith("held-out exact answers"))
+    start = max(i for i, line in enumerate(lines) if line.startswith("held-out exact answers"))
     return "\n".join(lines[start : lines.index("done", start)])
 
 

@@ -155,9 +155,9 @@ def held_out_accuracy(
 
 
 def round_mantissa(values: Tensor, bits: int) -> Tensor:
-    """The nearest values with `bits` bits behind the leading one (bf16: 7), in fp32."""
+    """The nearest values with `bits` bits behind the leading one (bf16: 7), in fp32, without negative zeros."""
     mantissa, exponent = torch.frexp(values.float())
-    return torch.ldexp((mantissa * 2 ** (bits + 1)).round() / 2 ** (bits + 1), exponent)
+    return torch.ldexp((mantissa * 2 ** (bits + 1)).round() / 2 ** (bits + 1), exponent) + 0.0
 
 
 def save(model: TinyDSA, path: Path, mantissa_bits: int) -> None:
@@ -255,6 +255,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--mantissa-bits", type=int, help="of the saved matrices, up to 7; default: the config's")
     parser.add_argument("--init", type=Path, help="continue from this model.pt")
     parser.add_argument("--from-phase", help="skip the phases before this one")
+    parser.add_argument("--only-table", action="store_true", help="print the final table of --init, train nothing")
     parser.add_argument("--smoke", action="store_true", help="a few steps of every phase, timed")
     parser.add_argument("--smoke-steps", type=int, default=12)
     return parser.parse_args()
@@ -271,6 +272,10 @@ def main() -> None:
     if args.from_phase is not None and args.from_phase not in names:
         raise ValueError(f"--from-phase: expected one of {names}, got {args.from_phase!r}")
     phases = recipe.phases[names.index(args.from_phase) if args.from_phase else 0 :]
+    if args.only_table:
+        if args.init is None:
+            raise ValueError("--only-table: expected --init with the weights to judge")
+        phases = ()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
@@ -290,8 +295,8 @@ def main() -> None:
         for phase in phases:
             run_phase(model, phase, args, device, log, training * phase.share / shares)
             save(model, args.out / "model.pt", args.mantissa_bits)
-        # Judge the weights as they ship: rounded.
-        model.load_state_dict(torch.load(args.out / "model.pt", weights_only=True))
+        if phases:  # judge the weights as they ship: rounded
+            model.load_state_dict(torch.load(args.out / "model.pt", weights_only=True))
         final_table(model, recipe, device, log, 4 if args.smoke else args.eval_count)
         log("done")
 

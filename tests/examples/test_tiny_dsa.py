@@ -8,6 +8,7 @@ import math
 import re
 import sys
 import threading
+import zlib
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -350,6 +351,24 @@ def test_recipes_fit_and_ship_with_their_log(name, tmp_path):
     export.write_folder(tmp_path / "g", weights, config, arch="glm", name="g", prompt_tokens=(1, 2))
     with pytest.raises(ValueError, match="model_type"):
         export.read_folder(tmp_path / "g")
+
+
+def test_shipped_checkpoints_follow_their_recipes():
+    """Shapes, rounding and config of the recipe that the log names; compressed they leave room below 15 MB."""
+    compressed = 0
+    for name, recipe in RECIPES.items():
+        folder = EXAMPLE.parent / "models" / name
+        weights, config = export.read_folder(folder)
+        tiny.TinyDSA(recipe.model).load_state_dict(weights)
+        assert config == export.model_config_json(recipe.model)
+        for tensor in weights.values():
+            if tensor.dim() == 2:
+                assert torch.equal(train.round_mantissa(tensor, recipe.mantissa_bits), tensor.float())
+        log = (folder / "train.log").read_text()
+        assert f"{name}: " in log.splitlines()[0]
+        assert export.result_table(folder / "train.log") in (folder / "README.md").read_text()
+        compressed += len(zlib.compress((folder / "model.safetensors").read_bytes()))
+    assert compressed < 9_000_000
 
 
 # Evaluation

@@ -114,6 +114,7 @@ def test_answers_are_right(seed, test):
         assert int(problem.answer.split("#### ")[1]) == solve(problem.question)
         for a, sign, b, result in OPERATION.findall(problem.answer):
             assert int(result) == (int(a) + int(b) if sign == "+" else int(a) - int(b))
+            assert int(result) >= 10 or not test
     assert seen == set(data.ARITHMETIC)
 
 
