@@ -107,7 +107,7 @@ def test_ledger_rows_are_complete_and_unique():
     assert len({row.name for row in hooks.LEDGER}) == len(hooks.LEDGER)
     for row in hooks.LEDGER:
         assert row.kind in ("call", "append", "hook", "subclass", "op")
-        assert row.stage in ("name", "start", "cpu", "factory", "gpu")
+        assert row.stage in ("name", "start", "cpu", "factory", "gpu", "gpu_dsa")
         assert row.why
         assert row.versions
         assert row.upstream

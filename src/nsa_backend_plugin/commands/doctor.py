@@ -218,7 +218,7 @@ def hooks(on_cpu: bool, problems: Problems) -> list[dict[str, Any]]:
 
     rows = []
     for row in LEDGER:
-        needed = row.needed() and row.stage != ("gpu" if on_cpu else "cpu")
+        needed = row.needed() and not row.stage.startswith("gpu" if on_cpu else "cpu")
         exists = target_exists(row)
         rows.append(
             {

@@ -15,9 +15,9 @@ attention backend; `NSA_PLUGIN_DISABLE=1` removes even the name. `nsa-plugin doc
 in the SGLang that is installed, and the server's log says `nsa_plugin hook in use: ...` when one first runs.
 
 Stages: `name` and `start` run when SGLang loads its plugins, `cpu` too, on the plugin's CPU platform only; `factory`
-runs when the backend is created, `gpu` then as well, on a GPU. Kinds: `call` is a public registration function,
-`append` adds to a list that SGLang shares, `hook` wraps a function, `op` registers a module's forward for our platform,
-`subclass` derives from a class.
+runs when the backend is created, `gpu` then as well, on a GPU, and `gpu_dsa` there for DSA models. Kinds: `call` is a
+public registration function, `append` adds to a list that SGLang shares, `hook` wraps a function, `op` registers a
+module's forward for our platform, `subclass` derives from a class.
 
 | name | stage | kind | target | why | releases | upstream |
 |---|---|---|---|---|---|---|

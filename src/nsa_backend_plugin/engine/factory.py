@@ -50,6 +50,7 @@ def _cpu_backend(runner: Any) -> Any:
 def _gpu_backend(runner: Any) -> Any:
     from sglang.srt.configs.model_config import is_deepseek_dsa
 
+    hooks.install("gpu")
     if not is_deepseek_dsa(runner.model_config.hf_config):
         if rocm.on_rocm():
             raise ValueError(
@@ -62,7 +63,7 @@ def _gpu_backend(runner: Any) -> Any:
     from nsa_backend_plugin.engine.gpu.dsa_backend import NsaPluginDSABackend
     from nsa_backend_plugin.engine.gpu.indexer import merge_all_projections
 
-    hooks.install("gpu")
+    hooks.install("gpu_dsa")
     if not rocm.on_rocm():
         merge_all_projections(runner.model)
     return NsaPluginDSABackend(runner)

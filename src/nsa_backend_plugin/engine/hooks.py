@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 #: How often each hook, or what its patch calls instead, has run in this process, by row name.
 FIRED: Counter[str] = Counter()
+#: Names of the rows that were installed: a draft model's backend comes after the model's own.
+_installed: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Hook:
     target: dotted path in SGLang. kind: "call" (a public registration function), "append" (to a list that SGLang
     shares by reference), "hook" (HookRegistry, AROUND), "op" (a module's forward on our platform) or "subclass".
     stage: "name" (by plugin.py), "start" (when the plugin loads), "cpu" (then, on our CPU platform only), "factory"
-    (when nsa_plugin is selected and its backend is created), "gpu" (then, on a GPU).
+    (when nsa_plugin is selected and its backend is created), "gpu" (then, on a GPU), "gpu_dsa" (there, for DSA models).
     handler: "module:function" below `nsa_backend_plugin.engine`. older_target: where it was in older releases.
     needed: whether the installed release needs the row. patch_point: the list of handlers that the row's patch
     (patches/<release>/<name>.patch) adds to SGLang, if it does.
@@ -172,7 +174,7 @@ LEDGER: tuple[Hook, ...] = (
         "sglang.srt.models.deepseek_common.attention_forward_methods.forward_mla."
         "DeepseekMLAForwardMixin.forward_absorb_prepare",
         "hook",
-        "gpu",
+        "gpu_dsa",
         "fused decode path: one kernel for RoPE, quantization and the latent write, no concat, optional second stream",
         _ALL,
         "no extension point",
@@ -205,7 +207,7 @@ LEDGER: tuple[Hook, ...] = (
         "weight_updates",
         "sglang.srt.model_executor.model_runner_components.weight_updater._unsupported_derived_weight_cache_error",
         "hook",
-        "gpu",
+        "gpu_dsa",
         "an online update of fp8 weights would leave our merged bf16 copy of the indexer's projections behind",
         _ALL,
         "newer releases ask the model's modules for such a reason",
@@ -240,7 +242,7 @@ LEDGER: tuple[Hook, ...] = (
         "gpu_dsa_backend",
         "sglang.srt.layers.attention.dsa_backend.DeepseekSparseAttnBackend",
         "subclass",
-        "gpu",
+        "gpu_dsa",
         "stock metadata, graph capture, speculative decoding and isinstance checks with our attention",
         _ALL,
         "no extension point",
@@ -274,8 +276,9 @@ def install(stage: str) -> None:
     if stage == "factory":
         _teach_model_code()
     for row in LEDGER:
-        if row.stage in stages and row.handler and row.needed():
+        if row.stage in stages and row.handler and row.name not in _installed and row.needed():
             _install(row)
+            _installed.add(row.name)
     HookRegistry.apply_hooks()
 
 
