@@ -224,6 +224,7 @@ PEERS = {
     for p in (
         Peer("sparse_decode", "flash_mla_planned", peers_mla.flash_mla_planned, ("sgl_kernel",)),
         Peer("sparse_decode", "fa3_planned", peers_mla.fa3_sparse, ("sgl_kernel",)),
+        Peer("sparse_decode", "sglang_tilelang", peers_mla.sglang_tilelang, ("sglang", "tilelang")),
         Peer("sparse_prefill", "flash_mla_planned", peers_mla.flash_mla_planned, ("sgl_kernel",)),
         Peer("dense_decode", "flash_mla_planned", peers_mla.flash_mla_dense, ("sgl_kernel",)),
         Peer("dense_decode", "fa3_planned", peers_mla.fa3_dense, ("sgl_kernel",)),

@@ -190,3 +190,16 @@ def flashinfer_dense(problem: Problem) -> Call:
         return wrapper.run(*parts[id(q)], latent, rope)
 
     return call
+
+
+def sglang_tilelang(problem: Problem) -> Call:
+    """SGLang's TileLang kernel over bf16 rows, written for prefill and used by it for decode too."""
+    from sglang.kernels.ops.attention.dsa.tilelang_kernel import tilelang_sparse_fwd
+
+    pool = problem.extra["pool"]
+
+    def call(item: Any) -> torch.Tensor:
+        q, indices = item
+        return tilelang_sparse_fwd(q, pool, indices[:, None], SOFTMAX_SCALE, VALUE_DIM).view(*q.shape[:2], VALUE_DIM)
+
+    return call

@@ -17,16 +17,23 @@ from measure import Settings
 from sweep import Row
 
 #: Backends whose compilation takes longest start first.
-SLOW = ("flashinfer", "flashinfer_planned", "tilelang")
+SLOW = ("flashinfer", "flashinfer_planned", "tilelang", "sglang_tilelang")
+#: Rows that one process takes at a time.
+PART = 40
 
 
 def groups(rows: Sequence[Row]) -> list[list[Row]]:
-    """Rows of one workload and backend stay in one process: they share kernels and locks. Longest work first."""
+    """What one process does in one go: rows of one workload and backend, which share kernels. Longest work first."""
     found: dict[tuple[str, str], dict[str, Row]] = {}
     for row in rows:
         found.setdefault((row.case.workload, row.backend), {}).setdefault(row.key(), row)
-    ordered = sorted(found.items(), key=lambda item: (item[0][1] not in SLOW, -len(item[1])))
-    return [list(group.values()) for _, group in ordered]
+    parts = []
+    for (_, backend), group in found.items():
+        all_of_it = list(group.values())
+        # Slow compilers lock: a second process would only wait.
+        size = len(all_of_it) if backend in SLOW else PART
+        parts += [all_of_it[i : i + size] for i in range(0, len(all_of_it), size)]
+    return sorted(parts, key=lambda part: (part[0].backend not in SLOW, -len(part)))
 
 
 def compile_all(rows: Sequence[Row], device: str, jobs: int, seconds: float) -> str:

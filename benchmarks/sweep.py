@@ -19,6 +19,9 @@ from common import ERROR, BenchmarkResult
 from configs import Case, Config
 from measure import Settings
 
+#: A backend that took the process down this often is not tried on the workload's other cases in this run.
+MAX_CRASHES = 2
+
 OnRow = Callable[[BenchmarkResult, int, int], None]
 
 
@@ -137,6 +140,7 @@ def run(
     results: list[BenchmarkResult | None] = [journal.finished(row) for row in rows]
     waiting = [i for i, result in enumerate(results) if result is None]
     common = {"device": device, "settings": asdict(settings)}
+    crashes: dict[tuple[str, str], list[str]] = {}
     if waiting and not journal.ceilings and _time_left(deadline):
         event, _ = _answer({**common, "ceilings": True}, child, deadline)
         if event is not None:
@@ -144,9 +148,15 @@ def run(
     for i in waiting:
         if not _time_left(deadline):
             break
-        event, reason = _answer({**common, "row": rows[i].job()}, child, deadline)
-        if reason == LATE:
-            break
+        kind = (rows[i].case.workload, rows[i].backend)
+        if len(crashes.get(kind, ())) >= MAX_CRASHES:
+            event, reason = None, f"not tried after {MAX_CRASHES} crashes: {crashes[kind][-1]}"
+        else:
+            event, reason = _answer({**common, "row": rows[i].job()}, child, deadline)
+            if reason == LATE:
+                break
+            if event is None:
+                crashes.setdefault(kind, []).append(reason)
         result = rows[i].failed(reason) if event is None else BenchmarkResult.from_dict(event["result"])
         case = rows[i].case
         result.target_us, result.target_vs_peer, result.note = case.target_us, case.target_vs_peer, case.note

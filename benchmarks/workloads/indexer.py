@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from clock import input_sets, l2_bytes
+from clock import input_sets
 
-from nsa_backend_plugin.layouts import INDEX_PAGE_SIZE, index_page_bytes
+from nsa_backend_plugin.layouts import INDEX_PAGE_SIZE
 from nsa_backend_plugin.ops import mqa_logits, topk
 from nsa_backend_plugin.ops.arch import fp8_dtype
 from workloads import base
@@ -19,9 +19,13 @@ TOKEN_BYTES = 132
 CHAIN_BAR = 5e-3
 
 
+#: Pages of a served cache: 2.9 GB, so that reading random pages of it misses the TLB as it does in a server.
+SERVED_PAGES = 340_000
+
+
 def _pool(pages_needed: int, device: torch.device) -> torch.Tensor:
-    """A cache with room for the case, and past the L2 cache so that rotated inputs read cold pages."""
-    return base.index_pool(max(pages_needed, 3 * l2_bytes(device) // index_page_bytes()), device)
+    """A cache with room for the case, on a GPU as large as a served one."""
+    return base.index_pool(max(pages_needed, SERVED_PAGES if device.type == "cuda" else 0), device)
 
 
 def _queries(rows: int, next_n: int, heads: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -87,9 +87,17 @@ def _problem(params: Mapping[str, Any], pool: torch.Tensor, indices, rows_read: 
             "tokens": tokens,
             "heads": heads,
             "topk": topk,
-            "peers_need": {} if params["kv"] == "bf16" else {"fa3_planned": "reads bf16 rows only"},
+            "peers_need": _peers_need(params),
         },
     )
+
+
+def _peers_need(params: Mapping[str, Any]) -> dict[str, str]:
+    if params["kv"] != "bf16":
+        return dict.fromkeys(("fa3_planned", "sglang_tilelang"), "reads bf16 rows only")
+    if params["heads"] % 16 or params["topk"] != 2048:
+        return {"sglang_tilelang": "takes a multiple of 16 heads and top-k 2048"}
+    return {}
 
 
 DECODE = Workload(

@@ -147,7 +147,7 @@ def test_the_fingerprint_follows_settings_and_environment() -> None:
 
 
 def test_a_crashing_row_costs_one_row(tmp_path: Path) -> None:
-    """The child dies on tokens=2; the rows before and after it keep their results."""
+    """The child dies on tokens=2 and 4; other rows keep their results, and a third death is not provoked."""
     script = tmp_path / "worker_that_dies.py"
     script.write_text(
         "import os, sys\n"
@@ -156,21 +156,22 @@ def test_a_crashing_row_costs_one_row(tmp_path: Path) -> None:
         "import measure\n"
         "real = measure.measure\n"
         "def dying(name, params, *rest):\n"
-        "    if params['tokens'] == 2:\n"
+        "    if params['tokens'] in (2, 4, 5):\n"
         "        print('out of luck', file=sys.stderr, flush=True)\n"
         "        os.kill(os.getpid(), 9)\n"
         "    return real(name, params, *rest)\n"
         "measure.measure = dying\n"
         "sys.exit(worker.main())\n"
     )
-    config = small_config(params={"tokens": [1, 2, 3], "heads": 2})
+    config = small_config(params={"tokens": [1, 2, 3, 4, 5], "heads": 2})
     journal = sweep.Journal.open(tmp_path / "rows.jsonl", "mark")
     with Child(script) as child:
         results, complete = sweep.run(sweep.plan(config, "cpu"), "cpu", FAST, journal, child=child)
     assert complete
-    assert [r.status for r in results] == [OK, ERROR, OK]
+    assert [r.status for r in results] == [OK, ERROR, OK, ERROR, ERROR]
     assert "code -9" in results[1].reason
     assert "out of luck" in results[1].reason
+    assert results[4].reason == f"not tried after 2 crashes: {results[3].reason}"
     assert journal.ceilings["read_gbps"] > 0
 
 
@@ -261,7 +262,7 @@ def test_a_row_that_two_runs_name_is_measured_once() -> None:
 
 
 def test_compilation_runs_every_row_once(tmp_path: Path) -> None:
-    """Rows of one workload and backend stay together, slow compilers first, and nothing is measured."""
+    """Rows of one workload and backend stay together up to a limit, slow compilers first; nothing is measured."""
     config = small_config(backends=["torch", "torch_cat", "triton"])
     rows = sweep.plan(config, "cpu")
     slow = sweep.Row(config.cases[0], "tilelang")
@@ -271,6 +272,8 @@ def test_compilation_runs_every_row_once(tmp_path: Path) -> None:
         [("torch", n) for n in (1, 2, 3, 4)],
     ]
     assert sum(map(len, groups)) == 13
+    many = small_config(params={"tokens": list(range(1, prepare.PART + 3)), "heads": 2})
+    assert [len(g) for g in prepare.groups(sweep.plan(many, "cpu"))] == [prepare.PART, 2]
     assert "compiled for 8 rows" in prepare.compile_all(rows[:8], "cpu", 2, 60.0)
     assert "compiled for 0 rows" in prepare.compile_all(rows[:8], "cpu", 2, 0.0)
 
