@@ -90,9 +90,10 @@ class NsaPluginMLABackend(FlashAttentionBackend):
         return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)
 
     def _decodes_by_fa3(self, page_table: torch.Tensor) -> bool:
-        """Whether the registry picks FlashAttention 3: then SGLang's own call, whose schedule is made once per step.
+        """Whether the registry prefers FlashAttention 3: then SGLang's own call, whose schedule is made once per step.
 
-        The operation's adapter makes it in every layer.
+        The operation's adapter makes it in every layer, and declines more than 64 heads because of NaN in rows past a
+        length, which SGLang's pool does not have.
         """
         batch = page_table.shape[0]
         if batch not in self._fa3_wins:
