@@ -43,14 +43,21 @@ class Backend:
     run: Callable[[Any, bool], Any]
 
 
-def is_peer(name: str) -> bool:
-    return name not in (DEFAULT, REFERENCE, *OWN)
+def is_own(name: str, kind: str) -> bool:
+    """Whether a backend of a workload is written in this repository; "a+b" is if both are. A workload without an
+    operation of the library has only peers, whatever their names."""
+    return bool(workload(kind).operations) and all(part in OWN for part in name.split("+"))
+
+
+def is_peer(name: str, kind: str) -> bool:
+    return name not in (DEFAULT, REFERENCE) and not is_own(name, kind)
 
 
 def names(name: str) -> list[str]:
     """All backends of a workload, whether or not they can run here."""
     found = _implementations(name)
-    return [*([DEFAULT] if found else []), *found, *(n for n in peers.names(name) if n not in found)]
+    mixed = workload(name).mixed
+    return [*([DEFAULT] if found else []), *found, *mixed, *(n for n in peers.names(name) if n not in found)]
 
 
 def _implementations(name: str) -> list[str]:
@@ -84,13 +91,16 @@ def resolve(backend: str, name: str, problem: Problem, device: torch.device) -> 
         call = peers.prepare(name, backend, problem)
         return Backend(backend, lambda item, poison: call(item))
     wanted = workload(name).operations
-    if backend not in found:
+    mixed = backend in workload(name).mixed
+    if backend not in found and not mixed:
         raise Unavailable(
             f"{' and '.join(wanted) or name}: no implementation {backend!r}; there are {', '.join(names(name))}"
         )
+    parts = backend.split("+") if mixed else [backend] * len(wanted)
     for operation in operations():
         if operation.name in wanted:
-            row = next(c for c in operation.candidates(device) if c.name == backend)
+            part = parts[wanted.index(operation.name)]
+            row = next(c for c in operation.candidates(device) if c.name == part)
             if not row.support.ok:
                 raise Unavailable(row.support.reason)
     return Backend(backend, lambda item, poison: problem.run(backend, item, poison))

@@ -116,7 +116,7 @@ def add_comparisons(results: Sequence[BenchmarkResult], read_gbps: float | None)
             if read_gbps:
                 row.floor_us = row.bytes / read_gbps / 1e3
                 row.floor_percent = 100 * row.floor_us / row.median_us
-            if is_peer(row.backend):
+            if is_peer(row.backend, row.workload):
                 key = job_key(row)
                 if key not in best or row.median_us < (best[key].median_us or 0):
                     best[key] = row

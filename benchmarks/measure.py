@@ -62,7 +62,7 @@ def measure(
     try:
         problem = _problem(name, json.dumps(dict(params), sort_keys=True), device)
         row.bytes, row.flops, row.checked = problem.bytes, problem.flops, problem.checked
-        row.bar = problem.bar_of(backends.is_peer(backend))
+        row.bar = problem.bar_of(backends.is_peer(backend, name))
         chosen = backends.resolve(backend, name, problem, device)
         if compile_only:
             chosen.run(problem.inputs[-1], False)
@@ -102,7 +102,7 @@ def _check_and_time(
             row.peak_memory_mib = (torch.cuda.max_memory_allocated(device) - before) / 2**20
     row.distance = problem.check(out, problem.inputs[-1])
     del out
-    bar = problem.bar_of(backends.is_peer(backend.name))
+    bar = problem.bar_of(backends.is_peer(backend.name, row.workload))
     if not row.distance <= bar:
         row.status = ERROR
         row.reason = f"wrong result: distance {row.distance:.2e} to the reference, at most {bar:.1e} expected"

@@ -30,7 +30,8 @@ def save_plot(formatter: ResultsFormatter, results: Sequence[BenchmarkResult], p
 
     rows = [r for r in results if r.median_us]
     names = list(dict.fromkeys(r.backend for r in rows))
-    styles = {name: _style(i, name, pyplot) for i, name in enumerate(names)}
+    peers = {r.backend for r in rows if is_peer(r.backend, r.workload)}
+    styles = {name: _style(i, name in peers, pyplot) for i, name in enumerate(names)}
     found = panels(rows)
     shown = sorted(sorted(found, key=lambda t: -_points(found[t]))[:MAX_PANELS], key=list(found).index)
     grid_rows = max(2, math.ceil(len(shown) / _COLUMNS))
@@ -66,9 +67,8 @@ def _points(panel: dict[str, list[tuple[int, float]]]) -> int:
     return sum(len(points) for points in panel.values())
 
 
-def _style(i: int, name: str, pyplot: Any) -> dict[str, Any]:
+def _style(i: int, peer: bool, pyplot: Any) -> dict[str, Any]:
     color = pyplot.get_cmap("tab10")(i % 10)
-    peer = is_peer(name)
     return {
         "color": color,
         "marker": _MARKERS[i % len(_MARKERS)],

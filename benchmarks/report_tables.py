@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from backends import DEFAULT, OWN, is_peer
+import backends
 from batch_spec import parse_batch_spec
 from common import BenchmarkResult, describe, job_key, label
 
@@ -16,6 +16,7 @@ TIE = 0.03
 LINES = 16
 
 Params = dict[str, Any]
+Wanted = Callable[[BenchmarkResult], bool]
 
 
 def jobs(results: Sequence[BenchmarkResult]) -> dict[str, list[BenchmarkResult]]:
@@ -34,17 +35,21 @@ def cases(results: Sequence[BenchmarkResult]) -> list[list[BenchmarkResult]]:
     return list(groups.values())
 
 
-def fastest(rows: Sequence[BenchmarkResult], wanted: Callable[[str], bool]) -> BenchmarkResult | None:
-    timed = [r for r in rows if r.median_us and wanted(r.backend)]
+def fastest(rows: Sequence[BenchmarkResult], wanted: Wanted = lambda row: True) -> BenchmarkResult | None:
+    timed = [r for r in rows if r.median_us and wanted(r)]
     return min(timed, key=lambda r: r.median_us or 0.0, default=None)
 
 
-def is_own(backend: str) -> bool:
-    return backend in OWN
+def is_own(row: BenchmarkResult) -> bool:
+    return backends.is_own(row.backend, row.workload)
 
 
-def is_default(backend: str) -> bool:
-    return backend == DEFAULT
+def is_peer(row: BenchmarkResult) -> bool:
+    return backends.is_peer(row.backend, row.workload)
+
+
+def is_default(row: BenchmarkResult) -> bool:
+    return row.backend == backends.DEFAULT
 
 
 # ---- targets
@@ -104,7 +109,7 @@ def standing(own: BenchmarkResult, peer: BenchmarkResult) -> str:
 # ---- score
 
 
-def ratios(results: Sequence[BenchmarkResult], wanted: Callable[[str], bool]) -> list[tuple[float, BenchmarkResult]]:
+def ratios(results: Sequence[BenchmarkResult], wanted: Wanted) -> list[tuple[float, BenchmarkResult]]:
     """Best peer's time over the fastest wanted row's, with that row, for every job where both have a result."""
     found = []
     for rows in jobs(results).values():
@@ -114,7 +119,7 @@ def ratios(results: Sequence[BenchmarkResult], wanted: Callable[[str], bool]) ->
     return found
 
 
-def score(results: Sequence[BenchmarkResult], wanted: Callable[[str], bool] = is_own) -> dict[str, Any] | None:
+def score(results: Sequence[BenchmarkResult], wanted: Wanted = is_own) -> dict[str, Any] | None:
     """Wins, ties, losses, and the distribution of best peer over ours; None without a case that has both."""
     found = ratios(results, wanted)
     if not found:
@@ -147,19 +152,19 @@ def case_tables(results: Sequence[BenchmarkResult], baseline: str = "") -> list[
 
 
 def line_table(rows: Sequence[BenchmarkResult], baseline: str) -> list[str]:
-    """Cases by backends. Bold: the fastest; the last columns are our fastest one's rates and floor."""
-    backends = [b for b in dict.fromkeys(r.backend for r in rows) if any(r.median_us for r in rows if r.backend == b)]
-    more = ["speed-up", "reduction"] if baseline in backends else []
+    """Cases by backends. Bold: the fastest; the rates and the floor are of our fastest one."""
+    names = [b for b in dict.fromkeys(r.backend for r in rows) if any(r.median_us for r in rows if r.backend == b)]
+    more = ["speed-up", "reduction"] if baseline in names else []
     lines = [
-        _line(["case", *backends, "GB/s", "TFLOP/s", "% floor", *more]),
-        _line(["---"] * (len(backends) + 4 + len(more))),
+        _line(["case", *names, "GB/s", "TFLOP/s", "% floor", *more]),
+        _line(["---"] * (len(names) + 4 + len(more))),
     ]
     for case in cases(rows):
-        best, own = fastest(case, lambda b: True), fastest(case, is_own) or fastest(case, lambda b: True)
+        best, own = fastest(case), fastest(case, is_own) or fastest(case)
         times = {r.backend: f"{r.median_us:.2f}" if r.median_us else r.status for r in case}
         if best is not None:
             times[best.backend] = f"**{times[best.backend]}**"
-        cells = [describe(case[0]), *(times.get(b, "") for b in backends)]
+        cells = [describe(case[0]), *(times.get(b, "") for b in names)]
         cells += [number(own.gbps if own else None), number(own.tflops if own else None), percent(own)]
         base = next((r.median_us for r in case if r.backend == baseline), None)
         if more:

@@ -59,6 +59,7 @@ class Workload:
 
     operations: registry names ("sparse_mla.attend") whose implementations are the backends; several for a chain.
     same_job: parameters that two rows may differ in and still be compared as doing the same job (cache format).
+    mixed: further backends "a+b", an implementation for each operation.
     batch: how large a case is, for the horizontal axis of plots.
     """
 
@@ -67,6 +68,7 @@ class Workload:
     build: Callable[[Mapping[str, Any], torch.device], Problem]
     defaults: Mapping[str, Any]
     same_job: tuple[str, ...] = ()
+    mixed: tuple[str, ...] = ()
     batch: Callable[[Mapping[str, Any]], int] = lambda params: int(params.get("tokens", 1))
 
     def complete(self, params: Mapping[str, Any]) -> dict[str, Any]:

@@ -202,9 +202,10 @@ def build_chain(params: Mapping[str, Any], device: torch.device) -> Problem:
 
     def run(impl: str | None, item: Any, poison: bool) -> torch.Tensor:
         q, weights, table = item
-        logits = mqa_logits.paged(q, pool, weights, lens, table, context, layout=params["layout"], impl=impl)
+        first, last = impl.split("+") if impl in CHAIN.mixed else (impl, impl)
+        logits = mqa_logits.paged(q, pool, weights, lens, table, context, layout=params["layout"], impl=first)
         out = base.poisoned(batch, k, dtype=torch.int32, device=device) if poison else None
-        return topk.select(logits, lens, k, page_table=table, page_size=INDEX_PAGE_SIZE, out=out, impl=impl)
+        return topk.select(logits, lens, k, page_table=table, page_size=INDEX_PAGE_SIZE, out=out, impl=last)
 
     def check(out: torch.Tensor, item: Any) -> float:
         q, weights, table = item
@@ -262,5 +263,6 @@ CHAIN = Workload(
     build_chain,
     {"batch": 1, "context": 8192, "heads": 64, "k": 2048, "layout": "row_major", "min_sets": 2},
     same_job=("layout",),
+    mixed=("triton+cuda",),
     batch=_batch,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -192,6 +193,29 @@ def test_backends_that_cannot_run_say_why() -> None:
     assert "torch_cat" in missing.reason
     peer = measure.measure("concat_k", SMALL, "sglang_jit", CPU, FAST)
     assert (peer.status, peer.reason) == (UNAVAILABLE, "needs a GPU")
+
+
+def test_a_chain_may_mix_implementations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ "a+b" runs a for the first operation and b for the second, and is ours if both are."""
+    from workloads import WORKLOADS, indexer
+
+    assert "triton+cuda" in backends.names("indexer_chain")
+    assert backends.is_own("triton+cuda", "indexer_chain")
+    assert backends.is_peer("triton", "standard")  # not an operation of the library: SGLang's kernel
+    params = {"batch": 1, "context": 70, "heads": 2, "k": 32}
+    refused = measure.measure("indexer_chain", params, "triton+cuda", CPU, FAST)
+    assert refused.status == UNAVAILABLE
+    assert "CUDA" in refused.reason
+    monkeypatch.setitem(WORKLOADS, "indexer_chain", dataclasses.replace(indexer.CHAIN, mixed=("torch+triton",)))
+    monkeypatch.setattr(indexer, "CHAIN", WORKLOADS["indexer_chain"])
+    seen: list[str | None] = []
+    real = indexer.topk.select
+    monkeypatch.setattr(
+        indexer.topk, "select", lambda *a, impl=None, **k: (seen.append(impl), real(*a, impl=impl, **k))[1]
+    )
+    mixed = measure.measure("indexer_chain", params, "torch+triton", CPU, FAST)
+    assert (mixed.status, mixed.reason) == (OK, "")
+    assert set(seen) == {"triton", "torch"}  # the reference check uses torch
 
 
 def test_an_exception_is_an_error_row(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
