@@ -140,7 +140,7 @@ def test_a_file_without_the_function_is_no_candidate(folder):
 
 
 def test_workspace_is_the_largest_of_those_available(folder):
-    sized = VENDOR + "    def workspace_bytes_select(**sizes): return sizes['rows'] * {fill}\n"
+    sized = VENDOR + "    def workspace_bytes_select(device, rows): return rows * {fill} * (device.type == 'cpu')\n"
     folder("small", sized.format(ok=True, reason="", fill=10))
     folder("large", sized.format(ok=True, reason="", fill=30))
     folder("absent", sized.format(ok=False, reason="no", fill=90))

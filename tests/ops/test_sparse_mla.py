@@ -225,7 +225,7 @@ def test_triton_declines_with_a_reason() -> None:
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942", "sm_120"])
 def test_workspace_suffices_for_every_smaller_call(arch: str) -> None:
-    limit = mla_launch.workspace_bytes(200, 48, 512)
+    limit = mla_launch.workspace_bytes(arch, 200, 48, 512)
     config = mla_launch.tile(arch, "bf16", 48)
     blocks = -(-48 // config.heads)
     for rows in range(1, 201):

@@ -96,12 +96,12 @@ def scratch_bytes(parts: int, heads: int, value_dim: int) -> int:
     return _lse_bytes(parts, heads) + parts * heads * value_dim * 4
 
 
-def workspace_bytes(max_rows: int, heads: int, value_dim: int, num_kv_splits: int | None = None) -> int:
-    """Scratch that suffices on every architecture for every call of up to max_rows rows."""
+def workspace_bytes(arch: str, max_rows: int, heads: int, value_dim: int, num_kv_splits: int | None = None) -> int:
+    """Scratch that suffices on an architecture for every call of up to max_rows rows."""
     if num_kv_splits is not None:
         return scratch_bytes(max_rows * num_kv_splits, heads, value_dim)
     # split_count keeps rows * splits * head_blocks <= programs whenever it splits at all.
-    parts = min(max_rows * MAX_SPLITS, max(_programs(arch) for arch in _UNITS))
+    parts = min(max_rows * MAX_SPLITS, _programs(arch))
     return scratch_bytes(parts, heads, value_dim)
 
 

@@ -129,13 +129,14 @@ class Operation:
     def workspace_bytes(self, device: torch.device | str, **sizes: Any) -> int:
         """Largest scratch that any implementation available on the device asks for.
 
-        An implementation with scratch defines `workspace_bytes_<function>(**sizes) -> int`.
+        An implementation with scratch defines `workspace_bytes_<function>(device=..., **sizes) -> int`.
         """
+        device = torch.device(device)
         needs = [0]
         for name in self.implementations():
             if _available(self.op, name, device_arch(device)).ok:
                 size = getattr(_load(self.op, name), f"workspace_bytes_{self.function}", None)
-                needs.append(size(**sizes) if size else 0)
+                needs.append(size(device=device, **sizes) if size else 0)
         return max(needs)
 
     def implementations(self) -> list[str]:

@@ -28,8 +28,10 @@ def accepts_decode(
     return mla_launch.accepts(q, kv, "bf16", value_dim)
 
 
-def workspace_bytes_decode(max_batch: int, heads: int, value_dim: int, num_kv_splits: int | None) -> int:
-    return mla_launch.workspace_bytes(max_batch, heads, value_dim, num_kv_splits)
+def workspace_bytes_decode(
+    device: torch.device, max_batch: int, heads: int, value_dim: int, num_kv_splits: int | None
+) -> int:
+    return mla_launch.workspace_bytes(device_arch(device), max_batch, heads, value_dim, num_kv_splits)
 
 
 def decode(

@@ -107,11 +107,10 @@ def accepts_attend(
     return YES
 
 
-def workspace_bytes_attend(max_tokens: int, heads: int, topk: int, value_dim: int) -> int:
-    """Scratch for the current CUDA device and any call of up to max_tokens tokens."""
+def workspace_bytes_attend(device: torch.device, max_tokens: int, heads: int, topk: int, value_dim: int) -> int:
+    """Scratch for any call of up to max_tokens tokens."""
     if heads > _MAX_HEADS:
         return 0
-    device = torch.device("cuda", torch.cuda.current_device())
     config = _config(device_arch(device), heads)
     parts = min(max_tokens * _MAX_SPLITS, _resident_blocks(device, config))
     return sum(_layout(parts, _MAX_SPLITS, heads, value_dim))

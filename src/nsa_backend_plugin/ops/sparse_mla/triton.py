@@ -25,8 +25,8 @@ def accepts_attend(
     return mla_launch.accepts(q, kv, kind, value_dim)
 
 
-def workspace_bytes_attend(max_tokens: int, heads: int, topk: int, value_dim: int) -> int:
-    return mla_launch.workspace_bytes(max_tokens, heads, value_dim)
+def workspace_bytes_attend(device: torch.device, max_tokens: int, heads: int, topk: int, value_dim: int) -> int:
+    return mla_launch.workspace_bytes(device_arch(device), max_tokens, heads, value_dim)
 
 
 def attend(
