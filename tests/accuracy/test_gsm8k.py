@@ -1,10 +1,8 @@
-"""`nsa-plugin gsm8k` against a server of our own making: data, resume, statistics, verdicts, messages."""
+"""The parts of `nsa-plugin gsm8k`: data, asking and resuming, statistics."""
 
 from __future__ import annotations
 
 import json
-import threading
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import product
 from math import comb
@@ -12,57 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from nsa_backend_plugin import cli
 from nsa_backend_plugin.accuracy.arms import kernel_lines, parse_arms
 from nsa_backend_plugin.accuracy.ask import Answer, AskError, answer_all
 from nsa_backend_plugin.accuracy.compare import accuracy, compare, mcnemar
 from nsa_backend_plugin.accuracy.questions import last_number, load_items
-
-
-class FakeServer:
-    """Answers `#### N` with N counted from the question; `fail_after` requests it closes the connection."""
-
-    def __init__(self) -> None:
-        self.prompts: list[str] = []
-        self.fail_after: int | None = None
-        owner = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                owner.prompts.append(body["text"])
-                if owner.fail_after is not None and len(owner.prompts) > owner.fail_after:
-                    self.connection.close()
-                    return
-                number = body["text"].rsplit("Question: item ", 1)[1].split("\n")[0]
-                meta = {"output_token_logprobs": [[-0.5, int(number), None]], "prompt_tokens": 7}
-                reply = json.dumps({"text": f" so #### {number}", "meta_info": meta}).encode()
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(reply)))
-                self.end_headers()
-                self.wfile.write(reply)
-
-            def log_message(self, *args: object) -> None: ...
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
-
-
-@pytest.fixture
-def server() -> Iterator[FakeServer]:
-    fake = FakeServer()
-    yield fake
-    fake.http.shutdown()
-    fake.http.server_close()
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    path = tmp_path / "data.jsonl"
-    rows = [{"question": f"item {i}", "answer": f"it is {i}\n#### {i}"} for i in range(12)]
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return path
+from tests.accuracy.conftest import FakeServer
 
 
 def ask(server: FakeServer, data: Path, out: Path) -> list[Answer]:
@@ -89,12 +41,29 @@ def test_same_form_as_sglang(data: Path) -> None:
 
 @pytest.mark.parametrize(
     "line, message",
-    [("{", "data.jsonl:13: not JSON"), ('{"question": "q"}', "data.jsonl:13: expected an object"), ("[]", ":13:")],
+    [
+        ("{", "data.jsonl:13: not JSON"),
+        ('{"question": "q"}', "data.jsonl:13: expected an object"),
+        ("[]", ":13: expected an object"),
+        ('{"question": "q", "answer": "1", "context": 3}', ':13: "context": expected a string, got 3'),
+    ],
 )
 def test_malformed_line_is_named(data: Path, line: str, message: str) -> None:
     data.write_text(data.read_text() + line + "\n")
     with pytest.raises(ValueError, match=message):
         load_items(data, 2, None)
+
+
+def test_data_that_cannot_be_used_is_refused(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--num-examples 0: expected at least 1"):
+        load_items(data, 2, 0)
+    with pytest.raises(ValueError, match=r"--num-shots 12: .* has 12 rows"):
+        load_items(data, 12, None)
+    with pytest.raises(FileNotFoundError, match=r"nothing\.jsonl"):
+        load_items(tmp_path / "nothing.jsonl", 0, None)
+    data.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"data.jsonl: not UTF-8"):
+        load_items(data, 0, None)
 
 
 def test_answer_without_number_is_refused(data: Path) -> None:
@@ -125,6 +94,42 @@ def test_changed_prompts_are_asked_again(server: FakeServer, data: Path, tmp_pat
     asked = len(server.prompts)
     ask(server, data, out)
     assert len(server.prompts) - asked == 10
+
+
+def test_fewer_questions_do_not_drop_answers(server: FakeServer, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "answers.jsonl"
+    ask(server, data, out)
+    few = load_items(data, 2, 3)
+    answer_all(server.url, few, out, label="arm", concurrency=3, max_tokens=8, timeout=20)
+    asked = len(server.prompts)
+    ask(server, data, out)
+    assert len(server.prompts) == asked
+
+
+def test_damaged_results_are_named(server: FakeServer, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "answers.jsonl"
+    ask(server, data, out)
+    lines = out.read_text().splitlines(keepends=True)
+    out.write_text("".join([*lines[:4], "damaged\n", *lines[4:]]))
+    with pytest.raises(ValueError, match=r"answers.jsonl:5: not a finished answer"):
+        ask(server, data, out)
+
+
+def test_answers_under_way_are_kept_when_another_fails(server: FakeServer, data: Path, tmp_path: Path) -> None:
+    """The first request fails at once; those beside it still answer, and hardly anything new is asked."""
+    server.refuse = "item 2\n"
+    server.slow_seconds = 0.3
+    with pytest.raises(AskError, match=r"data.jsonl:3 was refused: 500 .* of 10 answers are kept"):
+        ask(server, data, tmp_path / "answers.jsonl")
+    kept = len((tmp_path / "answers.jsonl").read_text().splitlines())
+    assert 2 <= kept == len(server.prompts) - 1 <= 4
+
+
+@pytest.mark.parametrize("reply", ["{}", '"text"', "not json"])
+def test_foreign_answers_are_named(server: FakeServer, data: Path, tmp_path: Path, reply: str) -> None:
+    server.reply = reply
+    with pytest.raises(AskError, match=r"the answer to data.jsonl:\d+ is not"):
+        ask(server, data, tmp_path / "answers.jsonl")
 
 
 def test_timeout_names_the_question(data: Path, tmp_path: Path) -> None:
@@ -187,27 +192,3 @@ def test_kernel_lines(tmp_path: Path) -> None:
         "[x] nsa_plugin op topk.select: torch (triton no)\nother\n[x] nsa_plugin op topk.select: torch (triton no)\n"
     )
     assert kernel_lines(log) == ["topk.select: torch (triton no)"]
-
-
-def test_command_on_a_running_server(
-    server: FakeServer, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    base = [
-        "gsm8k",
-        "--base-url",
-        server.url,
-        "--data-path",
-        str(data),
-        "--num-shots",
-        "2",
-        "--out",
-        str(tmp_path / "o"),
-    ]
-    assert cli.main(base) == 0
-    assert "1.0000" in capsys.readouterr().out
-    report = json.loads((tmp_path / "o" / "report.json").read_text())
-    assert report["arms"][0]["accuracy"]["right"] == 10
-    data.write_text(data.read_text().replace("#### 5", "#### 6"))
-    assert cli.main([*base, "--min-accuracy", "0.95"]) == 1
-    assert cli.main([*base[:3], "--data-path", str(tmp_path / "missing.jsonl")]) == 2
-    assert "missing.jsonl" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import json
 import time
 import urllib.error
@@ -38,18 +39,16 @@ def prompt_hash(item: Item) -> str:
 
 
 def load_answers(path: Path, items: list[Item]) -> dict[str, Answer]:
-    """Finished answers of a results file that belong to these very prompts. A torn last line is dropped."""
+    """Finished answers of a results file that belong to these very prompts. A torn last line is left out."""
     if not path.exists():
         return {}
     wanted = {(item.key, prompt_hash(item)): item for item in items}
     answers = {}
-    lines = path.read_text().splitlines()
+    *lines, _torn = path.read_text(encoding="utf-8").split("\n")
     for number, line in enumerate(lines, 1):
         try:
             answer = Answer(**json.loads(line))
         except (json.JSONDecodeError, TypeError) as error:
-            if number == len(lines):
-                break
             raise ValueError(
                 f"{path}:{number}: not a finished answer ({error}); delete the file to start over"
             ) from None
@@ -57,6 +56,13 @@ def load_answers(path: Path, items: list[Item]) -> dict[str, Answer]:
         if item is not None:
             answers[answer.key] = replace(answer, correct=answer.predicted == item.expected)
     return answers
+
+
+def _cut_torn_line(path: Path) -> None:
+    """What is appended next must begin a line."""
+    if path.exists():
+        with path.open("r+b") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
 
 
 class ProgressBar:
@@ -90,27 +96,36 @@ def answer_all(
     answers = load_answers(path, items)
     todo = [item for item in items if item.key not in answers]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(asdict(a)) + "\n" for a in answers.values()))  # without a torn line
+    _cut_torn_line(path)
     bar = ProgressBar(len(items), len(answers), label)
     start, generated = time.monotonic(), 0
-    with path.open("a") as file, ThreadPoolExecutor(concurrency) as pool:
+    failure: AskError | None = None
+    with path.open("a", encoding="utf-8") as file, ThreadPoolExecutor(concurrency) as pool:
         pending: set[Future[Answer]] = {pool.submit(_ask, base_url, i, max_tokens, timeout) for i in todo}
         try:
             while pending:
                 done, pending = wait(pending, return_when=FIRST_COMPLETED)
                 for future in done:
-                    answer = future.result()
+                    if future.cancelled():
+                        continue
+                    try:
+                        answer = future.result()
+                    except AskError as error:  # ask nothing new, keep what is under way
+                        failure = failure or error
+                        for other in pending:
+                            other.cancel()
+                        continue
                     file.write(json.dumps(asdict(answer)) + "\n")
                     file.flush()
                     answers[answer.key] = answer
                     generated += len(answer.tokens)
                     bar.step(sum(a.correct for a in answers.values()), len(answers))
-        except AskError as error:
-            raise AskError(f"{label}: {error} ({len(answers)} of {len(items)} answers are kept in {path})") from None
         finally:
             for future in pending:
                 future.cancel()
             bar.close()
+    if failure is not None:
+        raise AskError(f"{label}: {failure} ({len(answers)} of {len(items)} answers are kept in {path})")
     rate = generated / (time.monotonic() - start) if todo else 0.0
     return [answers[item.key] for item in items], rate
 
@@ -132,8 +147,12 @@ def _ask(base_url: str, item: Item, max_tokens: int, timeout: float) -> Answer:
         raise AskError(f"no answer to {item.key} within {timeout:.0f} s") from None
     except urllib.error.HTTPError as error:
         raise AskError(f"{item.key} was refused: {error.code} {error.read()[:300].decode(errors='replace')}") from None
-    except (urllib.error.URLError, ConnectionError) as error:
-        raise AskError(f"the server at {base_url} does not answer: {error}") from None
+    except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
+        raise AskError(f"the server at {base_url} does not answer: {error!r}") from None
+    except ValueError as error:
+        raise AskError(f"the answer to {item.key} is not JSON: {error}") from None
+    if not isinstance(result, dict) or "output_token_logprobs" not in result.get("meta_info", {}):
+        raise AskError(f"the answer to {item.key} is not that of SGLang's /generate: {str(result)[:300]}")
     pairs = result["meta_info"]["output_token_logprobs"]
     predicted = last_number(result["text"])
     return Answer(

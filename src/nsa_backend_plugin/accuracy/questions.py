@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,11 @@ def load_items(path: Path, shots: int, count: int | None) -> list[Item]:
     Rows hold "question" and "answer"; an optional "context" replaces the shots (long-recall questions).
     Raises ValueError that names the file and line for a malformed row, and FileNotFoundError.
     """
-    rows = [_row(path, n, line) for n, line in enumerate(path.read_text().splitlines(), 1) if line.strip()]
+    if count is not None and count < 1:
+        raise ValueError(f"--num-examples {count}: expected at least 1")
+    rows = [_checked(path, number, row) for number, row in read_rows(path)]
     if not 0 <= shots < len(rows):
-        raise ValueError(f"--num-shots {shots}: expected 0 to {len(rows) - 1}, because {path} has {len(rows)} rows")
+        raise ValueError(f"--num-shots {shots}: {path} has {len(rows)} rows, expected more rows than shots")
     prefix = "".join(f"{_question(row)} {row['answer']}\n\n" for row in rows[:shots])
     items = []
     for index, row in enumerate(rows[shots:], shots):
@@ -47,13 +50,29 @@ def load_items(path: Path, shots: int, count: int | None) -> list[Item]:
     return items[:count]
 
 
-def _row(path: Path, number: int, line: str) -> dict[str, Any]:
+def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number and object of every line of a JSONL file that is not blank; ValueError names a malformed one."""
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{number}: not JSON ({error})") from None
-    if not isinstance(row, dict) or not all(isinstance(row.get(k), str) for k in ("question", "answer")):
-        raise ValueError(f'{path}:{number}: expected an object with "question" and "answer" strings, got {line[:80]}')
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error})") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number}: not JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}:{number}: expected an object, got {line[:80]}")
+        yield number, row
+
+
+def _checked(path: Path, number: int, row: dict[str, Any]) -> dict[str, Any]:
+    if not all(isinstance(row.get(key), str) for key in ("question", "answer")):
+        raise ValueError(f'{path}:{number}: expected an object with "question" and "answer" strings, got {row}')
+    if not isinstance(row.get("context", ""), str):
+        raise ValueError(f'{path}:{number}: "context": expected a string, got {row["context"]!r}')
     return row
 
 

@@ -1,0 +1,76 @@
+"""What a run ran on: versions, commit, device, and how the server understood its arguments."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import urllib.request
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from nsa_backend_plugin import BACKEND_NAME, __version__
+
+_LIBRARIES = ("sglang", "torch", "triton", "transformers")
+_SERVER_FIELDS = (
+    "version",
+    "device",
+    "model_path",
+    "attention_backend",
+    "dtype",
+    "kv_cache_dtype",
+    "page_size",
+    "tp_size",
+    "dp_size",
+)
+#: What stock DSA runs; another backend leaves these at values that mean nothing.
+_STOCK_FIELDS = ("dsa_prefill_backend", "dsa_decode_backend", "dsa_topk_backend", "dsa_paged_mqa_logits_backend")
+
+
+def versions() -> dict[str, str | None]:
+    """Installed versions in this process's environment (None: not installed), and this package's own with commit."""
+    found: dict[str, str | None] = {"nsa-backend-plugin": __version__, "commit": commit()}
+    for name in _LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return {**found, "python": platform.python_version()}
+
+
+def commit() -> str | None:
+    """Commit of the source checkout this package runs from, "-dirty" when files differ from it; else NSA_BENCH_COMMIT
+    (set where sources travel without their history), else None."""
+    here = Path(__file__).resolve().parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        inside = subprocess.run(["git", "-C", str(here), "ls-files", "--error-unmatch", __file__], capture_output=True)
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return os.environ.get("NSA_BENCH_COMMIT")
+    known = inside.returncode == 0 and done.returncode == 0
+    return done.stdout.strip() if known else os.environ.get("NSA_BENCH_COMMIT")
+
+
+def device(name: str | None) -> str:
+    """The device of a server on this machine, from its `device` argument."""
+    if name in (None, "cpu"):
+        return f"cpu ({platform.machine()}, {os.cpu_count()} cores)"
+    import torch
+
+    if not torch.cuda.is_available():
+        return str(name)
+    return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
+
+
+def server_facts(base_url: str) -> dict[str, Any]:
+    """Version and arguments as the server reports them; empty where it does not say (another kind of server)."""
+    try:
+        with urllib.request.urlopen(f"{base_url}/server_info", timeout=30) as reply:
+            info = json.loads(reply.read())
+    except (OSError, ValueError):  # urllib's errors are OSErrors
+        return {}
+    fields = _SERVER_FIELDS if info.get("attention_backend") == BACKEND_NAME else (*_SERVER_FIELDS, *_STOCK_FIELDS)
+    return {field: info[field] for field in fields if field in info}
