@@ -33,7 +33,8 @@ LADDER = {
     "softmax_scale": "logprobs",
     "latent_key_without_rope": "arithmetic",
     "index_key_without_rope": "logprobs",
-    "stale_page": "logprobs",
+    "stale_latent_page": "logprobs",
+    "stale_index_page": "logprobs",
 }
 PROBLEMS, RECALLS = 6, 2  # as many as the server answers at once
 MIN_RIGHT = 0.75  # of each kind; right code gets all of these few questions right

@@ -24,6 +24,7 @@ ROPE_THETA = 10000.0  # of the model under test
 
 def install() -> None:
     from nsa_backend_plugin.engine.cpu.backend import NsaPluginCpuBackend
+    from nsa_backend_plugin.ops.index_key_cache import reference as index_key_cache
     from nsa_backend_plugin.ops.indexer_prep import reference as indexer_prep
     from nsa_backend_plugin.ops.latent_cache import reference as latent_cache
     from nsa_backend_plugin.ops.sparse_mla import reference as sparse_mla
@@ -32,7 +33,8 @@ def install() -> None:
     _wrap(topk, "select", _select)
     _wrap(sparse_mla, "attend", _attend)
     _wrap(indexer_prep, "rotate", _rotate)
-    _wrap(latent_cache, "store", _store)
+    _wrap(latent_cache, "store", _store_latent)
+    _wrap(index_key_cache, "write", _write_index_keys)
     _wrap(NsaPluginCpuBackend, "forward_decode", _forward)
     _wrap(NsaPluginCpuBackend, "forward_extend", _forward)
 
@@ -75,10 +77,20 @@ def _rotate(fault: str, original: Any, x: torch.Tensor, positions: Any, cos_sin:
     return original(x, positions, cos_sin, *args)
 
 
-def _store(fault: str, original: Any, k_nope: Any, k_rope: Any, cache: Any, slots: torch.Tensor, **kwargs: Any) -> None:
-    if fault == "stale_page":
-        slots = slots.masked_fill(slots // PAGE % STALE_EVERY == 1, -1)  # negative = not written
-    original(k_nope, k_rope, cache, slots, **kwargs)
+def _store_latent(
+    fault: str, original: Any, k_nope: Any, k_rope: Any, cache: Any, slots: torch.Tensor, **kwargs: Any
+) -> None:
+    original(k_nope, k_rope, cache, _without_stale(slots) if fault == "stale_latent_page" else slots, **kwargs)
+
+
+def _write_index_keys(
+    fault: str, original: Any, value: Any, scale: Any, cache: Any, slots: torch.Tensor, **kwargs: Any
+) -> None:
+    original(value, scale, cache, _without_stale(slots) if fault == "stale_index_page" else slots, **kwargs)
+
+
+def _without_stale(slots: torch.Tensor) -> torch.Tensor:
+    return slots.masked_fill(slots // PAGE % STALE_EVERY == 1, -1)  # negative = not written
 
 
 def _forward(fault: str, original: Any, *args: Any, k_rope: torch.Tensor, **kwargs: Any) -> Any:
