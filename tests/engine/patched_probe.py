@@ -1,8 +1,9 @@
 """What an SGLang with every patch does in place of our hooks, as JSON. Run by test_patches.py in a fresh process.
 
 {"ours": targets of our hooks in SGLang's registry, "down": rows that stand down, "resolution": handlers at its patch
-point, "points": per ROCm row what its patch point gained and what the patched function then does, "prepared": what the
-patched model code returned for a backend that prepares and for one that declines, "pool": class of the MLA pool}
+point, "points": per row of the GPU path what its patch point gained and what the patched function then does,
+"prepared": what the patched model code returned for a backend that prepares and for one that declines, "pool": class of
+the MLA pool}
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def patch_point(name: str) -> list[Any]:
 
 
 def with_handler(name: str, handler: Any, call: Any) -> dict[str, Any]:
-    """Install a ROCm row, then see what the patched function does under a handler of the test's."""
+    """Install a row, then see what the patched function does under a handler of the test's."""
     before = len(patch_point(name))
     hooks._install(ROWS[name])
     gained = len(patch_point(name)) - before
@@ -45,17 +46,25 @@ def with_handler(name: str, handler: Any, call: Any) -> dict[str, Any]:
     return {"gained": gained, "stock": stock, "wrapped": call()}
 
 
-def rocm_points() -> dict[str, Any]:
+def echo(original: Any, *args: Any, **kwargs: Any) -> list[Any]:
+    return [original.__name__, args, kwargs]
+
+
+def points() -> dict[str, Any]:
     from sglang.srt.layers.attention.dsa import utils
     from sglang.srt.layers.attention.dsa.dsa_indexer import Indexer
+    from sglang.srt.model_executor.model_runner_components import weight_updater
+    from sglang.srt.models.deepseek_common.attention_forward_methods.forward_mha import DeepseekMHAForwardMixin
+    from sglang.srt.speculative.draft_utils import DraftBackendFactory
 
+    calls = {
+        "rocm_indexer": lambda: Indexer.forward_cuda("indexer", 1, layer_id=2),
+        "draft_backends": lambda: DraftBackendFactory._create_backend("factory", "name", 1),
+        "prefill_key": lambda: DeepseekMHAForwardMixin._concat_and_cast_mha_k("attn", "nope", "pe", forward_batch=3),
+        "weight_updates": lambda: weight_updater._unsupported_derived_weight_cache_error("model"),
+    }
     pages = with_handler("rocm_pages", lambda decide: not decide(), utils.aiter_can_use_preshuffle_paged_mqa)
-    indexer = with_handler(
-        "rocm_indexer",
-        lambda forward, *args, **kwargs: [forward.__name__, args, kwargs],
-        lambda: Indexer.forward_cuda("indexer", 1, layer_id=2),
-    )
-    return {"rocm_pages": pages, "rocm_indexer": indexer}
+    return {"rocm_pages": pages, **{name: with_handler(name, echo, call) for name, call in calls.items()}}
 
 
 def prepared() -> dict[str, Any]:
@@ -96,7 +105,7 @@ report = {
     "ours": our_hooks(),
     "down": hooks.standing_down(),
     "resolution": len(patch_point("resolution")),
-    "points": rocm_points(),
+    "points": points(),
     "prepared": prepared(),
     "pool": mla_pool(),
 }

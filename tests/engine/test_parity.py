@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import socket
 import time
 import urllib.request
@@ -15,6 +16,9 @@ import pytest
 from nsa_backend_plugin.engine import hooks
 from nsa_backend_plugin.ops import registry
 from nsa_backend_plugin.serving import HOST, Server
+from tests.sglang_copies import RELEASES, patched_overlay
+
+sglang = pytest.importorskip("sglang", reason="needs SGLang")
 
 pytestmark = pytest.mark.engine
 
@@ -28,7 +32,11 @@ SERVERS = {
     "dsa-chunked": ("dsa", CHUNKED),
     "mla-page1": ("mla", ("--page-size=1",)),
     "mla-page64-chunked": ("mla", ("--page-size=64", *CHUNKED)),
+    "dsa-chunked-patched": ("dsa", CHUNKED),
+    "mla-page1-patched": ("mla", ("--page-size=1",)),
 }
+#: Servers whose SGLang has every source patch in place of our hooks.
+PATCHED = [name for name in SERVERS if name.endswith("patched")]
 
 
 def _tokens(count: int, seed: int) -> list[int]:
@@ -51,11 +59,20 @@ def _ask(server: Server, prompt: list[int]) -> dict[str, Any]:
     return server.post("/generate", _body(prompt))
 
 
+@pytest.fixture(scope="module")
+def patched_sglang(tmp_path_factory):
+    """The environment in which a server finds SGLang patched."""
+    folder = tmp_path_factory.mktemp("patched")
+    patched_overlay(folder)
+    return {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+
+
 @pytest.fixture(scope="module", params=SERVERS, ids=str)
-def served(request, models, start_server, reference):
+def served(request, models, start_server, reference, patched_sglang):
     """(server, model kind, check) of one running server; check compares an answer with transformers'."""
     kind, args = SERVERS[request.param]
-    with start_server(models[kind], ("--dtype=float32", *args), EXACT) as server:
+    env = {**EXACT, **(patched_sglang if request.param in PATCHED else {})}
+    with start_server(models[kind], ("--dtype=float32", *args), env) as server:
         prompts = [*PROMPTS, *PREFIXED]
         reference.learn(kind, prompts, [_ask(server, p)["output_ids"] for p in prompts])
 
@@ -138,16 +155,23 @@ def test_after_a_client_hung_up(served):
     check(PROMPTS[7], _ask(server, PROMPTS[7]))
 
 
-def test_every_hook_fired(served):
+def test_every_hook_fired(served, request):
+    """Or stands down where its patch is applied; then only SGLang's own extension points are left in use."""
     server, kind, _ = served
     log = server.log_path.read_text()
+    patched = request.node.callspec.params["served"] in PATCHED
     rows = [row for row in hooks.LEDGER if row.stage in ("start", "cpu", "factory") and row.needed()]
     rows = [row for row in rows if row.kind in ("call", "hook") or (row.kind, kind) == ("op", "dsa")]
     assert len(rows) >= 3
     assert "nsa_plugin hook in use: factory\n" in log
+    down = set(RELEASES[sglang.__version__].index) if patched else {row.name for row in hooks.LEDGER if row.patched}
     for row in rows:
-        said = "hook stands down, its patch is applied" if row.patched else "hook in use"
+        said = "hook stands down, its patch is applied" if row.name in down else "hook in use"
         assert f"nsa_plugin {said}: {row.name}\n" in log
+    if patched:
+        assert set(re.findall(r"nsa_plugin hook stands down, its patch is applied: (\w+)", log)) == down
+        used = {"factory", "forward_method", *(["indexer"] if kind == "dsa" else [])}
+        assert set(re.findall(r"nsa_plugin hook in use: (\w+)", log)) == used
 
 
 def test_start_up_reports_every_operation(served):
