@@ -181,6 +181,10 @@ def test_arms() -> None:
     (arm,) = parse_arms(["nsa_plugin NSA_PLUGIN_SPARSE_MLA_IMPL=torch --page-size=64"])
     assert arm.env == {"NSA_PLUGIN_SPARSE_MLA_IMPL": "torch"}
     assert arm.args == ("--page-size=64",)
+    long = [f"dsa {' '.join(f'NAME{n}=value' for n in range(40))} LAST={last}" for last in (1, 2)]
+    names = {arm.file_name for arm in parse_arms(long)}
+    assert len(names) == 2
+    assert max(map(len, names)) < 200
     for bad in (["NAME=1"], ["nsa_plugin what"], ["dsa", "dsa"], [""]):
         with pytest.raises(ValueError, match="--arms"):
             parse_arms(bad)

@@ -1,7 +1,7 @@
 """The tiny DSA model through `nsa-plugin gsm8k`, as a user runs it: right answers, and two arms that agree.
 
-On a CPU every operation runs its torch implementation, so the arms differ in what can differ there: the byte layout of
-the index-K pages. The score says whether serving computes the model correctly; it is no GSM8K accuracy.
+On a CPU torch implementations win by themselves; the second arm forces them, and has another byte layout of the
+index-K pages. The score says whether serving computes the model correctly; it is no GSM8K accuracy.
 
 Every run asks fresh held-out problems; a failing one prints the seed, NSA_TEST_SEED repeats it.
 """
@@ -23,7 +23,8 @@ from tests.engine.conftest import SERVER_ENV
 pytestmark = pytest.mark.engine
 
 PROBLEMS, RECALLS = 100, 20
-ARMS = ("nsa_plugin", "nsa_plugin NSA_PLUGIN_INDEX_LAYOUT=preshuffled")
+FORCED = " ".join(f"NSA_PLUGIN_{name}_IMPL=torch" for name in ("MQA_LOGITS", "TOPK", "SPARSE_MLA"))
+ARMS = ("nsa_plugin", f"nsa_plugin {FORCED} NSA_PLUGIN_INDEX_LAYOUT=preshuffled")
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def test_the_command_finds_no_difference(finished):
     assert "do not differ by more than chance" in done.stdout
 
 
-@pytest.mark.parametrize("arm", [0, 1], ids=["row_major", "preshuffled"])
+@pytest.mark.parametrize("arm", [0, 1], ids=["default", "torch_preshuffled"])
 def test_accuracy(finished, arm):
     done, out = finished
     assert done.returncode == 0, done.stderr[-2000:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shlex
 from dataclasses import dataclass
@@ -21,7 +22,9 @@ class Arm:
 
     @property
     def file_name(self) -> str:
-        return re.sub(r"[^A-Za-z0-9_.=-]+", "-", self.text).strip("-")
+        """The text where it is short and plain; else its beginning and a digest, because names end at 255 bytes."""
+        name = re.sub(r"[^A-Za-z0-9_.=-]+", "-", self.text).strip("-")
+        return name if len(name) <= 120 else f"{name[:100]}-{hashlib.sha256(self.text.encode()).hexdigest()[:12]}"
 
 
 def parse_arms(texts: list[str]) -> list[Arm]:
