@@ -1,4 +1,4 @@
-"""Every Triton kernel in every configuration of the tuning tables compiles for the main targets without spills."""
+"""Every kernel in every configuration of the tuning tables compiles: Triton without spills, TileLang to HIP source."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ import sys
 import pytest
 
 from nsa_backend_plugin import settings
-from nsa_backend_plugin.ops import compile_matrix, compile_table
+from nsa_backend_plugin.ops import compile_matrix, compile_table, compile_tilelang
 
 COMPILE = {**os.environ, "TRITON_INTERPRET": "0"}  # interpreted kernels, as in this process, have nothing to compile
 
-TABLE = pathlib.Path(__file__).resolve().parents[2] / "docs" / "compile_table.csv"
+DOCS = pathlib.Path(__file__).resolve().parents[2] / "docs"
+TABLE, TILELANG_TABLE = DOCS / "compile_table.csv", DOCS / "tilelang_table.csv"
 #: Kernels with a matrix product -> the instruction that it must become. Attention with fp8 rows multiplies in bf16.
 FP8_LOGITS, ATTENTION = ("mqa_logits.paged", "mqa_logits.ragged"), ("sparse_mla.", "dense_mla.")
 INSTRUCTIONS = {
@@ -150,3 +151,29 @@ def test_a_changed_kernel_shows_in_the_table(tmp_path):
     assert gone.startswith("- sm_90 | topk.b, with a comma")
     compile_table.write(path, [changed], ["concat"])
     assert compile_table.differences(path, [changed, other], ["concat", "topk"]) == []
+
+
+def test_tilelang_kernels_lower_for_amd_as_in_the_table(tmp_path):
+    pytest.importorskip("tilelang", reason="TileLang is not installed")
+    sources, table = tmp_path / "sources", tmp_path / "table.csv"
+    command = [sys.executable, "-m", "nsa_backend_plugin.ops.compile_tilelang"]
+    finished = subprocess.run(
+        [*command, "--sources", str(sources), "--write-table", str(table)], capture_output=True, text=True, env=COMPILE
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert table.read_text() == TILELANG_TABLE.read_text(), "--write-table docs/tilelang_table.csv renews it"
+    for source in sources.glob("*attend*"):
+        text = source.read_text()
+        assert "__builtin_amdgcn_mfma_f32_16x16x16bf16_1k" in text
+        assert "buf_dyn_shmem" in text
+    assert len(list(sources.iterdir())) == len(table.read_text().splitlines()) - 1
+
+
+def test_a_tilelang_kernel_that_does_not_fit_is_reported(monkeypatch, capsys):
+    pytest.importorskip("tilelang", reason="TileLang is not installed")
+    small = dataclasses.replace(compile_matrix.hardware("gfx942"), shared_per_program=32 * 1024)
+    monkeypatch.setattr(compile_tilelang, "hardware", lambda arch: small)
+    cases = compile_tilelang.cases
+    monkeypatch.setattr(compile_tilelang, "cases", lambda arch: list(cases(arch))[:1])
+    assert compile_tilelang.main(["--targets", "gfx942"]) == 1
+    assert "needs 57472 bytes of shared memory, gfx942 has 32768" in capsys.readouterr().out

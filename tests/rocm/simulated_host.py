@@ -129,6 +129,7 @@ def _patch_triton_support(module: types.ModuleType) -> None:
 
 
 def _patch_registry(module: types.ModuleType) -> None:
+    sys.modules["tilelang"] = None  # type: ignore[assignment]  # not installed: it would compile for a GPU
     if os.environ.get(AITER_VARIABLE, "1") == "1":
         install_fakes(sys.modules.__setitem__)
 
