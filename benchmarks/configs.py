@@ -7,6 +7,7 @@ backends: [all]            or names
 params: {tokens: [1, 8], heads: 16}      lists make all combinations, the last one varying fastest
 batch_specs: [8q1s1k, {template: ...}]   becomes the parameter batch_spec
 targets: [{when: {heads: [8, 16]}, by: tokens, us: {1: 7, 8: 10.5}, vs_peer: 1.15, note: ...}]
+unit: us                   or GB/s, what large tables of RESULTS.md show
 repeats, warmup_iters, budget_s, baseline
 runs: [...]                several of the above in one file; each inherits the top level
 quick: {...}               what --quick replaces (top level, or inside a run)
@@ -36,10 +37,12 @@ _KEYS = {
     "warmup_iters",
     "budget_s",
     "baseline",
+    "unit",
     "runs",
     "quick",
 }
 MODES = ("sweep", "decode_vs_prefill")
+UNITS = ("us", "GB/s")
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class Config:
     warmup_iters: int = 3
     budget_s: float = 0.6
     baseline: str = ""
+    unit: str = "us"
     overrides: dict[str, Any] = field(default_factory=dict)
 
 
@@ -99,7 +103,9 @@ def from_mapping(content: Mapping[str, Any], quick: bool = False) -> Config:
     mode = top.get("mode", "sweep")
     if mode not in MODES:
         raise ValueError(f"mode={mode!r}: expected one of {', '.join(MODES)}")
-    plain = {k: top[k] for k in ("description", "repeats", "warmup_iters", "budget_s", "baseline") if k in top}
+    if top.get("unit", "us") not in UNITS:
+        raise ValueError(f"unit={top['unit']!r}: expected one of {', '.join(UNITS)}")
+    plain = {k: top[k] for k in ("description", "repeats", "warmup_iters", "budget_s", "baseline", "unit") if k in top}
     return Config(name=str(top.get("name", "custom")), cases=cases, mode=mode, **plain)
 
 

@@ -1,6 +1,6 @@
 """Generate benchmarks/RESULTS.md from the results files: wins and losses, targets, floors, peers against the baseline.
 
-python benchmarks/report.py [--results benchmarks/results] [--out benchmarks/RESULTS.md]
+python benchmarks/report.py [--results benchmarks/results] [--out benchmarks/RESULTS.md] [--plot dsa_decode]
 """
 
 from __future__ import annotations
@@ -137,15 +137,18 @@ def peers(loaded: Sequence[Results]) -> list[str]:
 
 def section(file: Path, formatter: ResultsFormatter, results: Sequence[BenchmarkResult]) -> list[str]:
     """One configuration: ceilings, targets, every case, and what has no time."""
-    ceilings = formatter.ceilings
+    ceilings, config = formatter.ceilings, _config(formatter.config)
     lines = [
         f"## {formatter.config}",
         "",
-        f"{_description(formatter.config)} Measured {formatter.environment['date']}; ceilings in this run: "
+        " ".join(config.description.split()) if config else "",
+        f"Measured {formatter.environment['date']}; ceilings in this run: "
         + ", ".join(f"{k} {v:.1f}" for k, v in ceilings.items())
         + ".",
         "",
     ]
+    if file.with_suffix(".png").exists():
+        lines += [f"![{formatter.config}](results/{file.stem}.png)", ""]
     if not formatter.complete:
         lines += [f"**Incomplete**: the run ended before its last row; it has {len(results)}.", ""]
     if any(r.target_us is not None or r.target_vs_peer is not None for r in results):
@@ -153,7 +156,7 @@ def section(file: Path, formatter: ResultsFormatter, results: Sequence[Benchmark
     if crossover.crossovers(results):
         lines += crossover.tables(results)
     else:
-        tables = case_tables(results, formatter.baseline)
+        tables = case_tables(results, formatter.baseline, config.unit if config else "us")
         summary = f"Every case ({len(tables)} lines)"
         lines += _folded(summary, tables) if len(tables) > FOLD else tables
     missing = failures(results)
@@ -166,9 +169,9 @@ def _folded(summary: str, lines: Sequence[str]) -> list[str]:
     return [f"<details><summary>{summary}</summary>", "", *lines, "</details>", ""]
 
 
-def _description(name: str) -> str:
+def _config(name: str) -> configs.Config | None:
     path = HERE / "configs" / f"{name}.yaml"
-    return " ".join(configs.load(path).description.split()) if path.exists() else ""
+    return configs.load(path) if path.exists() else None
 
 
 def in_order(files: Sequence[Path]) -> list[Path]:
@@ -181,11 +184,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--out", type=Path, default=HERE / "RESULTS.md")
+    parser.add_argument(
+        "--plot", nargs="+", default=[], choices=ORDER, metavar="CONFIG", help="draw these, for the page"
+    )
     options = parser.parse_args()
     files = in_order(list(options.results.glob("*.json")))
     if not files:
         print(f"report.py: error: no *.json under {options.results}", file=sys.stderr)
         return 2
+    for file in files:
+        formatter, results = load_json(file)
+        if formatter.config in options.plot:
+            from plot import save_plot
+
+            save_plot(formatter, results, file.with_suffix(".png"))
     options.out.write_text(page(files))
     print(f"{options.out} from {len(files)} files")
     return 0

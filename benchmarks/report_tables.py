@@ -139,7 +139,7 @@ def score(results: Sequence[BenchmarkResult], wanted: Wanted = is_own) -> dict[s
 # ---- every case
 
 
-def case_tables(results: Sequence[BenchmarkResult], baseline: str = "") -> list[str]:
+def case_tables(results: Sequence[BenchmarkResult], baseline: str = "", unit: str = "us") -> list[str]:
     """A table per workload: a line per case, or a grid where there are many."""
     lines: list[str] = []
     for workload in dict.fromkeys(r.workload for r in results):
@@ -147,7 +147,7 @@ def case_tables(results: Sequence[BenchmarkResult], baseline: str = "") -> list[
         if len(cases(rows)) <= LINES:
             lines += [f"`{workload}`, us:", "", *line_table(rows, baseline), ""]
         else:
-            lines += [f"`{workload}`:", "", *grid(rows), ""]
+            lines += [f"`{workload}`, {unit}, ours / best peer (our % of the byte floor):", "", *grid(rows, unit), ""]
     return lines
 
 
@@ -178,7 +178,7 @@ def line_table(rows: Sequence[BenchmarkResult], baseline: str) -> list[str]:
 _COLUMNS = ("context", "q_len", "tokens", "batch", "rows")
 
 
-def grid(rows: Sequence[BenchmarkResult]) -> list[str]:
+def grid(rows: Sequence[BenchmarkResult], unit: str = "us") -> list[str]:
     """Cells `ours / best peer (our % of the byte floor)`, the faster in bold; "-" where one has no time."""
     kind = rows[0].workload
     keys = [(_spread_out(case[0].params), case) for case in cases(rows)]
@@ -198,13 +198,13 @@ def grid(rows: Sequence[BenchmarkResult]) -> list[str]:
     for line, cells in sorted(table.items(), key=lambda item: [_sortable(x) for x in item[0]]):
         own_names = list(dict.fromkeys(o.backend for o, _ in cells.values() if o))
         peer_names = list(dict.fromkeys(p.backend for _, p in cells.values() if p))
-        shown = [_pair(*cells.get(c, (None, None))) for c in columns]
+        shown = [_pair(*cells.get(c, (None, None)), unit) for c in columns]
         lines.append(_line([" ".join(line), *shown, ", ".join(own_names), ", ".join(peer_names)]))
     return lines
 
 
-def _pair(own: BenchmarkResult | None, peer: BenchmarkResult | None) -> str:
-    mine, theirs = (short(r.median_us) if r and r.median_us else "-" for r in (own, peer))
+def _pair(own: BenchmarkResult | None, peer: BenchmarkResult | None, unit: str) -> str:
+    mine, theirs = (short(r.gbps if unit == "GB/s" else r.median_us) if r else "-" for r in (own, peer))
     if own and peer and own.median_us and peer.median_us:
         ratio = peer.median_us / own.median_us
         mine = f"**{mine}**" if ratio > 1 + TIE else mine

@@ -18,6 +18,7 @@ from child import LATE, Child
 from common import ERROR, BenchmarkResult
 from configs import Case, Config
 from measure import Settings
+from workloads import workload
 
 #: A backend that took the process down this often is not tried on the workload's other cases in this run.
 MAX_CRASHES = 2
@@ -41,7 +42,7 @@ class Row:
     def failed(self, reason: str) -> BenchmarkResult:
         return BenchmarkResult(
             workload=self.case.workload,
-            params=dict(self.case.params),
+            params=workload(self.case.workload).complete(self.case.params),
             backend=self.backend,
             status=ERROR,
             reason=reason,

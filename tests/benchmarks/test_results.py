@@ -218,6 +218,10 @@ def test_equal_requests_spread_over_the_grid() -> None:
     text = "\n".join(report_tables.case_tables(rows))
     assert "| dense_decode, context: | 1024 | 2048 | 4096 |" in text
     assert "heads=128 batch=32" in text
+    add_comparisons(rows, None)
+    for r in rows:
+        r.gbps = 321.0
+    assert "321 / -" in "\n".join(report_tables.case_tables(rows, unit="GB/s"))
 
 
 def test_speed_up_over_the_baseline_in_the_page() -> None:

@@ -94,6 +94,7 @@ def test_ops_config_has_a_target_for_every_row_of_the_table() -> None:
         ({"workload": "topk", "params": {"row": 1}}, "row"),
         ({"workload": "topk", "params": {"rows": []}}, "rows"),
         ({"workload": "topk", "mode": "fast"}, "mode"),
+        ({"workload": "topk", "unit": "furlongs"}, "unit"),
         ({"workload": "dense_decode", "batch_specs": ["8q1s1k_x"]}, "segment 'x'"),
     ],
 )
