@@ -166,6 +166,8 @@ def test_server_that_does_not_start(launches, data, capsys):
     launches.prepare = staticmethod(prepare)
     assert cli.main(command(data)) == 2
     assert "no such model" in capsys.readouterr().err
+    launches.prepare = staticmethod(lambda launch, server: None)
+    assert cli.main(command(data, "--", "--tp=2")) == 0, "other arguments are free to try while nothing was answered"
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,7 @@ def _ask(base_url: str, item: Item, max_tokens: int, timeout: float) -> Answer:
         with urllib.request.urlopen(request, timeout=timeout) as reply:
             result = json.loads(reply.read())
     except TimeoutError:
-        raise AskError(f"no answer to {item.key} within {timeout:.0f} s") from None
+        raise AskError(f"no answer to {item.key} within {timeout:g} s") from None
     except urllib.error.HTTPError as error:
         raise AskError(f"{item.key} was refused: {error.code} {error.read()[:300].decode(errors='replace')}") from None
     except (OSError, http.client.HTTPException) as error:  # URLError is an OSError

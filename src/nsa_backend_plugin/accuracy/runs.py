@@ -70,7 +70,8 @@ def _claim(path: Path, arm: Arm, plan: Plan) -> None:
     if plan.base_url is not None:
         served = environment.server_facts(plan.base_url)
         settings |= {name: served[name] for name in ("model_path", "attention_backend") if name in served}
-    if not path.exists():
+    asked = (path.parent / "answers.jsonl", path.parent / "sgl_eval")
+    if not path.exists() or not any(found.exists() for found in asked):
         path.write_text(json.dumps(settings, indent=1) + "\n")
         return
     earlier = json.loads(path.read_text())
