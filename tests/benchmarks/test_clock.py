@@ -59,6 +59,26 @@ def test_calls_in_graph(inputs: int, estimate_us: float, budget_us: float, expec
     assert clock.calls_in_graph(inputs, estimate_us, budget_us) == expected
 
 
+def test_a_graph_grows_until_its_launch_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A 2 us kernel whose launch from Python takes 60 us: the first graph is too short to measure it."""
+
+    class Graph:
+        def __init__(self, count: int):
+            self.us = 10.0 + 2.0 * count
+            self.replay = lambda: self.us
+
+    captured: list[int] = []
+    monkeypatch.setattr(clock, "_captured", lambda calls, count: captured.append(count) or Graph(count))
+    monkeypatch.setattr(clock, "_event_us", lambda call: call())
+    timing = clock._time_graph([lambda: None] * 3, 60.0, repeats=5, warmup_iters=2, budget_s=0.3)
+    assert captured == [17, 387]
+    assert timing.calls_per_sample == 387
+    assert timing.median_us == pytest.approx(2.0, rel=0.02)
+    captured.clear()
+    clock._time_graph([lambda: None] * 3, 2.1, repeats=5, warmup_iters=2, budget_s=0.3)
+    assert captured == [400]
+
+
 @pytest.mark.parametrize("arguments", [{"calls": []}, {"calls": [lambda: None], "repeats": 0}])
 def test_bad_arguments(arguments: dict) -> None:
     with pytest.raises(ValueError):
