@@ -2,9 +2,10 @@
 
     python examples/tiny_dsa/draft_layer.py --folder examples/models/tiny-dsa-2k --out runs/2k-mtp
 
-The model stays as it is; the layer learns, in a few minutes on a CPU, to guess the model's own greedy choice two
-tokens ahead. Guesses need not be good: wrong ones are refused, right ones exercise what reads several tokens at once.
-Needs torch and `safetensors`.
+The layer learns, in a few minutes on a CPU, to guess the model's own greedy choice two tokens ahead. Guesses need not
+be good: wrong ones are refused, right ones exercise what reads several tokens at once. The model computes what it did,
+but its hidden states are padded with zeros to `--hidden`, because SGLang's kernel at the entrance of such a layer takes
+multiples of 256 from 512 on. Needs torch and `safetensors`.
 """
 
 from __future__ import annotations
@@ -101,6 +102,26 @@ def named_weights(layer: DraftLayer, model: TinyDSA) -> dict[str, Tensor]:
     return named
 
 
+def widened(name: str, weight: Tensor, narrow: int, wide: int) -> Tensor:
+    """A weight of the same function on hidden states that are padded with zeros from `narrow` to `wide`.
+
+    The mean square of a padded state is smaller by narrow / wide, which the weights of its norms undo.
+    """
+    module = name.split(".")[-2]
+    more = wide - narrow
+    if module in ("input_layernorm", "post_attention_layernorm", "norm", "enorm", "hnorm"):
+        return F.pad((weight.float() * (narrow / wide) ** 0.5).to(weight.dtype), (0, more))
+    if module in ("o_proj", "down_proj"):
+        return F.pad(weight, (0, 0, 0, more))
+    if module == "eh_proj":
+        halves = weight.unflatten(1, (2, narrow))
+        return F.pad(halves, (0, more, 0, 0, 0, more)).flatten(1)
+    reads_hidden = ("q_a_proj", "kv_a_proj_with_mqa", "wk", "weights_proj", "gate_proj", "up_proj", "gate")
+    if module in (*reads_hidden, "embed_tokens", "lm_head", "head") and weight.dim() == 2:
+        return F.pad(weight, (0, more))
+    return weight
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
@@ -109,6 +130,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=384)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--hidden", type=int, default=512, help="hidden size of the result")
     arguments = parser.parse_args()
     config = RECIPES["tiny-dsa-2k"].model
     assert config.intermediate_size == EXPERT_WIDTH
@@ -116,10 +138,15 @@ def main() -> None:
     weights = load_file(arguments.folder / "model.safetensors")
     model.load_state_dict({name: weight.float() for name, weight in weights.items()})
     layer = train(model.eval(), arguments.steps, arguments.batch, arguments.length, arguments.seed)
+    weights |= named_weights(layer, model)
+    weights = {name: widened(name, w, config.hidden_size, arguments.hidden) for name, w in weights.items()}
     shutil.copytree(arguments.folder, arguments.out)
-    save_file(weights | named_weights(layer, model), arguments.out / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: w.contiguous() for name, w in weights.items()}, arguments.out / "model.safetensors", {"format": "pt"}
+    )
     path = arguments.out / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_nextn_predict_layers": 1}, indent=1) + "\n")
+    changes = {"num_nextn_predict_layers": 1, "hidden_size": arguments.hidden}
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes, indent=1) + "\n")
 
 
 if __name__ == "__main__":

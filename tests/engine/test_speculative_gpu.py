@@ -80,7 +80,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     dsa = Path(os.environ.get("NSA_TEST_DRAFT_MODEL", folder / "dsa"))
     if not dsa.exists():
         script = ROOT / "examples" / "tiny_dsa" / "draft_layer.py"
-        run_python(script, "--folder", MODEL_2K, "--out", dsa, timeout=1200)
+        threads = {"OMP_NUM_THREADS": str(min(8, os.cpu_count() or 1))}
+        run_python(script, "--folder", MODEL_2K, "--out", dsa, env=threads, timeout=1200)
     without_indexer(dsa, folder / "mla")
     return {"dsa": dsa, "mla": folder / "mla"}
 
