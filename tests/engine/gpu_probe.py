@@ -10,10 +10,12 @@ repeated eagerly: as it is, on one stream, on two, and with q_all concatenated b
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import random
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -45,16 +47,17 @@ def record_selected(backend_class: type) -> None:
     backend_class.forward_decode = forward_decode
 
 
-def batches(count: int, longest: int, vocabulary: int, seed: int) -> list[list[list[int]]]:
-    """`count` random prompts of 1,024 to `longest` tokens, longest first, in batches of the sizes above."""
+def prompts_of(count: int, shortest: int, longest: int, vocabulary: int, seed: int) -> list[list[int]]:
+    """`count` random prompts of `shortest` to `longest` tokens, longest first."""
     rng = random.Random(seed)
-    lengths = sorted((rng.randint(1024, longest) for _ in range(count)), reverse=True)
-    prompts = [[rng.randrange(3, vocabulary) for _ in range(length)] for length in lengths]
-    out = []
-    for size in BATCHES:
-        out.append(prompts[:size])
-        prompts = prompts[size:]
-    return [batch for batch in out if batch]
+    lengths = sorted((rng.randint(shortest, longest) for _ in range(count)), reverse=True)
+    return [[rng.randrange(3, vocabulary) for _ in range(length)] for length in lengths]
+
+
+def spans(count: int, sizes: Sequence[int]) -> list[slice]:
+    """`count` prompts in batches of these sizes, as far as they reach."""
+    ends = list(itertools.accumulate(sizes, initial=0))
+    return [slice(a, min(b, count)) for a, b in itertools.pairwise(ends) if a < count]
 
 
 class Probe:
@@ -104,8 +107,8 @@ class Probe:
         return result
 
     @torch.no_grad()
-    def idle(self, batch: Any) -> str:
-        """What went wrong in a step without requests, as data-parallel ranks run it; "" if nothing."""
+    def idle(self, batch: Any) -> None:
+        """A step without requests, as data-parallel ranks run it."""
         empty = self.one_batch.ScheduleBatch.init_new(
             [],
             batch.req_to_token_pool,
@@ -116,70 +119,79 @@ class Probe:
             batch.spec_algorithm,
         )
         empty.prepare_for_idle()
-        try:
-            self.forward(empty)
-            torch.cuda.synchronize()
-        except Exception:
-            return traceback.format_exc()
-        return ""
+        self.forward(empty)
 
     @torch.no_grad()
     def variants(self, batch: Any) -> dict[str, torch.Tensor]:
-        """Logits of the same step again, eagerly; the order of equally good slots is taken out by sorting them."""
-        from nsa_backend_plugin.engine.gpu import absorb, dsa_backend
+        """Logits of the same step again, eagerly; the order of equally good slots is taken out by sorting them.
+
+        "views" says for every layer of every run whether q_all was a view, before "concatenated" made copies.
+        """
+        from nsa_backend_plugin.engine.gpu import absorb
         from nsa_backend_plugin.ops import concat
 
-        select = absorb.indexer_path.select_slots
+        select, join = absorb.indexer_path.select_slots, concat.q_all
         views = []
 
         def sorted_slots(*args: Any) -> torch.Tensor:
             return select(*args).sort(-1, descending=True).values.contiguous()
 
-        def counted(q_nope: torch.Tensor, q_rope: torch.Tensor) -> torch.Tensor:
-            out = concat.q_all(q_nope, q_rope)
+        def as_is(q_nope: torch.Tensor, q_rope: torch.Tensor) -> torch.Tensor:
+            out = join(q_nope, q_rope)
             views.append(out.data_ptr() == q_nope.data_ptr())
             return out
 
         def apart(q_nope: torch.Tensor, q_rope: torch.Tensor) -> torch.Tensor:
-            return concat.q_all(q_nope.clone(), q_rope.clone())
+            return join(q_nope.clone(), q_rope.clone())
 
         def run(q_all: Callable[..., torch.Tensor], dual: str) -> torch.Tensor:
             with (
                 mock.patch.object(absorb.indexer_path, "select_slots", sorted_slots),
-                mock.patch.object(dsa_backend, "concat", mock.Mock(q_all=q_all)),
+                mock.patch.object(concat, "q_all", q_all),
                 mock.patch.dict(os.environ, {"NSA_PLUGIN_DUAL_STREAM": dual}),
                 mock.patch.object(self.runner, "decode_cuda_graph_runner", None),
             ):
                 return self.forward(batch)
 
-        logits = {"plain": run(counted, "0"), "again": run(counted, "0"), "dual_stream": run(counted, "1")}
+        logits = {"plain": run(as_is, "0"), "again": run(as_is, "0"), "dual_stream": run(as_is, "1")}
         logits["concatenated"] = run(apart, "0")
         return {**logits, "views": torch.tensor(views)}
+
+
+def attempt(what: Callable[[], Any]) -> Any:
+    """What the call returns, or the text of its error: one failure must not cost the other results."""
+    try:
+        return what()
+    except Exception:
+        return traceback.format_exc()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--shortest", type=int, default=1024)
     parser.add_argument("--longest", type=int, default=12288)
+    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES, help="sizes of the batches in turn")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--variants", action="store_true", help="nsa_plugin only")
     parser.add_argument("server_args", nargs="*")
     options = parser.parse_args()
     probe = Probe(options.server_args)
+    prompts = prompts_of(options.prompts, options.shortest, options.longest, probe.vocabulary, options.seed)
     generator = torch.Generator().manual_seed(options.seed)
+    tokens = torch.randint(3, probe.vocabulary, (STEPS, len(prompts)), generator=generator)
     out = []
-    for prompts in batches(options.prompts, options.longest, probe.vocabulary, options.seed):
-        batch, first = probe.prefill(prompts)
-        tokens = torch.randint(3, probe.vocabulary, (STEPS, len(prompts)), generator=generator)
-        steps = [probe.decode(batch, row) for row in tokens]
-        result = {"lengths": [len(p) for p in prompts], "prefill": first, "steps": steps}
+    for span in spans(len(prompts), options.batches):
+        batch, first = probe.prefill(prompts[span])
+        steps = [probe.decode(batch, row) for row in tokens[:, span]]
+        result = {"lengths": [len(p) for p in prompts[span]], "prefill": first, "steps": steps}
         if options.variants:
-            result["variants"] = probe.variants(batch)
-        result["idle"] = probe.idle(batch)
+            result["variants"] = attempt(partial(probe.variants, batch))
+        result["idle"] = attempt(partial(probe.idle, batch))
         out.append(result)
     torch.save(out, options.output)
-    print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+    print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB", flush=True)
     # SGLang's distributed teardown can hang a process whose work is done.
     os._exit(0)
 
