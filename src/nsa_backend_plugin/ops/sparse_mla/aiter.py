@@ -1,4 +1,7 @@
-"""AITER's MLA decode over selected slots, bf16 or plain fp8 rows: missing slots are compacted away first."""
+"""AITER's MLA decode over selected slots, bf16 or plain fp8 rows: missing slots are compacted away first.
+
+Checked against a fake, not run on AMD.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 
 One block per token, split of its selected rows and block of heads; a second kernel merges the splits. Sizes that vary
 from call to call (tokens, top-k, splits, slots) are symbolic: one compilation per head count and dtype.
+On AMD: compile-checked, not run.
 """
 
 # No `from __future__ import annotations`: TileLang reads the annotations of its functions, which name local variables.

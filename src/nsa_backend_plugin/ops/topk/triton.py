@@ -1,4 +1,4 @@
-"""Top-k in Triton, for CUDA and ROCm: one program per row, always deterministic.
+"""Top-k in Triton, for CUDA and ROCm (compile-checked, not run): one program per row, always deterministic.
 
 A row that fits in one block is read once and kept in registers. Of a longer row, a sample gives a threshold that
 somewhat more than k logits pass; one pass collects the indices of those, in order, and the selection runs on them.
