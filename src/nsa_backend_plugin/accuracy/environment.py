@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
 import subprocess
+import sys
 import urllib.request
 from importlib import metadata
 from pathlib import Path
@@ -54,15 +56,15 @@ def commit() -> str | None:
     return done.stdout.strip() if known else os.environ.get("NSA_BENCH_COMMIT")
 
 
+@functools.cache
 def device(name: str | None) -> str:
     """The device of a server on this machine, from its `device` argument."""
     if name in (None, "cpu"):
         return f"cpu ({platform.machine()}, {os.cpu_count()} cores)"
-    import torch
-
-    if not torch.cuda.is_available():
-        return str(name)
-    return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
+    # In a process of its own: asking takes GPU memory that the next server may need.
+    ask = "import torch; print(torch.cuda.device_count(), 'x', torch.cuda.get_device_name(0))"
+    done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else str(name)
 
 
 def server_facts(base_url: str) -> dict[str, Any]:
