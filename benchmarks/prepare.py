@@ -58,7 +58,7 @@ def compile_all(rows: Sequence[Row], device: str, jobs: int, seconds: float) -> 
                         return
                     done.append(row.key())
 
-    threads = [threading.Thread(target=work) for _ in range(jobs)]
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(jobs)]
     for thread in threads:
         thread.start()
     for thread in threads:
