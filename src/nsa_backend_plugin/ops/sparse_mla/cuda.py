@@ -30,11 +30,15 @@ _FLAG_BYTES = 8
 
 @dataclass(frozen=True)
 class Config:
-    """One compiled variant: 16 heads per group, tiles in flight, and blocks an SM holds (registers, shared memory)."""
+    """One compiled variant and the calls it is for.
+
+    head_groups: of up to 16 heads. stages: tiles in flight. blocks_per_sm: that registers and shared memory allow.
+    """
 
     head_groups: int
     stages: int
     blocks_per_sm: int
+    max_tokens: int = _MAX_TOKENS
 
     @property
     def defines(self) -> dict[str, object]:
@@ -57,9 +61,9 @@ class Config:
         return tiles + self.head_groups * per_group + 2 * 8 * self.stages
 
 
-#: Per architecture, the variants for up to 16 and up to 32 heads. sm_90 and sm_10x have 228 KB of shared memory per SM,
-#: sm_89 and sm_12x 100 KB.
-_LARGE = (Config(1, 3, 3), Config(2, 6, 1))
+#: Per architecture, smallest calls first. sm_90 and sm_10x have 228 KB of shared memory per SM, sm_89 and sm_12x 100.
+#: sm_90 as measured: with few tokens, two blocks and deep pipelines beat three blocks and more splits.
+_LARGE = (Config(1, 4, 2, max_tokens=32), Config(1, 2, 3), Config(2, 4, 1))
 _SMALL = (Config(1, 3, 1), Config(2, 3, 1))
 _CONFIGS = {
     "sm_90": _LARGE,
@@ -111,8 +115,8 @@ def workspace_bytes_attend(device: torch.device, max_tokens: int, heads: int, to
     """Scratch for any call of up to max_tokens tokens."""
     if heads > _MAX_HEADS:
         return 0
-    config = _config(device_arch(device), heads)
-    parts = min(max_tokens * _MAX_SPLITS, _resident_blocks(device, config))
+    configs = {_config(device_arch(device), heads, tokens) for tokens in (1, max_tokens)}
+    parts = min(max_tokens * _MAX_SPLITS, max(_resident_blocks(device, config) for config in configs))
     return sum(_layout(parts, _MAX_SPLITS, heads, value_dim))
 
 
@@ -134,7 +138,7 @@ def attend(
     if tokens == 0:
         return
     arch = device_arch(q.device)
-    config = _config(arch, heads)
+    config = _config(arch, heads, tokens)
     splits = _split_count(tokens, topk, _resident_blocks(q.device, config))
     flags = partial_lse = partial_out = 0
     if splits > 1:
@@ -194,8 +198,8 @@ def _kernel(arch: str, config: Config) -> cuda_jit.Kernel:
     return cuda_jit.load(_SOURCE, [_KERNEL], arch, config.defines)[_KERNEL]
 
 
-def _config(arch: str, heads: int) -> Config:
-    return _CONFIGS[arch][0 if heads <= 16 else 1]
+def _config(arch: str, heads: int, tokens: int) -> Config:
+    return next(c for c in _CONFIGS[arch] if heads <= 16 * c.head_groups and tokens <= c.max_tokens)
 
 
 def _resident_blocks(device: torch.device, config: Config) -> int:
