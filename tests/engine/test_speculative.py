@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,7 @@ pytest.importorskip("sglang", reason="needs SGLang")
 dsa_backend = pytest.importorskip("nsa_backend_plugin.engine.gpu.dsa_backend")
 drafts = pytest.importorskip("nsa_backend_plugin.engine.gpu.drafts")
 gpu_indexer = pytest.importorskip("nsa_backend_plugin.engine.gpu.indexer")
+scratch = pytest.importorskip("nsa_backend_plugin.engine.gpu.scratch")
 stock = pytest.importorskip("sglang.srt.layers.attention.dsa_backend")
 batch_info = pytest.importorskip("sglang.srt.model_executor.forward_batch_info")
 
@@ -53,8 +55,10 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Any:
     made.dsa_decode_impl = made.dsa_prefill_impl = "nsa_plugin"
     made.enable_auto_select_prefill_impl = made.dsa_kv_cache_store_fp8 = False
     made._kv_shard_pool = None
-    made.set_dsa_prefill_impl = lambda batch: None  # which asks for the GPU; batches of drafts are never dense
-    made.use_mha = False
+    made.set_dsa_prefill_impl = lambda forward_batch=None: None  # asks for the GPU, for prefill
+    made.use_mha, made.use_fused_topk, made.hisparse_coordinator = False, True, None
+    made.num_q_heads, made.kv_lora_rank = HEADS, 512
+    made._memory_saver_adapter = SimpleNamespace(region=lambda tag: contextlib.nullcontext())
     made._arange_buf = torch.arange(64, dtype=torch.int32)
     made.dsa_topk_backend = SimpleNamespace(should_use_topk_v2=lambda: False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -63,11 +67,11 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Any:
     return made
 
 
-def forward_batch(mode: str) -> SimpleNamespace:
-    before = torch.tensor(COMMITTED)
+def forward_batch(mode: str, committed: list[int]) -> SimpleNamespace:
+    before = torch.tensor(committed)
     extend = mode == "DRAFT_EXTEND_V2"
     lengths = before + DRAFTS if extend else before  # as SGLang passes them: with the drafts in draft-extend only
-    requests = len(COMMITTED)
+    requests = len(committed)
     return SimpleNamespace(
         forward_mode=batch_info.ForwardMode[mode],
         batch_size=requests,
@@ -77,23 +81,15 @@ def forward_batch(mode: str) -> SimpleNamespace:
         req_pool_indices=torch.arange(requests),
         spec_info=None,
         extend_prefix_lens=before,
-        extend_prefix_lens_cpu=COMMITTED,
+        extend_prefix_lens_cpu=committed,
         extend_seq_lens=torch.full((requests,), DRAFTS, dtype=torch.int32),
         extend_seq_lens_cpu=[DRAFTS] * requests,
         extend_num_tokens=DRAFTS * requests,
     )
 
 
-@pytest.mark.parametrize("mode", ["TARGET_VERIFY", "DRAFT_EXTEND_V2"])
-def test_every_draft_selects_among_the_tokens_before_it(backend: Any, mode: str) -> None:
-    batch = forward_batch(mode)
-    backend.init_forward_metadata(batch)
-    assert backend.queries_per_request(batch.forward_mode) == DRAFTS
-    visible = [n + j + 1 for n in COMMITTED for j in range(DRAFTS)]
-    tokens = len(visible)
-    query, gate = torch.randn(tokens, HEADS, 128), torch.rand(tokens, HEADS)
-    positions, cos_sin = torch.tensor(visible) - 1, torch.randn(WIDTH, 64)
-    indexer = SimpleNamespace(
+def an_indexer(cos_sin: torch.Tensor) -> SimpleNamespace:
+    return SimpleNamespace(
         layer_id=0,
         n_heads=HEADS,
         index_topk=TOPK,
@@ -103,11 +99,17 @@ def test_every_draft_selects_among_the_tokens_before_it(backend: Any, mode: str)
         rotary_emb=SimpleNamespace(cos_sin_cache=cos_sin, is_neox_style=True),
         _mask_init_and_local_tokens=lambda logits, lengths: logits,
     )
-    slots = gpu_indexer.select_slots(indexer, query, gate, positions, backend, DRAFTS)
 
+
+def check_selection(backend: Any, visible: list[int], per_request: int) -> None:
+    """select_slots of random queries against the metadata in force, row by row against its own request and length."""
+    tokens = len(visible)
+    query, gate = torch.randn(tokens, HEADS, 128), torch.rand(tokens, HEADS)
+    positions, cos_sin = torch.tensor(visible) - 1, torch.randn(WIDTH, 64)
+    slots = gpu_indexer.select_slots(an_indexer(cos_sin), query, gate, positions, backend, per_request)
     quantized, weights = indexer_prep.query(query, gate, positions, cos_sin, weight_scale=HEADS**-0.5, is_neox=True)
     for row, length in enumerate(visible):
-        table = backend.req_to_token[row // DRAFTS]
+        table = backend.req_to_token[row // per_request]
         length_tensor = torch.tensor([length], dtype=torch.int32)
         logits = mqa_logits.paged(
             quantized[row : row + 1, None],
@@ -121,6 +123,36 @@ def test_every_draft_selects_among_the_tokens_before_it(backend: Any, mode: str)
         want = sorted(table[want[want >= 0].long()].tolist())
         assert sorted(slot for slot in slots[row].tolist() if slot >= 0) == want
         assert len(want) == min(length, TOPK)
+
+
+@pytest.mark.parametrize("mode", ["TARGET_VERIFY", "DRAFT_EXTEND_V2"])
+def test_every_draft_selects_among_the_tokens_before_it(backend: Any, mode: str) -> None:
+    batch = forward_batch(mode, COMMITTED)
+    backend.init_forward_metadata(batch)
+    assert backend.queries_per_request(batch.forward_mode) == DRAFTS
+    check_selection(backend, [n + j + 1 for n in COMMITTED for j in range(DRAFTS)], DRAFTS)
+
+
+@pytest.mark.parametrize("mode", ["TARGET_VERIFY", "DRAFT_EXTEND_V2", "DECODE"])
+def test_replays_with_other_lengths_reuse_the_captured_buffers(
+    backend: Any, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Capture, then steps with shorter and with longer contexts, on SGLang's static buffers and our scratch."""
+    monkeypatch.setattr(scratch, "_pieces", {})
+    per_request = 1 if mode == "DECODE" else DRAFTS
+    requests = len(COMMITTED)
+    backend.init_cuda_graph_state(requests, requests * per_request)
+    assert backend.logits_buffer.shape == (requests * per_request, WIDTH)
+    backend.init_forward_metadata_out_graph(forward_batch(mode, [1] * requests), in_capture=True)
+    captured = backend.forward_metadata.real_page_table.data_ptr()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    for committed in (COMMITTED, [3, 2, 40], [100, 60, 189 - DRAFTS]):
+        batch = forward_batch(mode, committed)
+        backend.init_forward_metadata_out_graph(batch)
+        assert backend.forward_metadata.real_page_table.data_ptr() == captured
+        first = 0 if mode == "DECODE" else 1  # a decode step's lengths count its token already
+        backend.logits_buffer.fill_(float("nan"))
+        check_selection(backend, [n + j + first for n in committed for j in range(per_request)], per_request)
 
 
 class Recorder:
