@@ -121,34 +121,45 @@ def load(server_args: list[str]) -> tuple[Any, Any, Any]:
 
     load_plugins()
     args = prepare_server_args(server_args)
+    if hasattr(args, "resolve_once"):
+        args.resolve_once()
     one_batch._set_envs_and_config(args)
-    one_batch.initialize_moe_config(args)
-    one_batch.initialize_fp8_gemm_config(args)
-    one_batch.initialize_fp4_gemm_config(args)
+    _initialize(one_batch, args)
     one_batch.configure_logger(args, prefix="")
     model, _ = one_batch.load_model(args, PortArgs.init_new(args), 0, 0)
     return one_batch, model, args
 
 
+def _initialize(one_batch: Any, args: Any) -> None:
+    """SGLang's process-wide settings, which newer releases read from arguments that were published."""
+    if hasattr(one_batch, "publish"):
+        one_batch.publish(args, role="scheduler", ranks=one_batch.SpawnRanks(world_rank=0, gpu_id=0))
+        one_batch._init_process_global_configs()
+        return
+    one_batch.initialize_moe_config(args)
+    one_batch.initialize_fp8_gemm_config(args)
+    one_batch.initialize_fp4_gemm_config(args)
+
+
 def measure(shapes: list[tuple[int, int]], server_args: list[str], output: Path) -> None:
     """Load the model once and append one JSON line per (batch, context) to `output`."""
-    one_batch, model, args = load(server_args)
+    one_batch, model, _ = load(server_args)
     runner = model.torch_runner
     fill_caches(runner.token_to_kv_pool)
     for batch_size, context in shapes:
         row: dict[str, Any] = {"batch": batch_size, "context": context}
         try:
-            row.update(_measure_shape(one_batch, model, runner, args, batch_size, context))
+            row.update(_measure_shape(one_batch, model, runner, batch_size, context))
         except Exception as error:
             row["error"] = repr(error)
         with output.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
 
-def _measure_shape(one_batch: Any, model: Any, runner: Any, args: Any, batch_size: int, context: int) -> dict[str, Any]:
+def _measure_shape(one_batch: Any, model: Any, runner: Any, batch_size: int, context: int) -> dict[str, Any]:
     model.clear()
     tree = one_batch.TreeCacheNamespace(
-        page_size=args.page_size,
+        page_size=runner.page_size,
         device=runner.device,
         token_to_kv_pool_allocator=runner.token_to_kv_pool_allocator,
     )
