@@ -16,6 +16,7 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 import benchmark
@@ -43,7 +44,7 @@ INCOMPLETE = 75
 SHARES = 2.0
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--configs", nargs="+", choices=ORDER, default=list(ORDER), metavar="CONFIG")
     parser.add_argument("--total-seconds", type=float, default=1800.0, help="for everything; default 1800")
@@ -54,7 +55,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="the small sizes, to try the machinery")
     parser.add_argument("--fresh", action="store_true", help="measure everything again")
     parser.add_argument("--device", help="default: cuda:0, or cpu without a GPU")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     options.device = benchmark.default_device(options)
     options.quick |= options.device == "cpu"
     options.out.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ import measure
 import mla_runner
 import prepare
 import pytest
+import run_h200
 import sweep
 import torch
 from child import Child
@@ -303,24 +304,21 @@ def test_compilation_runs_every_row_once(tmp_path: Path) -> None:
     assert "compiled for 0 rows" in prepare.compile_all(rows[:8], "cpu", 2, 0.0)
 
 
-def test_run_h200_keeps_what_is_complete(tmp_path: Path) -> None:
-    """The real command twice: the second run measures nothing; a changed environment would."""
-    command = [sys.executable, str(SUITE / "run_h200.py"), "--configs", "mla_concat", "--quick", "--device", "cpu"]
-    command += ["--out", str(tmp_path), "--suffix", "x", "--compile-seconds", "0"]
-    first = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert first.returncode == 0, first.stderr
-    assert "mla_concat: complete\n" in first.stdout
+def test_run_h200_keeps_what_is_complete(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A second run measures nothing; one with other sources would, and says when it has no time for it."""
+    words = ["--configs", "mla_concat", "--quick", "--device", "cpu", "--out", str(tmp_path), "--suffix", "x"]
+    assert run_h200.main([*words, "--compile-seconds", "0"]) == 0
+    assert "mla_concat: complete\n" in capsys.readouterr().out
     path = tmp_path / "mla_concat-x.json"
     before = path.read_text()
-    again = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert "mla_concat: complete before" in again.stdout
+    assert run_h200.main(words) == 0
+    assert "mla_concat: complete before" in capsys.readouterr().out
     assert path.read_text() == before
     changed = json.loads(before)
     changed["environment"]["sources"] = "other"
     path.write_text(json.dumps(changed))
-    late = subprocess.run([*command, "--total-seconds", "1"], capture_output=True, text=True, check=False)
-    assert late.returncode == 75
-    assert "mla_concat: incomplete" in late.stdout
+    assert run_h200.main([*words, "--compile-seconds", "0", "--total-seconds", "1"]) == 75
+    assert "mla_concat: incomplete" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
