@@ -45,11 +45,13 @@ test-engine: setup-test
 test-engine-newest: setup-test
 	$(VENV_NEWEST)/bin/python -m pytest -q -m "not gpu" tests/engine $(PRIMARY_ONLY:%=--ignore=tests/engine/%) $(PYTEST_ARGS)
 
-test-patched: setup-test  ## engine tests on an SGLang with patches/ applied in place of the hooks
+test-patched: setup-test  ## all parity and refusal tests on both releases with patches/ in place of the hooks
 	rm -rf .build/patched
-	$(VENV)/bin/python -m tests.sglang_copies $(CURDIR)/.build/patched
-	PYTHONPATH=$(CURDIR)/.build/patched PYTHONDONTWRITEBYTECODE=1 $(VENV)/bin/python -m pytest -q -m "not gpu" \
-		tests/engine/test_parity.py tests/engine/test_refusals.py $(PYTEST_ARGS)
+	@set -e; for venv in $(VENV) $(VENV_NEWEST); do \
+		$$venv/bin/python -m tests.sglang_copies $(CURDIR)/.build/patched/$$venv; \
+		PYTHONPATH=$(CURDIR)/.build/patched/$$venv PYTHONDONTWRITEBYTECODE=1 $$venv/bin/python -m pytest -q \
+			-m "not gpu" -k "not patched" tests/engine/test_parity.py tests/engine/test_refusals.py $(PYTEST_ARGS); \
+	done
 
 test-gpu:  ## tests that need a CUDA or ROCm device, with the host's own Python (GPU_PYTHON=...)
 	PYTHONPATH=src $(GPU_PYTHON) -m pytest -q -m gpu tests $(PYTEST_ARGS)

@@ -68,10 +68,10 @@ def patched_sglang(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", params=SERVERS, ids=str)
-def served(request, models, start_server, reference, patched_sglang):
+def served(request, models, start_server, reference):
     """(server, model kind, check) of one running server; check compares an answer with transformers'."""
     kind, args = SERVERS[request.param]
-    env = {**EXACT, **(patched_sglang if request.param in PATCHED else {})}
+    env = {**EXACT, **(request.getfixturevalue("patched_sglang") if request.param in PATCHED else {})}
     with start_server(models[kind], ("--dtype=float32", *args), env) as server:
         prompts = [*PROMPTS, *PREFIXED]
         reference.learn(kind, prompts, [_ask(server, p)["output_ids"] for p in prompts])
