@@ -174,7 +174,7 @@ def test_replayed_graphs_agree_with_eager_steps(case: tuple[str, int, str], runs
         for batch in batches(runs, case, "nsa_plugin")
     ]
     print(name(case), "least cosine by batch", least)
-    assert all(value > 0.9999 for value in least)
+    assert all(value > 0.9995 for value in least)
 
 
 @pytest.mark.parametrize("case", CASES, ids=name)
