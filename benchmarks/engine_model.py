@@ -1,8 +1,8 @@
 """Model folders with the real attention dimensions of DeepSeek-V3.2, GLM-5 and DeepSeek-V3, few layers, random weights.
 
 config.json, generation_config.json, a word-level tokenizer ("t17" is token 17) and model.safetensors: fp8 blocks with
-the variance of a trained model's, so that scores are untied and attention matters. (`--load-format dummy` draws from
-+-0.001, which is zero in fp8: all scores equal.)
+the variance of a trained model's, so that scores spread and attention matters. (`--load-format dummy` draws from
++-0.001, of which fp8 keeps one value in forty: every layer hardly changes what it gets.)
 """
 
 from __future__ import annotations
