@@ -100,7 +100,7 @@ def _gather_kernel(
     if mine < batch:
         first = (program - tl.sum(tl.where(past, blocks, 0))) * BLOCK  # position of the block in its request
         length = tl.load(lens_ptr + mine * lens_stride).to(tl.int64)
-        page = tl.load(table_ptr + mine * table_stride_b.to(tl.int64) + (first // PAGE_SIZE) * table_stride_p)
+        page = tl.load(table_ptr + mine.to(tl.int64) * table_stride_b + (first // PAGE_SIZE) * table_stride_p)
         page_ptr = cache_ptr + page.to(tl.int64) * (PAGE_SIZE * (_DIM + 4))
 
         position = first + tl.arange(0, BLOCK)
