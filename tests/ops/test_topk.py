@@ -9,6 +9,7 @@ from nsa_backend_plugin.engine import kernels
 from nsa_backend_plugin.ops import preferences, registry, topk
 from tests.conftest import HAS_GPU
 from tests.ops.common import poison
+from tests.ops.implementations import run
 
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 kernels.register()
@@ -166,7 +167,7 @@ def test_logits_past_2_31_elements(device, impl):
     logits = torch.empty(rows, columns, device=device)
     logits[:, :5000].normal_()
     lengths = torch.full((rows,), 5000, dtype=torch.int32, device=device)
-    actual = topk.select(logits, lengths, 2048, impl=impl)
+    actual = run(topk.select, impl, logits, lengths, 2048)
     check(actual, logits[:, :5000], lengths, 2048)
 
 
