@@ -51,8 +51,8 @@ MEASUREMENTS = {
 }
 #: Arguments of the probe that runs under compute-sanitizer.
 SANITIZED = (
-    f"--prompts=3 --longest=2600 --variants -- --model-path={shlex.quote(str(TINY))} --attention-backend=nsa_plugin "
-    "--kv-cache-dtype=fp8_e4m3 --disable-cuda-graph --max-total-tokens=32768 --max-running-requests=8 "
+    f"--prompts=3 --longest=2600 --batches 3 --variants -- --model-path={shlex.quote(str(TINY))} "
+    "--attention-backend=nsa_plugin --kv-cache-dtype=fp8_e4m3 --disable-cuda-graph --max-total-tokens=32768 --max-running-requests=8 "
     "--sampling-backend=pytorch --grammar-backend=none"
 )
 END_SECONDS = 15
@@ -66,7 +66,7 @@ def commands(out: Path) -> dict[str, tuple[int, list[str]]]:
     engine = [python, str(REPO / "benchmarks" / "engine_h200.py"), f"--out={out}"]
     steps.update({name: (limit, [*engine, *shlex.split(text)]) for name, (limit, text) in MEASUREMENTS.items()})
     memcheck = ["compute-sanitizer", "--tool=memcheck", "--report-api-errors=no", "--error-exitcode=9", python, "-m"]
-    memcheck += ["tests.engine.gpu_probe", f"--output={out / 'memcheck.pt'}", *shlex.split(SANITIZED)]
+    memcheck += ["tests.engine.gpu_probe", *shlex.split(SANITIZED)]
     if shutil.which("compute-sanitizer"):
         steps["memcheck"] = (300, memcheck)
     return steps

@@ -25,9 +25,10 @@ import torch
 from nsa_backend_plugin.engine.layer_profile import load
 
 #: Sizes of the batches in turn: captured, padded, beyond the captured range, captured, captured, captured again with
-#: shorter prompts. Prompts are sorted, longest first, so that every replay meets what a longer one left behind.
+#: shorter prompts. Prompts are sorted, longest first, so that every replay meets what a longer one left behind. These
+#: are 64; after them the first two again, each alone.
 CAPTURED = (1, 4, 8, 16)
-BATCHES = (16, 3, 20, 8, 1, 16)
+BATCHES = (16, 3, 20, 8, 1, 16, 1, 1)
 STEPS = 3
 
 #: (captured, tokens, layer) of the last such decode call -> its selected slots. A captured copy replays with its graph.
@@ -54,10 +55,10 @@ def prompts_of(count: int, shortest: int, longest: int, vocabulary: int, seed: i
     return [[rng.randrange(3, vocabulary) for _ in range(length)] for length in lengths]
 
 
-def spans(count: int, sizes: Sequence[int]) -> list[slice]:
-    """`count` prompts in batches of these sizes, as far as they reach."""
-    ends = list(itertools.accumulate(sizes, initial=0))
-    return [slice(a, min(b, count)) for a, b in itertools.pairwise(ends) if a < count]
+def turns(count: int, sizes: Sequence[int]) -> list[list[int]]:
+    """Numbers of the prompts of every batch: `count` prompts in turn, from the first again when all were used."""
+    numbers = itertools.cycle(range(count))
+    return [list(itertools.islice(numbers, size)) for size in sizes]
 
 
 class Probe:
@@ -168,7 +169,7 @@ def attempt(what: Callable[[], Any]) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=Path, help="default: save nothing")
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--shortest", type=int, default=1024)
     parser.add_argument("--longest", type=int, default=12288)
@@ -182,15 +183,16 @@ def main() -> None:
     generator = torch.Generator().manual_seed(options.seed)
     tokens = torch.randint(3, probe.vocabulary, (STEPS, len(prompts)), generator=generator)
     out = []
-    for span in spans(len(prompts), options.batches):
-        batch, first = probe.prefill(prompts[span])
-        steps = [probe.decode(batch, row) for row in tokens[:, span]]
-        result = {"lengths": [len(p) for p in prompts[span]], "prefill": first, "steps": steps}
+    for numbers in turns(len(prompts), options.batches):
+        batch, first = probe.prefill([prompts[n] for n in numbers])
+        steps = [probe.decode(batch, row) for row in tokens[:, numbers]]
+        result = {"prompts": numbers, "lengths": [len(prompts[n]) for n in numbers], "prefill": first, "steps": steps}
         if options.variants:
             result["variants"] = attempt(partial(probe.variants, batch))
         result["idle"] = attempt(partial(probe.idle, batch))
         out.append(result)
-    torch.save(out, options.output)
+    if options.output:
+        torch.save(out, options.output)
     print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB", flush=True)
     # SGLang's distributed teardown can hang a process whose work is done.
     os._exit(0)

@@ -64,7 +64,7 @@ def _run(command: list[str], log: Path, env: dict[str, str] | None = None) -> st
 def _probe(folder: Path, model: Path, case: tuple[str, int, str], backend: str, port: int) -> Path:
     output = folder / f"{name(case)}-{backend}.pt"
     command = [sys.executable, "-m", "tests.engine.gpu_probe", f"--output={output}"]
-    command += [] if case in FULL else ["--prompts=19", "--longest=4096"]
+    command += [] if case in FULL else ["--prompts=19", "--longest=4096", "--batches", "16", "3", "1", "1"]
     command += ["--variants"] if backend == "nsa_plugin" and case not in MLA else []
     command += ["--", f"--model-path={model}", f"--attention-backend={backend}", f"--kv-cache-dtype={case[2]}"]
     command += [f"--port={port}", *PROBE, "--cuda-graph-bs-decode", *map(str, gpu_probe.CAPTURED)]
@@ -133,6 +133,15 @@ def test_logits_agree_with_stock(case: tuple[str, int, str], runs: dict) -> None
         least.append([cosines(*pair).min().item() for pair in pairs])
     print(name(case), "least cosine of the prefill and each step, by batch", least)
     assert all(value > 0.999 for batch in least for value in batch)
+
+
+@pytest.mark.parametrize("case", CASES + MLA, ids=name)
+def test_a_batch_decodes_as_each_prompt_alone(case: tuple[str, int, str], runs: dict) -> None:
+    first, *_, zero, one = batches(runs, case, "nsa_plugin")
+    for number, alone in enumerate((zero, one)):
+        assert alone["prompts"] == [number]
+        for together, single in zip(first["steps"], alone["steps"], strict=True):
+            assert cosines(together["logits"][number], single["logits"][0]) > 0.999
 
 
 @pytest.mark.parametrize("case", CASES, ids=name)

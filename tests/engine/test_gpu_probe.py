@@ -27,9 +27,9 @@ def test_prompts_get_shorter_and_all_are_used() -> None:
     assert lengths == sorted(lengths, reverse=True)
     assert min(lengths) >= 1024
     assert max(lengths) <= 12288
-    spans = gpu_probe.spans(64, gpu_probe.BATCHES)
-    assert [len(prompts[span]) for span in spans] == list(gpu_probe.BATCHES)
-    assert [len(prompts[span]) for span in gpu_probe.spans(19, gpu_probe.BATCHES)] == [16, 3]
+    turns = gpu_probe.turns(64, gpu_probe.BATCHES)
+    assert [len(turn) for turn in turns] == list(gpu_probe.BATCHES)
+    assert [number for turn in turns for number in turn] == [*range(64), 0, 1]
 
 
 def test_variants_change_what_they_name_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,18 +72,15 @@ def test_variants_change_what_they_name_and_nothing_else(monkeypatch: pytest.Mon
 @pytest.mark.engine
 def test_prompts_decode_together_as_each_alone(tmp_path: Path) -> None:
     """The probe itself, with a real model, through the plugin's CPU platform."""
-    runs = []
-    for number, sizes in enumerate((["3"], ["1", "1", "1"])):
-        output = tmp_path / f"{number}.pt"
-        args = [f"--output={output}", "--prompts=3", "--shortest=90", "--longest=130", "--batches", *sizes, "--"]
-        args += [f"--model-path={MODEL}", "--dtype=float32", *CPU_ARGS]
-        env = {"NSA_PLUGIN_CPU": "1", "NSA_PLUGIN_EXACT": "1", "PYTHONPATH": str(ROOT)}
-        run_python(Path(gpu_probe.__file__), *args, env=env)
-        runs.append(torch.load(output))
-    together, alone = runs
-    assert [batch["idle"] for batch in together + alone] == [None] * 4
-    assert together[0]["lengths"] == [batch["lengths"][0] for batch in alone]
-    torch.testing.assert_close(together[0]["prefill"], torch.cat([batch["prefill"] for batch in alone]))
+    output = tmp_path / "out.pt"
+    args = [f"--output={output}", "--prompts=2", "--shortest=90", "--longest=130", "--batches", "2", "1", "1", "--"]
+    args += [f"--model-path={MODEL}", "--dtype=float32", *CPU_ARGS]
+    env = {"NSA_PLUGIN_CPU": "1", "NSA_PLUGIN_EXACT": "1", "PYTHONPATH": str(ROOT)}
+    run_python(Path(gpu_probe.__file__), *args, env=env)
+    together, *alone = torch.load(output)
+    assert [batch["idle"] for batch in (together, *alone)] == [None] * 3
+    assert [batch["prompts"] for batch in (together, *alone)] == [[0, 1], [0], [1]]
+    torch.testing.assert_close(together["prefill"], torch.cat([batch["prefill"] for batch in alone]))
     for step in range(gpu_probe.STEPS):
         single = torch.cat([batch["steps"][step]["logits"] for batch in alone])
-        torch.testing.assert_close(together[0]["steps"][step]["logits"], single, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(together["steps"][step]["logits"], single, rtol=1e-4, atol=1e-4)
