@@ -52,8 +52,8 @@ MEASUREMENTS = {
 #: Arguments of the probe that runs under compute-sanitizer.
 SANITIZED = (
     f"--prompts=3 --longest=2600 --batches 3 --variants -- --model-path={shlex.quote(str(TINY))} "
-    "--attention-backend=nsa_plugin --kv-cache-dtype=fp8_e4m3 --disable-cuda-graph --max-total-tokens=32768 --max-running-requests=8 "
-    "--sampling-backend=pytorch --grammar-backend=none"
+    "--attention-backend=nsa_plugin --kv-cache-dtype=fp8_e4m3 --disable-cuda-graph --max-total-tokens=32768 "
+    "--max-running-requests=8 --sampling-backend=pytorch --grammar-backend=none"
 )
 END_SECONDS = 15
 
