@@ -66,7 +66,9 @@ def test_running_server(server, data, tmp_path, capsys):
     base = ["gsm8k", "--base-url", f"{server.url}/v1/", "--data-path", str(data), "--num-shots", "2"]
     base += ["--out", str(tmp_path / "out")]
     assert cli.main(base) == 0
-    assert "1.0000" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "1.0000" in printed.out
+    assert "10/10 right" in printed.err, "the progress bar"
     assert report(data)["arms"][0]["accuracy"]["right"] == 10
     data.write_text(data.read_text().replace("#### 5", "#### 6"))
     assert cli.main([*base, "--min-accuracy", "0.95"]) == 1
@@ -156,6 +158,27 @@ def test_answers_of_another_run_are_refused(launches, data, server, capsys):
         assert "holds the answers of another run" in error
         assert message in error
     assert len(launches.started) == 1
+
+
+def test_full_disk_keeps_answers(launches, data, capsys, monkeypatch):
+    """The disk fills while what is known of the finished arm is written: the rerun asks nothing again."""
+    write = Path.write_text
+
+    def full(path, text):
+        if path.name.startswith("facts"):
+            write(path, text[:5])
+            raise OSError(28, "No space left on device")
+        return write(path, text)
+
+    servers = []
+    launches.prepare = staticmethod(lambda launch, server: servers.append(server))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        assert cli.main(command(data)) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert cli.main(command(data)) == 0
+    assert [len(server.prompts) for server in servers] == [10, 0]
+    assert report(data)["arms"][0]["accuracy"]["right"] == 10
 
 
 def test_server_that_does_not_start(launches, data, capsys):

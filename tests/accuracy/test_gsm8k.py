@@ -54,6 +54,11 @@ def test_malformed_line_is_named(data: Path, line: str, message: str) -> None:
         load_items(data, 2, None)
 
 
+def test_only_a_newline_ends_a_line(data: Path) -> None:
+    data.write_text('{"question": "one\u2028two\x85", "answer": "1"}\r\n' + data.read_text(), encoding="utf-8")
+    assert "one\u2028two\x85" in load_items(data, 0, None)[0].prompt
+
+
 def test_data_that_cannot_be_used_is_refused(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--num-examples 0: expected at least 1"):
         load_items(data, 2, 0)

@@ -24,12 +24,13 @@ if (here / "hang").exists():
 out = Path(options["--out-dir"]) / f"sgl_eval_gsm8k_{{len((here / 'calls').read_text().splitlines())}}"
 out.mkdir()
 fail = (here / "fail").read_text().split() if (here / "fail").exists() else []
-with (out / "output-rs0.jsonl").open("w") as file:
+with (out / "output-rs0.jsonl").open("w", encoding="utf-8") as file:
     for line in open(options["--from-dataset"]):
         row = json.loads(line)
         failed = row["problem"] in fail
         file.write(json.dumps({{"id": row["id"], "predicted_answer": None if failed else str(row["expected_answer"]),
-            "symbolic_correct": not failed, "finish_reason": "error" if failed else "stop"}}) + "\\n")
+            "generation": "a\\u2028b", "symbolic_correct": not failed,
+            "finish_reason": "error" if failed else "stop"}}, ensure_ascii=False) + "\\n")
     file.write('{{"id": "torn')
 """
 

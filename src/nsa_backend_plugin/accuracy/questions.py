@@ -53,7 +53,7 @@ def load_items(path: Path, shots: int, count: int | None) -> list[Item]:
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line number and object of every line of a JSONL file that is not blank; ValueError names a malformed one."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would cut at U+2028, which JSON may hold
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error})") from None
     for number, line in enumerate(lines, 1):

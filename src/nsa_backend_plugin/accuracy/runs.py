@@ -59,8 +59,15 @@ def run_arm(arm: Arm, plan: Plan) -> Run:
         run.facts["device"] = run.facts["server"].get("device")  # the server may be on another machine
     else:
         run = _serve(arm, plan, folder)
-    (folder / "facts.json").write_text(json.dumps(run.facts, indent=1) + "\n")
+    _write(folder / "facts.json", run.facts)
     return run
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    """In one step: what ends the program half-way (a full disk) must leave nothing that a rerun cannot read."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(path)
 
 
 def _claim(path: Path, arm: Arm, plan: Plan) -> None:
@@ -72,7 +79,7 @@ def _claim(path: Path, arm: Arm, plan: Plan) -> None:
         settings |= {name: served[name] for name in ("model_path", "attention_backend") if name in served}
     asked = (path.parent / "answers.jsonl", path.parent / "sgl_eval")
     if not path.exists() or not any(found.exists() for found in asked):
-        path.write_text(json.dumps(settings, indent=1) + "\n")
+        _write(path, settings)
         return
     earlier = json.loads(path.read_text())
     different = [

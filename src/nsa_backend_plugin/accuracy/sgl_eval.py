@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +59,7 @@ def load_answers(folder: Path, rows: list[dict[str, Any]]) -> dict[str, ChatAnsw
     """What sgl-eval has answered in any of its runs below `folder`; requests that failed are left out."""
     wanted, answers = {row["id"] for row in rows}, {}
     for file in sorted(folder.glob("*/output-rs*.jsonl")):
-        for line in file.read_text(encoding="utf-8").splitlines():
+        for line in file.read_text(encoding="utf-8").split("\n"):  # an answer may hold U+2028, which is no end of line
             try:
                 found = json.loads(line)
             except json.JSONDecodeError:  # killed while writing
@@ -111,14 +110,14 @@ def answer_all(
 def _run(command: list[str], alive: Callable[[], bool]) -> int:
     process = subprocess.Popen(command)
     try:
-        while process.poll() is None:
-            if not alive():
-                process.send_signal(signal.SIGINT)  # it then writes what it has
-                process.wait()
-                break
-            time.sleep(_POLL_SECONDS)
+        while True:
+            try:
+                return process.wait(_POLL_SECONDS)
+            except subprocess.TimeoutExpired:
+                if not alive():
+                    process.send_signal(signal.SIGINT)  # it then writes what it has
+                    return process.wait()
     finally:
         if process.poll() is None:
             process.kill()
             process.wait()
-    return process.returncode
