@@ -94,6 +94,23 @@ def test_problems_stay_on_their_side(seed, test):
                 assert all(data.is_test_pair(int(a), int(b)) == test for a, _, b, _ in operations)
 
 
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_training_reads_the_training_side_only(seed, encode, name):
+    """What `train.py` feeds the model, phase by phase, as text again."""
+    words = {i: token for token, i in encode.vocab.items()}
+    memos: list[tuple[str, str]] = []
+    for phase in RECIPES[name].phases:
+        batches = train.Batches(replace(phase, batch=2 * 6144 // phase.length), 10, seed)
+        text = "\n\n".join("".join(words[i] for i in row.tolist()) for row in batches[seed % 10][0])
+        text = text.replace("\u0120", " ").replace("\u010a", "\n")
+        operations = OPERATION.findall(text)
+        assert len(operations) > 20
+        assert not any(data.is_test_pair(int(a), int(b)) for a, _, b, _ in operations)
+        memos += re.findall(r"Memo: (\w+): (\d{3})\.", text)
+    assert len(memos) > 20
+    assert not any(data.is_test_memo(person, int(code)) for person, code in memos)
+
+
 def test_train_and_test_questions_do_not_meet(seed, encode):
     rng = random.Random(seed)
     trained = {data.word_problem(rng, False).question for _ in range(5000)}
