@@ -5,15 +5,33 @@ Source of the contracts: ROCm/aiter main of 2026-08-22 (`aiter/ops/cache.py`, `a
 
 from __future__ import annotations
 
+import functools
 import sys
 import types
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
+from nsa_backend_plugin.ops import aiter_contract
 from nsa_backend_plugin.ops.index_key_cache import reference as index_reference
 from nsa_backend_plugin.ops.rotary import apply_rope
 
+_CALLS = {call.function: call for call in aiter_contract.CALLS}
 _FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
+
+
+def as_declared(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A fake that refuses a call unlike that of `aiter_contract.CALLS`, which is what doctor compares with AITER."""
+    call = _CALLS[function.__name__]
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        assert len(args) == len(call.positional), f"{call.name}: {len(args)} positional arguments"
+        assert set(kwargs) <= set(call.keywords), f"{call.name}: {set(kwargs) - set(call.keywords)} not declared"
+        return function(*args, **kwargs)
+
+    return run
 
 
 def _pages(kv_cache: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -141,8 +159,7 @@ def install(monkeypatch) -> None:
     """Put the fake where the adapters import AITER from."""
     names = ("aiter", "aiter.ops", "aiter.ops.triton", "aiter.ops.triton.fused_kv_cache")
     modules = {name: types.ModuleType(name) for name in names}
-    modules["aiter"].indexer_k_quant_and_cache = indexer_k_quant_and_cache
-    modules["aiter"].cp_gather_indexer_k_quant_cache = cp_gather_indexer_k_quant_cache
-    modules["aiter.ops.triton.fused_kv_cache"].fused_qk_rope_cat_and_cache_mla = fused_qk_rope_cat_and_cache_mla
+    for function in (indexer_k_quant_and_cache, cp_gather_indexer_k_quant_cache, fused_qk_rope_cat_and_cache_mla):
+        setattr(modules[_CALLS[function.__name__].module], function.__name__, as_declared(function))
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)

@@ -75,6 +75,11 @@ def mla_decode_fwd(
     plan = (work_meta_data, work_indptr, work_info_set, reduce_indptr, reduce_final_map, reduce_partial_map)
     fp8 = kv_buffer.dtype in FP8
     assert fp8 == (kv_scale is not None)
+    assert fp8 == (q_scale is not None)
+    assert not fp8 or q_scale.shape == kv_scale.shape == ()
+    assert not fp8 or q_scale.dtype == kv_scale.dtype == torch.float32
+    assert not fp8 or float(q_scale) == 1.0, "a bf16 query has no scale"
+    assert (num_kv_splits, num_kv_splits_indptr, intra_batch_mode) == (None, None, False)
     for name, tensor in zip(PLAN_NAMES, plan, strict=True):
         assert fp8 == (tensor is not None)
         assert not fp8 or (tensor == PLAN_NAMES.index(name) + 1).all(), f"{name} was not filled by the plan"
@@ -102,7 +107,9 @@ def get_mla_metadata_info_v1(
 ):
     assert max_seqlen_qo == 1
     assert num_head_qo % 16 == 0
+    assert q_dtype == torch.bfloat16
     assert kv_dtype in FP8
+    assert (is_sparse, fast_mode, intra_batch_mode) == (True, True, False)
     return tuple((size, torch.int32) for size in PLAN_SIZES.values())
 
 
@@ -132,7 +139,14 @@ def get_mla_metadata_v1(
 ):
     """Fills each buffer with its place in PLAN_NAMES, so that mla_decode_fwd sees a swapped or missing one."""
     assert (page_size, kv_granularity, max_seqlen_qo, uni_seqlen_qo) == (1, 16, 1, 1)
-    assert (num_heads_k, is_causal, fast_mode, intra_batch_mode) == (1, False, False, True)
+    assert (num_heads_k, is_causal, fast_mode, intra_batch_mode) == (1, False, True, False)
+    assert topk == -1, "with a width, a compacted list is taken for a table of that width (sglang 39083)"
+    assert max_split_per_batch == 64
+    assert num_heads_per_head_k % 16 == 0
+    rows = seqlens_qo_indptr.numel() - 1
+    _int32(seqlens_qo_indptr, (rows + 1,))
+    _int32(seqlens_kv_indptr, (rows + 1,))
+    _int32(kv_last_page_lens, (rows,))
     assert dtype_kv in FP8
     assert dtype_q == torch.bfloat16
     plan = (work_metadata_ptrs, work_indptr, work_info_set, reduce_indptr, reduce_final_map, reduce_partial_map)

@@ -20,6 +20,7 @@ from nsa_backend_plugin.ops.latent_cache import reference as latent_cache
 from nsa_backend_plugin.ops.sparse_mla.reference import rows, softmax_attention
 from tests.ops import fake_aiter_attention
 from tests.ops.common import assert_close, permuted_block_table, poison
+from tests.ops.fake_aiter import as_declared
 
 SCALE = 192**-0.5
 DIM, VALUE = 576, 512
@@ -351,9 +352,10 @@ def test_cutlass(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def aiter(monkeypatch: pytest.MonkeyPatch) -> None:
-    info, plan = fake_aiter_attention.get_mla_metadata_info_v1, fake_aiter_attention.get_mla_metadata_v1
+    names = ("get_mla_metadata_info_v1", "get_mla_metadata_v1", "mla_decode_fwd")
+    info, plan, decode = (as_declared(getattr(fake_aiter_attention, name)) for name in names)
     install(monkeypatch, "aiter", get_mla_metadata_info_v1=info, get_mla_metadata_v1=plan)
-    install(monkeypatch, "aiter.mla", mla_decode_fwd=fake_aiter_attention.mla_decode_fwd)
+    install(monkeypatch, "aiter.mla", mla_decode_fwd=decode)
 
 
 @pytest.mark.parametrize("heads", [8, 16, 24])
@@ -377,6 +379,26 @@ def test_aiter_fp8(dtype: torch.dtype) -> None:
     assert module.accepts_attend(q, kv8, indices, SCALE, **options).ok
     module.attend(q, kv8, indices, SCALE, **options)
     assert_close(out, expected, 5e-6)
+
+
+@pytest.mark.parametrize("dtype, rows", [(torch.bfloat16, 3728270), (torch.float8_e4m3fnuz, 7456540)])
+@pytest.mark.usefixtures("aiter")
+def test_aiter_is_kept_off_caches_whose_offsets_wrap(dtype: torch.dtype, rows: int) -> None:
+    """Behind 4 GiB it reads other rows without a word (aiter 2768, 5765)."""
+    kind = "bf16" if dtype == torch.bfloat16 else "fp8"
+    q, _, indices = sparse_inputs("bf16", 16)
+    out = torch.empty(4, 16, VALUE)
+    for count, ok in ((rows, True), (rows + 1, False)):
+        kv = torch.empty(count, 1, DIM, dtype=dtype, device="meta")
+        options = dict(value_dim=VALUE, out=out, lse=None, workspace=None)
+        sparse = adapter("sparse_mla", "aiter").accepts_attend(
+            q, kv, indices, SCALE, kind=kind, kv_scale=None, **options
+        )
+        dense = adapter("dense_mla", "aiter").accepts_decode(
+            q, kv, indices, torch.ones(4), SCALE, page_size=1, num_kv_splits=None, **options
+        )
+        assert sparse.ok is dense.ok is ok
+        assert ok or "at most 4 GiB" in sparse.reason
 
 
 # ---- Reasons ----

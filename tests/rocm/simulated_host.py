@@ -55,10 +55,10 @@ def install_fakes(put: Callable[[str, types.ModuleType], None]) -> None:
         module = types.ModuleType(name)
         module.__spec__ = importlib.machinery.ModuleSpec(name, None)
         for function in functions.split():
-            setattr(module, function, _counted(function, getattr(source, function)))
+            setattr(module, function, _counted(function, fake_aiter.as_declared(getattr(source, function))))
         if name == "aiter":
             for function in ("get_mla_metadata_info_v1", "get_mla_metadata_v1"):
-                setattr(module, function, getattr(fake_aiter_attention, function))
+                setattr(module, function, fake_aiter.as_declared(getattr(fake_aiter_attention, function)))
         put(name, module)
 
 

@@ -6,6 +6,7 @@ import inspect
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from nsa_backend_plugin.commands import doctor
 from nsa_backend_plugin.ops import aiter_contract
@@ -39,6 +40,9 @@ def test_the_fake_has_the_recorded_signature(name):
 @pytest.mark.parametrize(
     "version, name, reason",
     [
+        ("2025 (mla_decode_fwd: commit 986eb25)", "mla_decode_fwd", "no parameter work_meta_data"),
+        ("2025 (mla_decode_fwd: commit 986eb25)", "get_mla_metadata_v1", "argument 5 is missing"),
+        ("2025 (mla_decode_fwd: commit 986eb25)", "deepgemm_fp8_paged_mqa_logits", "no parameter Preshuffle"),
         ("before preshuffle (aiter pull request 2879)", "indexer_k_quant_and_cache", "no parameter preshuffle"),
         ("before preshuffle (aiter pull request 2879)", "cp_gather_indexer_k_quant_cache", "no parameter preshuffle"),
         (
@@ -50,6 +54,8 @@ def test_the_fake_has_the_recorded_signature(name):
         ("with split query dtypes", "get_mla_metadata_v1", "no parameter dtype_q"),
         ("with split query dtypes", "fused_qk_rope_cat_and_cache_mla", None),
         ("with split and joint query dtypes", "get_mla_metadata_v1", None),
+        ("newer main (mla_decode_fwd: commit 000edf3)", "mla_decode_fwd", None),
+        ("newer main (mla_decode_fwd: commit 000edf3)", "deepgemm_fp8_paged_mqa_logits", None),
     ],
 )
 def test_other_versions_are_told_apart(version, name, reason):
@@ -76,6 +82,23 @@ def test_the_installed_package_is_compared():
     assert aiter_contract.check_installed(_installed()) == []
     [line] = aiter_contract.check_installed(_installed(mla_decode_fwd=None))
     assert line.startswith("aiter.mla.mla_decode_fwd: AttributeError")
+
+
+def test_operators_of_torch_are_compared_by_their_schema():
+    """AITER's `torch_compile_guard` registers an operator and returns a wrapper without a signature."""
+    name = "cp_gather_indexer_k_quant_cache"
+
+    def wrapper_custom(*args, **kwargs):
+        raise AssertionError("doctor compares, it does not call")
+
+    [line] = aiter_contract.check_installed(_installed(**{name: wrapper_custom}))
+    assert "takes anything, so its parameters cannot be checked" in line
+    parameters = "Tensor(a!) kv_cache, Tensor(b!) dst_k, Tensor(c!) dst_scale, Tensor block_table, Tensor cu_seq_lens"
+    for more, expected in ((", bool preshuffle=False", []), ("", ["has no parameter preshuffle"])):
+        with torch.library._scoped_library("aiter", "FRAGMENT") as library:
+            library.define(f"{name}({parameters}{more}) -> ()")
+            found = aiter_contract.check_installed(_installed(**{name: wrapper_custom}))
+        assert [line.split(": ")[1] for line in found] == expected
 
 
 def test_doctor_reports_mismatches_on_rocm_hosts_only(monkeypatch):

@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 
 @dataclass(frozen=True)
 class Call:
@@ -64,14 +66,14 @@ CALLS: tuple[Call, ...] = (
         _names("q kv_buffer o qo_indptr kv_indptr kv_indices kv_last_page_lens max_seqlen_q"),
         _names(
             "sm_scale work_meta_data work_indptr work_info_set reduce_indptr reduce_final_map reduce_partial_map "
-            "kv_scale"
+            "q_scale kv_scale"
         ),
     ),
     Call(
         "aiter",
         "get_mla_metadata_info_v1",
         _names("batch_size max_seqlen_qo num_head_qo q_dtype kv_dtype"),
-        _names("is_sparse fast_mode num_kv_splits intra_batch_mode"),
+        _names("is_sparse fast_mode intra_batch_mode"),
     ),
     Call(
         "aiter",
@@ -107,25 +109,23 @@ _ROPE_CAT = (
     "q_nope q_pe k_nope k_pe kv_cache slot_mapping pos cos sin k_scale is_neox num_decode_toks_for_zeros= apply_scale= "
     "q_out= decode_q_pe_out= k_pe_out= q_out_dtype="
 )
+_PAGED_LOGITS = (
+    "q_fp8 kv_cache weights out_logits context_lens kv_indices max_model_len Preshuffle= KVBlockSize= ChunkK= "
+    "TotalCuCount= WavePerEU= VarCtxSchedule="
+)
 
-#: AITER source of a date -> function -> its parameters in order, "=" marks a default. A date lists what was seen of it.
-#: `main 2026-08-22` is what the adapters are written for; the others say which AITER is too old or changed since.
+#: AITER source of a version -> function -> its parameters in order, "=" marks a default. A version lists what was seen
+#: of it. `main 2026-08-22` is what the adapters are written for; those above are too old, those below are newer.
 RECORDED: Mapping[str, Mapping[str, str]] = {
-    "main 2026-08-22": {
-        "indexer_k_quant_and_cache": "k kv_cache slot_mapping quant_block_size scale_fmt preshuffle=",
-        "cp_gather_indexer_k_quant_cache": "kv_cache dst_k dst_scale block_table cu_seq_lens preshuffle=",
+    "2025 (mla_decode_fwd: commit 986eb25)": {
+        "mla_decode_fwd": (
+            "q kv_buffer o qo_indptr kv_indptr kv_indices kv_last_page_lens max_seqlen_q sm_scale= logit_cap= "
+            "num_kv_splits="
+        ),
+        "get_mla_metadata_v1": "seqlens_qo_indptr seqlens_kv_indptr num_heads_per_head_k num_heads_k is_causal",
         "deepgemm_fp8_paged_mqa_logits": (
-            "q_fp8 kv_cache weights out_logits context_lens kv_indices max_model_len Preshuffle= KVBlockSize= ChunkK= "
-            "TotalCuCount= WavePerEU= VarCtxSchedule="
+            "q_fp8 kv_cache_fp8 weights out_logits context_lens kv_indices max_model_len ChunkK= SplitKV="
         ),
-        "fp8_mqa_logits": "Q KV kv_scales weights cu_starts cu_ends clean_logits=",
-        "mla_decode_fwd": _MLA_DECODE,
-        "get_mla_metadata_info_v1": (
-            "batch_size max_seqlen_qo num_head_qo q_dtype kv_dtype is_sparse fast_mode= num_kv_splits= "
-            "intra_batch_mode= max_split_per_batch="
-        ),
-        "get_mla_metadata_v1": _MLA_PLAN + " dtype_q= dtype_kv=",
-        "fused_qk_rope_cat_and_cache_mla": _ROPE_CAT,
     },
     "before preshuffle (aiter pull request 2879)": {
         "indexer_k_quant_and_cache": "k kv_cache slot_mapping quant_block_size scale_fmt",
@@ -138,6 +138,19 @@ RECORDED: Mapping[str, Mapping[str, str]] = {
         "fused_qk_rope_cat_and_cache_mla": (
             "q_nope q_pe k_nope k_pe kv_cache slot_mapping pos cos sin k_scale is_neox"
         ),
+    },
+    "main 2026-08-22": {
+        "indexer_k_quant_and_cache": "k kv_cache slot_mapping quant_block_size scale_fmt preshuffle=",
+        "cp_gather_indexer_k_quant_cache": "kv_cache dst_k dst_scale block_table cu_seq_lens preshuffle=",
+        "deepgemm_fp8_paged_mqa_logits": _PAGED_LOGITS,
+        "fp8_mqa_logits": "Q KV kv_scales weights cu_starts cu_ends clean_logits=",
+        "mla_decode_fwd": _MLA_DECODE,
+        "get_mla_metadata_info_v1": (
+            "batch_size max_seqlen_qo num_head_qo q_dtype kv_dtype is_sparse fast_mode= num_kv_splits= "
+            "intra_batch_mode= max_split_per_batch="
+        ),
+        "get_mla_metadata_v1": _MLA_PLAN + " dtype_q= dtype_kv=",
+        "fused_qk_rope_cat_and_cache_mla": _ROPE_CAT,
     },
     "with split query dtypes": {
         "get_mla_metadata_v1": (
@@ -152,12 +165,16 @@ RECORDED: Mapping[str, Mapping[str, str]] = {
             "dtype_kv="
         ),
     },
+    "newer main (mla_decode_fwd: commit 000edf3)": {
+        "mla_decode_fwd": _MLA_DECODE + " g_kv_indptr= cp_world_size= cp_rank= causal=",
+        "deepgemm_fp8_paged_mqa_logits": _PAGED_LOGITS + " SplitKV= PersistentSchedule=",
+    },
 }
 TARGET = "main 2026-08-22"
 
 
 def recorded_signature(parameters: str) -> inspect.Signature:
-    """The signature of one entry of RECORDED."""
+    """The signature of one entry of RECORDED, or of a text like it."""
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     return inspect.Signature(
         [
@@ -188,13 +205,26 @@ def mismatches(call: Call, signature: inspect.Signature) -> list[str]:
     return found
 
 
+def _signature(function: Callable[..., Any], name: str) -> inspect.Signature:
+    """Of a plain function, or of the torch operator of its name.
+
+    AITER registers most functions as operators of torch (`torch_compile_guard`) and hands out
+    `wrapper_custom(*args, **kwargs)`, which has lost its signature: the operator's schema still has the parameters.
+    """
+    signature = inspect.signature(function)
+    operator = getattr(torch.ops.aiter, name, None)
+    if list(signature.parameters) != ["args", "kwargs"] or operator is None:
+        return signature
+    arguments = operator.default._schema.arguments
+    return recorded_signature(" ".join(a.name + ("=" if a.has_default_value() else "") for a in arguments))
+
+
 def check_installed(load: Callable[[str], Any] = importlib.import_module) -> list[str]:
     """Mismatches between the adapters' calls and the AITER that is installed; missing functions included."""
     found = []
     for call in CALLS:
         try:
-            function = getattr(load(call.module), call.function)
-            signature = inspect.signature(function)
+            signature = _signature(getattr(load(call.module), call.function), call.function)
         except (ImportError, AttributeError, ValueError, TypeError) as error:
             found.append(f"{call.name}: {type(error).__name__}: {error}")
             continue

@@ -3,6 +3,9 @@
 `aiter.mla.mla_decode_fwd` reads ragged page lists of page size 1 and takes 16 to 128 heads in multiples of 16. With
 fp8 rows it also wants a work plan, made per call on the device from the ragged starts; in sparse decode that plan
 depends only on the counts of selected slots, so an engine may make it once per step and share it among layers.
+
+The plan is the one of SGLang 0.5.23. That of 0.5.17 (`fast_mode=False`, `intra_batch_mode=True`, `topk` given) takes
+the compacted slots for a table of fixed width and gave wrong plans at long contexts (SGLang pull request 39083).
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from nsa_backend_plugin.ops.support import Support, no
 
 ARCHS = ("gfx942", "gfx950")
 _MAX_SPLITS = 64
+_MAX_BYTES = 1 << 32
 _PLAN = ("get_mla_metadata_info_v1", "get_mla_metadata_v1")
 
 
@@ -25,6 +29,13 @@ def available(arch: str) -> Support:
         return no(f"AITER's MLA decode needs {' or '.join(ARCHS)}, not {arch}")
     package = mla_vendor.can_import("aiter", *_PLAN)
     return mla_vendor.can_import("aiter.mla", "mla_decode_fwd") if package.ok else package
+
+
+def fits(q: torch.Tensor, kv: torch.Tensor, value_dim: int) -> Support:
+    size = kv.numel() * kv.element_size()
+    if size > _MAX_BYTES:  # its offsets into the cache have 32 bits and wrap without a word (aiter 2768, 5765)
+        return no(f"kv of {size} bytes: at most 4 GiB only")
+    return mla_vendor.fits(q, kv, value_dim)
 
 
 def ragged(values: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,10 +61,9 @@ def decode(
     softmax_scale: float,
     *,
     kv_scale: float | None,
-    topk: int,
     out: torch.Tensor,
 ) -> None:
-    """One query per row over kv[entries[starts[t] : starts[t + 1]]]. topk: most entries of a row, -1 if unbounded."""
+    """One query per row over kv[entries[starts[t] : starts[t + 1]]]."""
     from aiter.mla import mla_decode_fwd
 
     rows, heads, dim = q.shape
@@ -63,7 +73,8 @@ def decode(
     vendor_out = q.new_empty(rows, padded.shape[1], out.shape[-1])
     extra: dict[str, Any] = {}
     if kv.dtype in FP8_DTYPES:
-        extra = _plan(padded, kv, query_starts, starts, last_page_lens, topk)
+        extra = _plan(padded, kv, query_starts, starts, last_page_lens)
+        extra["q_scale"] = torch.ones((), dtype=torch.float32, device=q.device)
         extra["kv_scale"] = torch.full((), 1.0 if kv_scale is None else kv_scale, dtype=torch.float32, device=q.device)
     mla_decode_fwd(
         padded,
@@ -86,7 +97,6 @@ def _plan(
     query_starts: torch.Tensor,
     starts: torch.Tensor,
     last_page_lens: torch.Tensor,
-    topk: int,
 ) -> dict[str, torch.Tensor]:
     from aiter import get_mla_metadata_info_v1, get_mla_metadata_v1
 
@@ -97,10 +107,9 @@ def _plan(
         heads,
         q.dtype,
         kv.dtype,
-        is_sparse=topk >= 0,
-        fast_mode=False,
-        num_kv_splits=_MAX_SPLITS,
-        intra_batch_mode=True,
+        is_sparse=True,
+        fast_mode=True,
+        intra_batch_mode=False,
     )
     names = (
         "work_meta_data",
@@ -130,10 +139,10 @@ def _plan(
         kv_granularity=16,
         max_seqlen_qo=1,
         uni_seqlen_qo=1,
-        fast_mode=False,
-        topk=topk,
+        fast_mode=True,
+        topk=-1,  # the entries are compacted, and starts says how many a row has
         max_split_per_batch=_MAX_SPLITS,
-        intra_batch_mode=True,
+        intra_batch_mode=False,
         dtype_q=q.dtype,
         dtype_kv=kv.dtype,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from nsa_backend_plugin.ops import aiter_mla, mla_vendor
+from nsa_backend_plugin.ops import aiter_mla
 from nsa_backend_plugin.ops.support import Support, no
 
 
@@ -34,7 +34,7 @@ def accepts_decode(
         return no("num_kv_splits is given: it chooses the splits itself")
     if block_table.shape[1] == 0:
         return no("block_table has no pages")
-    return mla_vendor.fits(q, kv, value_dim)
+    return aiter_mla.fits(q, kv, value_dim)
 
 
 def decode(
@@ -53,4 +53,4 @@ def decode(
 ) -> None:
     used = torch.arange(block_table.shape[1], device=q.device)[None, :] < seq_lens[:, None]
     entries, starts = aiter_mla.ragged(block_table, used)
-    aiter_mla.decode(q, kv, entries, starts, softmax_scale, kv_scale=None, topk=-1, out=out)
+    aiter_mla.decode(q, kv, entries, starts, softmax_scale, kv_scale=None, out=out)

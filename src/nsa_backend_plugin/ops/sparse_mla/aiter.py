@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from nsa_backend_plugin.layouts import FP8_DTYPES
-from nsa_backend_plugin.ops import aiter_mla, mla_vendor
+from nsa_backend_plugin.ops import aiter_mla
 from nsa_backend_plugin.ops.support import Support, no
 
 
@@ -35,7 +35,7 @@ def accepts_attend(
         return no("return_lse: its log-sum-exp covers splits, not rows")
     if indices.shape[1] == 0:
         return no("top-k 0")
-    return mla_vendor.fits(q, kv, value_dim)
+    return aiter_mla.fits(q, kv, value_dim)
 
 
 def attend(
@@ -52,5 +52,4 @@ def attend(
     workspace: torch.Tensor | None,
 ) -> None:
     entries, starts = aiter_mla.ragged(indices, indices >= 0)
-    topk = indices.shape[1]
-    aiter_mla.decode(q, kv, entries, starts, softmax_scale, kv_scale=kv_scale, topk=topk, out=out)
+    aiter_mla.decode(q, kv, entries, starts, softmax_scale, kv_scale=kv_scale, out=out)
