@@ -12,6 +12,7 @@ import torch
 from nsa_backend_plugin.engine import index_cache, launch
 from nsa_backend_plugin.layouts import index_page_bytes
 from nsa_backend_plugin.ops import indexer_prep, mqa_logits, topk
+from nsa_backend_plugin.ops.mqa_logits import aiter as aiter_logits
 
 pytest.importorskip("sglang", reason="needs SGLang")
 dsa_backend = pytest.importorskip("nsa_backend_plugin.engine.gpu.dsa_backend")
@@ -153,6 +154,18 @@ def test_replays_with_other_lengths_reuse_the_captured_buffers(
         first = 0 if mode == "DECODE" else 1  # a decode step's lengths count its token already
         backend.logits_buffer.fill_(float("nan"))
         check_selection(backend, [n + j + first for n in committed for j in range(per_request)], per_request)
+
+
+@pytest.mark.parametrize("on_rocm", [False, True])
+def test_rows_of_captured_logits_keep_apart_on_rocm(
+    backend: Any, on_rocm: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where AITER's logits kernel may store past a row's end."""
+    monkeypatch.setattr(scratch, "_pieces", {})
+    monkeypatch.setattr(dsa_backend.rocm, "on_rocm", lambda: on_rocm)
+    backend.init_cuda_graph_state(3, 3)
+    assert backend.logits_buffer.shape == (3, WIDTH)
+    assert aiter_logits._guarded(backend.logits_buffer) is on_rocm
 
 
 class Recorder:

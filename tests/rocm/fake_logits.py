@@ -46,6 +46,7 @@ def deepgemm_fp8_paged_mqa_logits(
     assert kv_indices.dtype == torch.int32
     assert kv_indices.shape[0] == batch
     assert int(context_lens.max()) <= min(max_model_len, kv_indices.shape[1] * KVBlockSize)
+    assert out_logits.stride(1) == 1
     reference.paged(
         q_fp8,
         kv_cache.view(torch.uint8).view(kv_cache.shape[0], -1),
@@ -58,6 +59,17 @@ def deepgemm_fp8_paged_mqa_logits(
         clean=False,
         out=out_logits,
     )
+    _overshoot(out_logits, context_lens)
+
+
+def _overshoot(out_logits, context_lens):
+    """The real kernel stores up to 190 columns past a row's last token, in whatever lies there (aiter 4580)."""
+    storage = out_logits.untyped_storage()
+    flat = torch.empty(0).set_(storage, 0, (storage.nbytes() // 4,), (1,))
+    for row, length in enumerate(context_lens.tolist()):
+        begin = out_logits.storage_offset() + row * out_logits.stride(0) + length
+        assert begin + 190 <= flat.numel(), "stores past the end of the allocation"
+        flat[begin : begin + 190] = float("nan")
 
 
 def fp8_mqa_logits(Q, KV, kv_scales, weights, cu_starts, cu_ends, clean_logits=True):
@@ -72,4 +84,5 @@ def fp8_mqa_logits(Q, KV, kv_scales, weights, cu_starts, cu_ends, clean_logits=T
     assert kv_scales.dtype == weights.dtype == torch.float32
     assert weights.shape == (tokens, heads)
     assert cu_starts.dtype == cu_ends.dtype == torch.int32
+    assert tokens * -(-KV.shape[0] // 256) * 256 * 4 < 2**31, "does not compile above 2 GiB (aiter 5114)"
     return reference.ragged(Q, KV, kv_scales, weights, cu_starts, cu_ends, clean=clean_logits, out=None)

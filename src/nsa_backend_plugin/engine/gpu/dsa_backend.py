@@ -16,7 +16,7 @@ from nsa_backend_plugin import BACKEND_NAME
 from nsa_backend_plugin.engine import hooks, index_cache, query
 from nsa_backend_plugin.engine.gpu import rocm, scratch
 from nsa_backend_plugin.layouts import FP8_DTYPES, LATENT_DIM, ROPE_DIM
-from nsa_backend_plugin.ops import sparse_mla
+from nsa_backend_plugin.ops import mqa_logits, sparse_mla
 
 
 def plain_fp8_scale(cache: torch.Tensor) -> float | None:
@@ -69,9 +69,10 @@ class NsaPluginDSABackend(DeepseekSparseAttnBackend):
         # As wide as the page table of a captured step, like the logits that stock allocates while capturing.
         page_size = self.token_to_kv_pool.page_size
         columns = -(-self.req_to_token.shape[1] // page_size) * page_size
-        size = max_num_tokens * columns * torch.float32.itemsize
+        stride = columns + (mqa_logits.ROW_GUARD if rocm.on_rocm() else 0)
+        size = max_num_tokens * stride * torch.float32.itemsize
         logits = scratch.reserve("index logits", size, self.device)[:size]
-        self.logits_buffer = logits.view(torch.float32).view(max_num_tokens, columns)
+        self.logits_buffer = logits.view(torch.float32).view(max_num_tokens, stride)[:, :columns]
 
     def draft_backend(self, factory: Any, per_step: bool) -> Any:
         """Backend of the draft model that SGLang's factory asks for, by the hook `draft_backends`."""

@@ -12,6 +12,9 @@ from nsa_backend_plugin.ops import checks
 from nsa_backend_plugin.ops.index_key_cache import check_cache
 from nsa_backend_plugin.ops.registry import Operation
 
+#: Columns of slack behind each row of `paged`'s `out` that save a copy where AITER runs: its stores pass a row's end.
+ROW_GUARD = 256
+
 _paged = Operation("mqa_logits", "paged")
 _ragged = Operation("mqa_logits", "ragged")
 
