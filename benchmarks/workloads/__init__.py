@@ -19,6 +19,7 @@ WORKLOADS: dict[str, Workload] = {
         indexer.CHAIN,
         caches.PREP,
         caches.INDEX_STORE,
+        caches.INDEX_GATHER,
         caches.LATENT_STORE,
         caches.QUANTIZE,
         caches.DEQUANTIZE,

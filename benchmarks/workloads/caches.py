@@ -1,4 +1,4 @@
-"""Writers of the caches: indexer preparation, the fused latent store, and the packing of whole rows.
+"""Writers of the caches: indexer preparation, the stores, and the packing of whole rows; and the gather of index keys.
 
 The caches hold random rows before the call, so a row that was not written cannot pass the check.
 """
@@ -152,6 +152,35 @@ def build_index_store(params: Mapping[str, Any], device: torch.device) -> Proble
     )
 
 
+def build_index_gather(params: Mapping[str, Any], device: torch.device) -> Problem:
+    """Read the index keys of whole contexts out of their pages, as a prefill does before its ragged logits."""
+    batch, context, layout = params["batch"], params["context"], params["layout"]
+    pages = -(-context // INDEX_PAGE_SIZE)
+    cache = base.index_pool(max(batch * pages, params["pool_pages"]), device)
+    lens = torch.full((batch,), context, dtype=torch.int32, device=device)
+    touched = 2 * batch * context * 132 + batch * pages * 4
+    sets = input_sets(touched, batch * pages * 4, device, at_least=params["min_sets"])
+
+    def run(impl: str | None, table: torch.Tensor, poison: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        return index_key_cache.gather(cache, table, lens, layout=layout, total_tokens=batch * context, impl=impl)
+
+    def check(out: tuple[torch.Tensor, torch.Tensor], table: torch.Tensor) -> float:
+        pairs = list(zip(out, run("torch", table, False), strict=True))
+        if any(x.shape != y.shape for x, y in pairs):
+            return float("inf")
+        return max(float((x.view(torch.uint8) != y.view(torch.uint8)).float().mean()) for x, y in pairs)
+
+    return Problem(
+        inputs=[base.own_pages([pages] * batch, cache.shape[0], device) for _ in range(sets)],
+        run=run,
+        check=check,
+        bar=0.0,
+        checked=f"all {batch * context} tokens, byte for byte",
+        bytes=touched,
+        flops=0,
+    )
+
+
 def build_latent_store(params: Mapping[str, Any], device: torch.device) -> Problem:
     """RoPE of the key's rotary part, quantization and the write into the latent cache."""
     tokens, kind = params["tokens"], params["kv"]
@@ -264,6 +293,14 @@ INDEX_STORE = Workload(
     build_index_store,
     {"tokens": 64, "layout": "row_major", "pool_pages": 20_000, "min_sets": 2},
     same_job=("layout",),
+)
+INDEX_GATHER = Workload(
+    "index_gather",
+    ("index_key_cache.gather",),
+    build_index_gather,
+    {"batch": 1, "context": 8192, "layout": "row_major", "pool_pages": 20_000, "min_sets": 2},
+    same_job=("layout",),
+    batch=lambda params: int(params["batch"]),
 )
 LATENT_STORE = Workload(
     "latent_store",

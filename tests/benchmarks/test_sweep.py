@@ -13,6 +13,7 @@ from pathlib import Path
 
 import backends
 import benchmark
+import clock
 import configs
 import measure
 import mla_runner
@@ -24,6 +25,9 @@ import torch
 from child import Child
 from common import ERROR, OK, UNAVAILABLE, BenchmarkConfig, BenchmarkResult, load_json
 from measure import Settings
+from workloads import WORKLOADS, indexer
+
+from nsa_backend_plugin.ops.registry import operations
 
 from .conftest import SUITE
 
@@ -44,18 +48,43 @@ def run(config: configs.Config, path: Path, **arguments) -> tuple[list[Benchmark
     return sweep.run(sweep.plan(config, "cpu"), "cpu", FAST, journal, **arguments)
 
 
+@pytest.fixture
+def one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that calls once: these tests are about what is run, and the CPU is slow at it."""
+
+    def time_calls(calls, device, **settings) -> clock.Timing:
+        calls[0]()
+        return clock.summarize([1.0], 1, "wall")
+
+    monkeypatch.setattr(measure, "time_calls", time_calls)
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
-def test_every_config_runs_at_quick_size(path: Path, tmp_path: Path) -> None:
+def test_every_config_runs_at_quick_size(path: Path, tmp_path: Path, one_call: None) -> None:
     config = configs.load(path, quick=True)
-    wanted = ("default", "torch", "torch_cat")
     for i, case in enumerate(config.cases):
-        chosen = tuple(n for n in wanted if n in backends.names(case.workload))
+        names = backends.names(case.workload)
+        chosen = ("default" if "default" in names else "torch", *(n for n in names if n == "torch_cat"))
         config.cases[i] = configs.Case(case.workload, case.params, chosen)
     results, complete = run(config, tmp_path / "rows.jsonl")
     assert complete
     assert results
     assert {(r.status, r.reason) for r in results} == {(OK, "")}
     assert all(r.median_us and r.distance is not None for r in results)
+
+
+@pytest.mark.parametrize("name", [w.name for w in WORKLOADS.values() if w.operations])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_torch_and_interpreted_triton_run_every_workload(backend: str, name: str, one_call: None) -> None:
+    params = next(c.params for p in CONFIGS for c in configs.load(p, quick=True).cases if c.workload == name)
+    result = measure.measure(name, params, backend, CPU, FAST)
+    assert (result.status, result.reason) == (OK, "")
+
+
+def test_every_operation_is_measured() -> None:
+    """Each registry operation has a workload, and each workload a configuration."""
+    assert {o.name for o in operations()} == {name for w in WORKLOADS.values() for name in w.operations}
+    assert {c.workload for p in CONFIGS for c in configs.load(p).cases} == set(WORKLOADS)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
@@ -199,8 +228,6 @@ def test_backends_that_cannot_run_say_why() -> None:
 
 def test_a_chain_may_mix_implementations(monkeypatch: pytest.MonkeyPatch) -> None:
     """ "a+b" runs a for the first operation and b for the second, and is ours if both are."""
-    from workloads import WORKLOADS, indexer
-
     assert "triton+cuda" in backends.names("indexer_chain")
     assert backends.is_own("triton+cuda", "indexer_chain")
     assert backends.is_peer("triton", "standard")  # not an operation of the library: SGLang's kernel
