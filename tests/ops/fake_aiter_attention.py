@@ -18,7 +18,20 @@ PLAN_NAMES = (
     "reduce_final_map",
     "reduce_partial_map",
 )
-PLAN_SIZES = dict(zip(PLAN_NAMES, (10, 11, (12, 8), 13, (14, 2), 15), strict=True))
+
+
+def plan_sizes(batch: int) -> dict[str, tuple[int | tuple[int, ...], torch.dtype]]:
+    """Buffer -> (size, dtype) as AITER would answer: not its sizes, but they grow with the batch as its do."""
+    sizes = (2, 11, (12 + batch, 8), 13 + batch, (14 + batch, 2), 15 + batch)
+    dtypes = (torch.uint64, *[torch.int32] * 5)
+    return dict(zip(PLAN_NAMES, zip(sizes, dtypes, strict=True), strict=True))
+
+
+def _check_plan(buffers, batch):
+    for (name, (size, dtype)), tensor in zip(plan_sizes(batch).items(), buffers, strict=True):
+        assert tensor.dtype == dtype, name
+        assert tuple(tensor.shape) == (size if isinstance(size, tuple) else (size,)), name
+        assert tensor.is_contiguous(), name
 
 
 def _int32(tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
@@ -62,6 +75,8 @@ def mla_decode_fwd(
     assert tuple(kv_buffer.shape[1:]) == (1, 1, dim)
     assert kv_buffer.is_contiguous()
     assert tuple(o.shape) == (rows, heads, 512)
+    assert o.dtype == torch.bfloat16
+    assert o.is_contiguous()
     assert (page_size, nhead_kv, max_seqlen_q, logit_cap) == (1, 1, 1, 0.0)
     _int32(qo_indptr, (rows + 1,))
     _int32(kv_indptr, (rows + 1,))
@@ -80,9 +95,11 @@ def mla_decode_fwd(
     assert not fp8 or q_scale.dtype == kv_scale.dtype == torch.float32
     assert not fp8 or float(q_scale) == 1.0, "a bf16 query has no scale"
     assert (num_kv_splits, num_kv_splits_indptr, intra_batch_mode) == (None, None, False)
-    for name, tensor in zip(PLAN_NAMES, plan, strict=True):
+    for place, (name, tensor) in enumerate(zip(PLAN_NAMES, plan, strict=True), 1):
         assert fp8 == (tensor is not None)
-        assert not fp8 or (tensor == PLAN_NAMES.index(name) + 1).all(), f"{name} was not filled by the plan"
+        assert not fp8 or (tensor == place).all(), f"{name} was not filled by the plan"
+    if fp8:
+        _check_plan(plan, rows)
     for t in range(rows):
         slots = kv_indices[kv_indptr[t] : kv_indptr[t + 1]].long()
         latent = kv_buffer[slots, 0, 0].float() * (float(kv_scale) if fp8 else 1.0)
@@ -110,7 +127,7 @@ def get_mla_metadata_info_v1(
     assert q_dtype == torch.bfloat16
     assert kv_dtype in FP8
     assert (is_sparse, fast_mode, intra_batch_mode) == (True, True, False)
-    return tuple((size, torch.int32) for size in PLAN_SIZES.values())
+    return tuple(plan_sizes(batch_size).values())
 
 
 def get_mla_metadata_v1(
@@ -150,7 +167,6 @@ def get_mla_metadata_v1(
     assert dtype_kv in FP8
     assert dtype_q == torch.bfloat16
     plan = (work_metadata_ptrs, work_indptr, work_info_set, reduce_indptr, reduce_final_map, reduce_partial_map)
-    for place, (name, tensor) in enumerate(zip(PLAN_NAMES, plan, strict=True), 1):
-        size = PLAN_SIZES[name]
-        assert tuple(tensor.shape) == (size if isinstance(size, tuple) else (size,))
+    _check_plan(plan, rows)
+    for place, tensor in enumerate(plan, 1):
         tensor.fill_(place)

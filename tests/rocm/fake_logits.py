@@ -84,5 +84,6 @@ def fp8_mqa_logits(Q, KV, kv_scales, weights, cu_starts, cu_ends, clean_logits=T
     assert kv_scales.dtype == weights.dtype == torch.float32
     assert weights.shape == (tokens, heads)
     assert cu_starts.dtype == cu_ends.dtype == torch.int32
+    assert cu_starts.shape == cu_ends.shape == (tokens,)
     assert tokens * -(-KV.shape[0] // 256) * 256 * 4 < 2**31, "does not compile above 2 GiB (aiter 5114)"
     return reference.ragged(Q, KV, kv_scales, weights, cu_starts, cu_ends, clean=clean_logits, out=None)

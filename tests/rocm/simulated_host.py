@@ -7,6 +7,7 @@ the GPU, and AITER's are fakes that check every argument. What is simulated is e
 
 from __future__ import annotations
 
+import functools
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -65,6 +66,7 @@ def install_fakes(put: Callable[[str, types.ModuleType], None]) -> None:
 def _counted(name: str, function: Callable[..., object]) -> Callable[..., object]:
     seen: set[str] = set()
 
+    @functools.wraps(function)
     def run(*args: object, **kwargs: object) -> object:
         if name not in seen and os.environ.get(PROBE_VARIABLE):
             seen.add(name)
