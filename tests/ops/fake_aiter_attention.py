@@ -1,4 +1,4 @@
-"""AITER's MLA entry points with the signatures of FACTS (ROCm/aiter main, 2026-08-22), computed in torch.
+"""AITER's MLA entry points with the signatures of ROCm/aiter main, 2026-08-22, computed in torch.
 
 Each checks what the real one demands of its arguments, and would misread silently.
 """
