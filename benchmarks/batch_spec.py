@@ -147,14 +147,19 @@ def _range_values(name: str, value: Any) -> list[int]:
     if isinstance(value, int) and not isinstance(value, bool):
         return [value]
     if isinstance(value, (list, tuple)):
-        return [int(v) for v in value]
+        return [_integer(name, v) for v in value]
     if not isinstance(value, Mapping) or not {"start", "stop"} <= set(value) <= _RANGE_KEYS:
         raise ValueError(f"{name}={value!r}: expected an int, a list, or start, stop, step, end_inclusive")
-    step = int(value.get("step", 1))
+    start, stop, step = (_integer(f"{name}.{key}", value.get(key, 1)) for key in ("start", "stop", "step"))
     if step < 1:
         raise ValueError(f"{name}.step={step!r}: expected at least 1")
-    stop = int(value["stop"]) + (1 if value.get("end_inclusive", True) else 0)
-    values = list(range(int(value["start"]), stop, step))
+    values = list(range(start, stop + (1 if value.get("end_inclusive", True) else 0), step))
     if not values:
         raise ValueError(f"{name}={value!r}: the range is empty")
     return values
+
+
+def _integer(name: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{name}={value!r}: expected an integer")
+    return value

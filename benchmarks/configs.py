@@ -16,12 +16,13 @@ quick: {...}               what --quick replaces (top level, or inside a run)
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from batch_spec import expand_batch_specs
+from common import BenchmarkResult
 from workloads import workload
 
 _KEYS = {
@@ -109,6 +110,16 @@ def from_mapping(content: Mapping[str, Any], quick: bool = False) -> Config:
     return Config(name=str(top.get("name", "custom")), cases=cases, mode=mode, **plain)
 
 
+def unmeasured(config: Config, results: Iterable[BenchmarkResult]) -> list[Case]:
+    """The cases of a configuration of which a results file has no row: the configuration grew since."""
+    have = {_case_key(r.workload, r.params) for r in results}
+    return [case for case in config.cases if _case_key(case.workload, case.params) not in have]
+
+
+def _case_key(name: str, params: Mapping[str, Any]) -> str:
+    return f"{name} {sorted(workload(name).complete(params).items())}"
+
+
 def _quickened(content: Mapping[str, Any], quick: bool) -> dict[str, Any]:
     unknown = sorted(set(content) - _KEYS)
     if unknown:
@@ -124,6 +135,9 @@ def _quickened(content: Mapping[str, Any], quick: bool) -> dict[str, Any]:
 def _cases(run: Mapping[str, Any]) -> list[Case]:
     if "workload" not in run:
         raise ValueError("key 'workload' is missing")
+    for key in ("backends", "batch_specs"):
+        if not isinstance(run.get(key, []), (list, tuple)):
+            raise ValueError(f"{key}={run[key]!r}: expected a list")
     kind = workload(run["workload"])
     choices = {k: v if isinstance(v, list) else [v] for k, v in run["params"].items()}
     if "batch_specs" in run:

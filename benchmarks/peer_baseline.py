@@ -62,6 +62,17 @@ def pairs(results: Sequence[BenchmarkResult], device: str) -> list[Pair]:
     return found
 
 
+def missing(found: Sequence[Pair]) -> dict[tuple[str, str], int]:
+    """(operation, peer) -> earlier numbers whose case has no time here."""
+    counts: dict[tuple[str, str], int] = {}
+    for t in load()["tables"]:
+        key = (t["workload"], t["backend"])
+        counts[key] = counts.get(key, 0) + sum(map(len, t["us"].values()))
+    for pair in found:
+        counts[pair.workload, pair.backend] -= 1
+    return {key: count for key, count in counts.items() if count}
+
+
 def _matches(row: BenchmarkResult, params: dict[str, Any]) -> bool:
     for name, value in params.items():
         mine = row.params.get(name)

@@ -147,7 +147,15 @@ def peers(loaded: Sequence[Results]) -> list[str]:
         "",
         *peer_baseline.table(found),
         "",
+        *_without_a_time(peer_baseline.missing(found)),
     ]
+
+
+def _without_a_time(missing: dict[tuple[str, str], int]) -> list[str]:
+    if not missing:
+        return []
+    names = ", ".join(f"{workload} {backend} {n}" for (workload, backend), n in missing.items())
+    return [f"Earlier numbers whose case has no time in these files: {names}.", ""]
 
 
 def section(file: Path, formatter: ResultsFormatter, results: Sequence[BenchmarkResult]) -> list[str]:
@@ -164,6 +172,10 @@ def section(file: Path, formatter: ResultsFormatter, results: Sequence[Benchmark
     ]
     if file.with_suffix(".png").exists():
         lines += [f"![{formatter.config}](results/{file.stem}.png)", ""]
+    fewer = configs.unmeasured(config, results) if config else []
+    if config and fewer:
+        missing = f"{len(fewer)} of {len(config.cases)} not measured"
+        lines += [f"**Fewer cases than the configuration has now**: {missing}.", ""]
     if not formatter.complete:
         lines += [f"**Incomplete**: the run ended before its last row; it has {len(results)}.", ""]
     if any(r.target_us is not None or r.target_vs_peer is not None for r in results):
@@ -174,9 +186,9 @@ def section(file: Path, formatter: ResultsFormatter, results: Sequence[Benchmark
         tables = case_tables(results, formatter.baseline, config.unit if config else "us")
         summary = f"Every case ({len(tables)} lines)"
         lines += _folded(summary, tables) if len(tables) > FOLD else tables
-    missing = failures(results)
-    if missing:
-        lines += _folded(f"Without a time ({count(len(missing), 'reason')})", [*missing, ""])
+    reasons = failures(results)
+    if reasons:
+        lines += _folded(f"Without a time ({count(len(reasons), 'reason')})", [*reasons, ""])
     return lines
 
 

@@ -11,7 +11,6 @@ same --out measures only what is missing: complete files of the same device, lib
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -88,12 +87,17 @@ def output(name: str, options: argparse.Namespace) -> Path:
 
 
 def is_complete(name: str, options: argparse.Namespace) -> bool:
-    """Whether an earlier run finished this configuration on the same device, libraries and sources."""
+    """Whether an earlier run finished this configuration, as it is now, on the same device, libraries and sources."""
+    import configs
+    from common import load_json
+
     path = output(name, options)
     if not path.exists():
         return False
-    content, here = json.loads(path.read_text()), environment.collect(options.device)
-    return content["complete"] and all(content["environment"].get(k) == here[k] for k in environment.IDENTITY)
+    (formatter, results), here = load_json(path), environment.collect(options.device)
+    same = all(formatter.environment.get(k) == here[k] for k in environment.IDENTITY)
+    config = configs.load(HERE / "configs" / f"{name}.yaml", options.quick)
+    return formatter.complete and same and not configs.unmeasured(config, results)
 
 
 def compile_first(names: list[str], options: argparse.Namespace) -> None:

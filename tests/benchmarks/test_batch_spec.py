@@ -118,6 +118,8 @@ def test_ranges_are_cartesian() -> None:
         ({"template": "q{q_len}", "q_len": 1, "other": 2}, "other"),
         ({"template": "q{q_len}", "q_len": {"start": 1}}, "q_len"),
         ({"template": "q{q_len}", "q_len": {"start": 1, "stop": 2, "step": 0}}, "step"),
+        ({"template": "q{q_len}", "q_len": {"start": 1.5, "stop": 2}}, "q_len.start=1.5"),
+        ({"template": "q{q_len}", "q_len": [1, "two"]}, "q_len='two'"),
         ({"template": "q{q_len}", "q_len": {"start": 3, "stop": 2}}, "empty"),
         ({"template": "q{q_len}s1", "q_len": [1, 2]}, "segment 'q2s1'"),
     ],

@@ -177,6 +177,8 @@ def test_report_page(tmp_path: Path) -> None:
     assert "`aiter`, 1 case, error: broken" in text
     assert "ncomplete" not in text
     assert "earlier measurement" not in text  # the baseline is of another device
+    whole = len(configs.load(SUITE / "configs" / "ops.yaml").cases)
+    assert f"{whole - 1} of {whole} not measured" in text
 
 
 def test_unfinished_results_are_said_to_be_incomplete(tmp_path: Path) -> None:
@@ -250,6 +252,9 @@ def test_peers_against_the_baseline() -> None:
     found = peer_baseline.pairs([same, slower, spec, row("fa3_planned", None)], data["device"])
     assert [(p.before_us, p.same) for p in found] == [(20.9, True), (26.5, False), (24.3, True)]
     assert peer_baseline.pairs([same], "another device") == []
+    missing = peer_baseline.missing(found)
+    assert missing["sparse_decode", "flash_mla_planned"] == 48
+    assert missing["dense_decode", "sglang_triton"] == 23
     text = "\n".join(peer_baseline.table(found))
     assert "| sparse_decode | flash_mla_planned | 2 | 1 |" in text
     assert "30.0 for 26.5 us" in text

@@ -124,6 +124,8 @@ def test_ops_config_has_a_target_for_every_row_of_the_table() -> None:
         ({"workload": "topk", "params": {"row": 1}}, "row"),
         ({"workload": "topk", "params": {"rows": []}}, "rows"),
         ({"workload": "topk", "mode": "fast"}, "mode"),
+        ({"workload": "topk", "backends": "torch"}, "backends='torch': expected a list"),
+        ({"workload": "dense_decode", "batch_specs": "q2k"}, "batch_specs='q2k': expected a list"),
         ({"workload": "topk", "unit": "furlongs"}, "unit"),
         ({"workload": "dense_decode", "batch_specs": ["8q1s1k_x"]}, "segment 'x'"),
     ],
@@ -131,6 +133,12 @@ def test_ops_config_has_a_target_for_every_row_of_the_table() -> None:
 def test_bad_configs(content: dict, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         configs.from_mapping(content)
+
+
+def test_what_a_grown_configuration_lacks() -> None:
+    config = small_config(params={"tokens": [1, 2, 3], "heads": 2})
+    rows = [sweep.Row(case, "torch").failed("") for case in config.cases[:2]]
+    assert [case.params["tokens"] for case in configs.unmeasured(config, rows)] == [3]
 
 
 def test_finished_rows_are_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,7 +340,7 @@ def test_compilation_runs_every_row_once(tmp_path: Path) -> None:
 
 
 def test_run_h200_keeps_what_is_complete(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A second run measures nothing; one with other sources would, and says when it has no time for it."""
+    """A second run measures nothing; with other sources or fewer cases it would, and says that it had no time to."""
     words = ["--configs", "mla_concat", "--quick", "--device", "cpu", "--out", str(tmp_path), "--suffix", "x"]
     assert run_h200.main([*words, "--compile-seconds", "0"]) == 0
     assert "mla_concat: complete\n" in capsys.readouterr().out
@@ -342,10 +350,11 @@ def test_run_h200_keeps_what_is_complete(tmp_path: Path, capsys: pytest.CaptureF
     assert "mla_concat: complete before" in capsys.readouterr().out
     assert path.read_text() == before
     changed = json.loads(before)
-    changed["environment"]["sources"] = "other"
-    path.write_text(json.dumps(changed))
-    assert run_h200.main([*words, "--compile-seconds", "0", "--total-seconds", "1"]) == 75
-    assert "mla_concat: incomplete" in capsys.readouterr().out
+    environment = {**changed["environment"], "sources": "other"}
+    for change in ({"environment": environment}, {"rows": changed["rows"][:-20]}):
+        path.write_text(json.dumps({**changed, **change}))
+        assert run_h200.main([*words, "--compile-seconds", "0", "--total-seconds", "1"]) == 75
+        assert "mla_concat: incomplete" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
