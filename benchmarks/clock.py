@@ -1,7 +1,8 @@
 """The clock: cold inputs, warm-up until stable, medians with spread, and the machine's ceilings.
 
 On a GPU a sample is one replay of a CUDA graph that holds many calls, each on its own inputs, so that a call finds
-its data in DRAM and not in L2, and Python's launch overhead is not measured. A function that cannot be captured is
+its data in DRAM and not in L2 (unless all its input sets together fit there, see `input_sets`), and Python's launch
+overhead is not measured. A function that cannot be captured is
 timed call by call with events, the L2 cache flushed before each call. On a CPU a sample is one call on a wall clock.
 """
 
@@ -213,6 +214,7 @@ def l2_bytes(device: torch.device) -> int:
 def input_sets(bytes_per_call: int, bytes_per_set: int, device: torch.device, at_least: int = 2, cap: int = 64) -> int:
     """How many input sets make every call find cold data: three L2 caches' worth, within a quarter of free memory.
 
+    `cap` sets of less than an L2 cache together stay in it: calls that touch so little are measured warm.
     bytes_per_call: what one call touches. bytes_per_set: memory that one more set allocates.
     """
     if device.type != "cuda":
@@ -240,14 +242,14 @@ def measure_ceilings(device: torch.device, quick: bool = False) -> Ceilings:
     quick = quick or device.type != "cuda"
     count = 1 << (22 if quick else 29)
     source = torch.ones(count, dtype=torch.int32, device=device)
-    target = torch.empty_like(source)
+    floats, target = source.view(torch.float32), torch.empty(count, device=device)
     size = 256 if quick else 8192
     a = torch.randn(size, size, device=device).to(torch.bfloat16)
     b = torch.randn(size, size, device=device).to(torch.bfloat16)
     one = torch.zeros(1, device=device)
     works: tuple[Call, ...] = (
         lambda: torch.amax(source),
-        lambda: torch.neg(source, out=target),  # a kernel; a plain copy_ goes to the driver, which is slower
+        lambda: torch.mul(floats, 1.0, out=target),  # a kernel; a plain copy_ goes to the driver, which is slower
         lambda: a @ b,
         lambda: one.add_(1),
     )
