@@ -2,7 +2,7 @@
 
     python benchmarks/amd_estimates.py
 
-Not measurements: no kernel of this repository has run on these GPUs. A real kernel reaches a part of a ceiling, and
+Not measurements: AMD is compile-checked, not run. A real kernel reaches a part of a ceiling, and
 short ones are bound by launches (some microseconds each), so these are times that nothing can beat.
 """
 
@@ -15,7 +15,7 @@ from nsa_backend_plugin.layouts import INDEX_DIM, INDEX_PAGE_SIZE, LATENT_DIM, R
 
 ROW = LATENT_DIM + ROPE_DIM
 INDEX_TOKEN = index_page_bytes() / INDEX_PAGE_SIZE
-TOPK, INDEX_HEADS, CONTEXT = 2048, 32, 8192
+TOPK, INDEX_HEADS, CONTEXT, HEAD = 2048, 32, 8192, 128
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,9 @@ def estimates() -> Iterator[Estimate]:
         "gfx950, AITER PRs 4538, 5434: 927 to 1373 TFLOP/s",
     )
     yield Estimate(
+        "index_key_cache.gather", f"{CONTEXT} keys of one prefill", CONTEXT * INDEX_TOKEN * 2, 0, False, "none"
+    )
+    yield Estimate(
         "topk.select", f"64 rows of {CONTEXT}, k {TOPK}", 64 * (CONTEXT + TOPK) * 4, 0, False, "none for AMD"
     )
     yield Estimate(
@@ -88,6 +91,22 @@ def estimates() -> Iterator[Estimate]:
         0,
         False,
         "MI355X, skipped, seed: -2.6 us/layer",
+    )
+    yield Estimate(
+        "concat.mla_k",
+        f"{CONTEXT} tokens, 16 heads",
+        CONTEXT * 2 * (16 * HEAD * 2 + ROPE_DIM + 16 * ROPE_DIM),
+        0,
+        False,
+        "none",
+    )
+    yield Estimate(
+        "dense_mla.decode",
+        f"64 requests, {CONTEXT} context, 16 heads, bf16 rows",
+        64 * (CONTEXT * ROW * 2 + 16 * (ROW + LATENT_DIM) * 2),
+        2 * 64 * CONTEXT * 16 * (ROW + LATENT_DIM),
+        False,
+        "none; not served on ROCm",
     )
 
 

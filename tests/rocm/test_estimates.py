@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+from nsa_backend_plugin import settings
 from tests.rocm.simulated_host import ROOT
 
 
@@ -14,4 +15,5 @@ def test_the_page_shows_the_scripts_table():
     page = (ROOT / "docs" / "amd.md").read_text()
     assert table in page
     assert "compile-checked, not run" in page
+    assert all(f"| {operation}." in table for operation in settings.OPERATIONS)
     assert table.count("us (memory)") > table.count("us (compute)") > 0
