@@ -116,31 +116,32 @@ def changes(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield "other", torch.float16
 
 
-def outcome(fake: Callable[..., Any], arguments: dict[str, Any], changed: str = "") -> list[Any]:
-    """What a call returns, and what it leaves in its arguments but the changed one."""
+def outcome(fake: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    """What a call returns, by place, and what it leaves in its arguments, by name."""
     result = fake(**arguments)
-    left = [value for name, value in arguments.items() if name != changed]
-    flat = [*(result if isinstance(result, tuple) else (result,)), *left]
-    return [v.to(torch.float32).nan_to_num() if isinstance(v, torch.Tensor) else v for v in flat]
+    returned = enumerate(result if isinstance(result, tuple) else (result,))
+    both = {**{f"result {place}": value for place, value in returned}, **arguments}
+    return {k: v.to(torch.float32).nan_to_num() if isinstance(v, torch.Tensor) else v for k, v in both.items()}
 
 
-def equal(one: list[Any], other: list[Any]) -> bool:
-    pairs = zip(one, other, strict=True)
+def equal(one: dict[str, Any], other: dict[str, Any], changed: str = "") -> bool:
+    """Whether two outcomes are, but for the changed argument."""
+    pairs = [(one[name], other[name]) for name in one if name != changed]
     return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
 
 
 @pytest.mark.parametrize("name", [call.function for call in aiter_contract.CALLS])
 def test_any_change_of_an_argument_is_noticed(name: str, calls: dict[str, Any]) -> None:
     fake, arguments = calls[name]
+    expected = outcome(fake, copy.deepcopy(arguments))
+    assert equal(outcome(fake, copy.deepcopy(arguments)), expected), "by chance"
     missed = []
     for argument in arguments:
         for change, value in changes(argument, arguments[argument]):
-            expected = outcome(fake, copy.deepcopy(arguments), argument)
             try:
-                noticed = not equal(outcome(fake, {**copy.deepcopy(arguments), argument: value}, argument), expected)
+                noticed = not equal(outcome(fake, {**copy.deepcopy(arguments), argument: value}), expected, argument)
             except Exception:
                 noticed = True
             if not noticed and (name, argument, change) not in HARMLESS:
                 missed.append(f"{argument}: {change}")
     assert missed == []
-    assert equal(outcome(fake, copy.deepcopy(arguments)), outcome(fake, copy.deepcopy(arguments))), "chance"
