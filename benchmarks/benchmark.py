@@ -144,7 +144,13 @@ def _run_config(
     if options.fresh:
         journal_path.unlink(missing_ok=True)
     journal = sweep.Journal.open(journal_path, sweep.fingerprint(settings, env))
-    formatter = ResultsFormatter(environment=env, config=config.name, baseline=config.baseline)
+    formatter = ResultsFormatter(
+        environment=env, config=config.name, baseline=config.baseline, memory=options.profile_memory
+    )
+    if options.profile_memory and not device.startswith("cuda"):
+        print(f"--profile-memory: peak memory is known of GPUs only, not of {device}")
+    if journal.others:
+        print(f"{journal.others} rows in {journal_path} are of other settings, libraries or sources: measured again")
     deadline = None if options.budget_seconds is None else time.monotonic() + options.budget_seconds
     saved = time.monotonic()
     so_far: list[BenchmarkResult] = []

@@ -146,18 +146,25 @@ _LEADING = ("batch_spec", "tokens", "batch", "rows", "context", "heads", "kv", "
 
 @dataclass
 class ResultsFormatter:
-    """Tables and files of results. environment and ceilings go into the JSON."""
+    """Tables and files of results. environment and ceilings go into the JSON; memory adds a column to tables."""
 
     environment: dict[str, Any] = field(default_factory=dict)
     ceilings: dict[str, float] = field(default_factory=dict)
     config: str = ""
     baseline: str = ""
     complete: bool = False
+    memory: bool = False
 
+    #: What every line of a CSV file says of its run.
+    CSV_ENVIRONMENT = ("device", "driver", "libraries", "commit", "sources", "date", "command")
     COLUMNS = ("workload", "case", "backend", "us", "spread", "GB/s", "TFLOP/s", "% floor", "vs peer", "best peer")
 
     def columns(self) -> tuple[str, ...]:
-        return (*self.COLUMNS, "speed-up", "reduction") if self.baseline else self.COLUMNS
+        return (
+            *self.COLUMNS,
+            *(("speed-up", "reduction") if self.baseline else ()),
+            *(("peak MiB",) if self.memory else ()),
+        )
 
     def cells(self, row: BenchmarkResult, results: Sequence[BenchmarkResult] = ()) -> list[str]:
         """One line of the table. A row without a time shows its status and reason instead."""
@@ -174,7 +181,8 @@ class ResultsFormatter:
             _number(row.vs_peer, 2),
             row.best_peer,
         ]
-        return cells + (self._against_baseline(row, results) if self.baseline else [])
+        cells += self._against_baseline(row, results) if self.baseline else []
+        return cells + ([_number(row.peak_memory_mib, 1)] if self.memory else [])
 
     def _against_baseline(self, row: BenchmarkResult, results: Sequence[BenchmarkResult]) -> list[str]:
         key = job_key(row)
@@ -191,15 +199,18 @@ class ResultsFormatter:
         return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
     def save_csv(self, results: Sequence[BenchmarkResult], path: str | Path) -> None:
-        """One line per row; every parameter of any workload is a column."""
+        """One line per row; every parameter of any workload is a column, and so is what the run was measured on."""
         params = list(dict.fromkeys(name for r in results for name in r.params))
+        env = {name: self.environment.get(name, "") for name in self.CSV_ENVIRONMENT}
+        if isinstance(env["libraries"], Mapping):
+            env["libraries"] = ", ".join(f"{k} {v}" for k, v in env["libraries"].items())
         plain = [name for name in BenchmarkResult.__dataclass_fields__ if name != "params"]
         with Path(path).open("w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow([*plain, *(f"param.{p}" for p in params)])
+            writer.writerow([*plain, *(f"param.{p}" for p in params), *(f"environment.{name}" for name in env)])
             for r in results:
                 values = r.as_dict()
-                writer.writerow([*(values[name] for name in plain), *(r.params.get(p) for p in params)])
+                writer.writerow([*(values[name] for name in plain), *(r.params.get(p) for p in params), *env.values()])
 
     def save_json(self, results: Sequence[BenchmarkResult], path: str | Path) -> None:
         """Environment, ceilings and one line per row, whose fields are left out where they have their default.

@@ -78,10 +78,11 @@ class Journal:
     fingerprint: str
     rows: dict[str, BenchmarkResult] = field(default_factory=dict)
     ceilings: dict[str, float] = field(default_factory=dict)
+    others: int = 0
 
     @classmethod
     def open(cls, path: Path, mark: str) -> Journal:
-        """Read what an earlier run of the same settings and environment left; other runs' lines are ignored."""
+        """Read what an earlier run of the same settings and environment left; other runs' rows are only counted."""
         journal = cls(path, mark)
         if path.exists():
             for line in path.read_text().splitlines():
@@ -90,6 +91,7 @@ class Journal:
                 except json.JSONDecodeError:
                     continue  # the line that a kill cut short
                 if entry.get("fingerprint") != mark:
+                    journal.others += "key" in entry
                     continue
                 if "ceilings" in entry:
                     journal.ceilings = entry["ceilings"]

@@ -13,6 +13,7 @@ import peer_baseline
 import pytest
 import report
 import report_tables
+import screen
 from common import BenchmarkResult, ResultsFormatter, add_comparisons, load_json
 from crossover import crossovers, tables
 
@@ -73,6 +74,33 @@ def test_speed_up_over_a_baseline() -> None:
     assert cells[-2:] == ["4.00x", "75.0%"]
 
 
+def test_memory_has_a_column_where_it_was_asked_for() -> None:
+    text = ResultsFormatter(memory=True).text([row("triton", 10.0, peak_memory_mib=12.5), row("fa3", None)])
+    assert [line.split()[-1] for line in text.splitlines()] == ["MiB", "12.5", "broken"]
+
+
+def test_a_terminal_gets_a_table_and_a_progress_bar(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("rich")
+    config = configs.load(SUITE / "configs" / "mla_concat.yaml")
+    rows = [row("triton", 2.0), row("fa3", 4.0), row("aiter", None)]
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    formatter = ResultsFormatter(ENVIRONMENT, {"read_gbps": 4000.0}, config.name)
+    with screen.Screen(config, ENVIRONMENT, len(rows), reused=1) as shown:
+        shown.row(formatter.cells(rows[1]), 2, len(rows))
+        shown.row(formatter.cells(rows[2]), 3, len(rows))
+        assert shown.progress.tasks[0].completed == 3
+    shown.table(formatter, rows)
+    out = capsys.readouterr().out
+    assert "1 of 3 rows kept" in out
+    assert "3/3" in out
+    assert "┃" in out
+    assert "error: broken" in out
+    assert "ceilings: read_gbps 4000.0" in out
+
+
 def test_json_round_trip(tmp_path: Path) -> None:
     rows = [row("triton", 10.0, target_us=7.0), row("fa3", None)]
     formatter = ResultsFormatter({"device": "x"}, {"read_gbps": 5.0}, "ops", "", complete=True)
@@ -85,11 +113,14 @@ def test_json_round_trip(tmp_path: Path) -> None:
 
 def test_csv_has_every_parameter(tmp_path: Path) -> None:
     rows = [row("triton", 10.0), row("torch", 3.0, workload="concat_k", params={"dtype": "fp8"})]
-    ResultsFormatter().save_csv(rows, tmp_path / "a.csv")
+    environment = {"device": "x", "commit": "c", "libraries": {"torch": "2", "triton": "3"}}
+    ResultsFormatter(environment).save_csv(rows, tmp_path / "a.csv")
     with (tmp_path / "a.csv").open() as file:
         first, second = csv.DictReader(file)
     assert (first["param.tokens"], first["param.dtype"], first["median_us"]) == ("8", "", "10.0")
     assert (second["param.tokens"], second["param.dtype"]) == ("", "fp8")
+    for line in (first, second):
+        assert (line["environment.device"], line["environment.libraries"]) == ("x", "torch 2, triton 3")
 
 
 @pytest.mark.parametrize(

@@ -162,7 +162,8 @@ def test_finished_rows_are_not_measured_again(tmp_path: Path, monkeypatch: pytes
     assert [r.params["tokens"] for r in results] == [1, 2, 3, 4]
     assert results[0].median_us == first["median_us"]
     assert sweep.Journal.open(path, "mark").finished(sweep.plan(small_config(), "cpu")[3]) is not None
-    assert not sweep.Journal.open(path, "another environment").rows
+    other = sweep.Journal.open(path, "another environment")
+    assert (other.rows, other.others) == ({}, 4)
 
 
 def test_failed_rows_are_tried_again(tmp_path: Path) -> None:
