@@ -44,9 +44,8 @@ CHECKED_ROWS = 4
 TILES = {
     ("bf16", 16): [
         Tile(16, 64, 4, 3),
-        Tile(16, 64, 4, 4),
-        Tile(16, 64, 8, 3),
-        Tile(16, 32, 4, 4),
+        Tile(16, 64, 8, 5),
+        Tile(16, 32, 4, 3),
         Tile(16, 32, 4, 5),
     ],
     ("bf16", 32): [
@@ -161,13 +160,12 @@ def expected(shape: Shape, kv: torch.Tensor, inputs: Inputs) -> torch.Tensor:
 
 def configurations(shape: Shape, arch: str) -> list[tuple[Tile, int]]:
     """Tiles to try, each at half, once and twice the split count of the rule; today's choice first."""
-    today = mla_launch.tile(arch, shape.kind, shape.heads)
+    today = mla_launch.tile(arch, "pages" if shape.op == "dense" else shape.kind, shape.heads)
     head_tile = 16 if shape.heads <= 16 else 32 if shape.heads <= 32 else 64
     tiles = TILES[shape.kind, head_tile]
     found: dict[tuple[Tile, int], None] = {}
     for config in [today, *tiles]:
-        blocks = triton.cdiv(shape.heads, config.heads)
-        splits = mla_launch.split_count(arch, shape.rows, blocks, shape.keys, config.keys)
+        splits = mla_launch.split_count(arch, shape.rows, shape.heads, shape.keys, config)
         for choice in (splits, splits * 2, splits // 2):
             if 1 <= choice <= mla_launch.MAX_FORCED_SPLITS:
                 found[config, choice] = None

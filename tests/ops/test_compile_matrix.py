@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import os
@@ -83,6 +84,23 @@ def test_all_kernels_compile_without_spills_as_in_the_table(target, tmp_path):
             assert all(re.fullmatch(expected, name) for name in found), (kernel, found)
 
 
+def test_other_targets_compile_a_case_of_each_kernel_and_have_the_rest_in_the_table():
+    """sm_80, sm_89, sm_120, gfx1201: all cases take as long as those above. `--targets all` compiles them."""
+    others = [target for target in compile_matrix.ALL_TARGETS if target not in compile_matrix.DEFAULT_TARGETS]
+    command = [sys.executable, "-m", "nsa_backend_plugin.ops.compile_matrix", "--targets", *others, "--sample"]
+    finished = subprocess.run([*command, "--check-table", str(TABLE)], capture_output=True, text=True, env=COMPILE)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert finished.stdout.count("0 with problems") == len(others)
+
+
+def test_nothing_in_the_table_spills_or_exceeds_its_targets_memory():
+    rows = list(csv.DictReader(TABLE.read_text().splitlines()))
+    assert {row["target"] for row in rows} == set(compile_matrix.ALL_TARGETS)
+    for row in rows:
+        assert int(row["spill_bytes"]) == 0, row
+        assert int(row["shared_bytes"]) <= compile_matrix.hardware(row["target"]).shared_per_program, row
+
+
 def test_spills_are_found(tmp_path):
     script = tmp_path / "spilling.py"
     script.write_text(SPILLING_KERNEL)
@@ -134,23 +152,29 @@ def test_a_changed_kernel_shows_in_the_table(tmp_path):
     path = tmp_path / "table.csv"
     old = compile_matrix.Result("sm_90", "concat", "a", 4, 3, 32, 0, 0, (), 1.0)
     other = dataclasses.replace(old, op="topk", case="b, with a comma")
-    compile_table.write(path, [old, other], ["concat", "topk"])
-    assert compile_table.differences(path, [old, other], ["concat", "topk"]) == []
-    assert compile_table.differences(path, [old], ["concat"]) == [], "only what was compiled is compared"
+    both, concat = (["sm_90"], ["concat", "topk"]), (["sm_90"], ["concat"])
+    compile_table.write(path, [old, other], *both)
+    assert compile_table.differences(path, [old, other], *both) == []
+    assert compile_table.differences(path, [old], *concat) == [], "only what was compiled is compared"
     few_more = dataclasses.replace(old, registers=32 + compile_table.REGISTER_SLACK, occupancy=0.5)
-    assert compile_table.differences(path, [few_more], ["concat"]) == [], "LLVM's own variation"
+    assert compile_table.differences(path, [few_more], *concat) == [], "LLVM's own variation"
     for change in ({"spill_bytes": 4}, {"shared_bytes": 16}, {"warps": 8}, {"matrix_instructions": ("wgmma",)}):
-        assert len(compile_table.differences(path, [dataclasses.replace(old, **change)], ["concat"])) == 2
+        assert len(compile_table.differences(path, [dataclasses.replace(old, **change)], *concat)) == 2
     changed = dataclasses.replace(old, registers=41)
-    minus, plus = compile_table.differences(path, [changed], ["concat"])
+    minus, plus = compile_table.differences(path, [changed], *concat)
     assert (minus, plus) == (
         "- sm_90 | concat.a | 4 | 3 | 32 | 0 | 0 | 1.000 | ",
         "+ sm_90 | concat.a | 4 | 3 | 41 | 0 | 0 | 1.000 | ",
     )
-    [gone] = compile_table.differences(path, [old], ["concat", "topk"])
+    [gone] = compile_table.differences(path, [old], *both)
     assert gone.startswith("- sm_90 | topk.b, with a comma")
-    compile_table.write(path, [changed], ["concat"])
-    assert compile_table.differences(path, [changed, other], ["concat", "topk"]) == []
+    listed = {("sm_90", "concat.a"), ("sm_90", "topk.b, with a comma")}
+    assert compile_table.differences(path, [old], *both, listed) == [], "not compiled, but there"
+    assert compile_table.differences(path, [old], *both, {*listed, ("sm_90", "topk.c")}) == ["+ sm_90 | topk.c"]
+    compile_table.write(path, [changed], *concat)
+    assert compile_table.differences(path, [changed, other], *both) == []
+    compile_table.write(path, [], ["sm_90"], ["topk"])
+    assert compile_table.differences(path, [changed], *both) == [], "a kernel that declines a target has no rows there"
 
 
 def test_tilelang_kernels_lower_for_amd_as_in_the_table(tmp_path):

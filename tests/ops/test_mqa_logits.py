@@ -10,6 +10,7 @@ from nsa_backend_plugin.ops import mqa_logits, registry
 from nsa_backend_plugin.ops.arch import fp8_dtype
 from nsa_backend_plugin.ops.index_key_cache import reference as index_key_cache
 from nsa_backend_plugin.ops.mqa_logits import reference
+from nsa_backend_plugin.ops.mqa_logits import triton as triton_logits
 from tests.conftest import HAS_GPU
 from tests.ops.common import assert_close, permuted_block_table, poison, slots_of
 
@@ -95,6 +96,12 @@ def test_paged_page_sizes(device, impl, page_size):
         arguments = paged_inputs(device, [0, 15, 17, 150], 16, 1, layout, page_size)
         skip_unless_accepted(impl, arguments)
         check_paged(impl, arguments)
+
+
+def test_paged_gathered_preshuffled_tiles(device, monkeypatch):
+    """What architectures do that do not load a tile in memory order."""
+    monkeypatch.setattr(triton_logits, "_loads_in_memory_order", lambda arch: False)
+    check_paged("triton", paged_inputs(device, EDGE_LENGTHS, 32, 2, "preshuffled"))
 
 
 @pytest.mark.parametrize("impl", implementations("paged"))

@@ -227,9 +227,8 @@ def test_triton_declines_with_a_reason() -> None:
 def test_workspace_suffices_for_every_smaller_call(arch: str) -> None:
     limit = mla_launch.workspace_bytes(arch, 200, 48, 512)
     config = mla_launch.tile(arch, "bf16", 48)
-    blocks = -(-48 // config.heads)
     for rows in range(1, 201):
-        splits = mla_launch.split_count(arch, rows, blocks, 1 << 20, config.keys)
+        splits = mla_launch.split_count(arch, rows, 48, 1 << 20, config)
         assert splits == 1 or mla_launch.scratch_bytes(rows * splits, 48, 512) <= limit
 
 

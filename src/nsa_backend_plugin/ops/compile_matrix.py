@@ -2,6 +2,7 @@
 
     python -m nsa_backend_plugin.ops.compile_matrix [--targets sm_90 gfx942 | all] [--ops concat] [--json FILE]
     python -m nsa_backend_plugin.ops.compile_matrix --targets all --write-table docs/compile_table.csv
+    python -m nsa_backend_plugin.ops.compile_matrix --targets sm_80 --sample --check-table docs/compile_table.csv
 
 Prints registers, spills, shared memory, matrix instructions and an occupancy estimate of each `CompileCase`; exits 1
 when a kernel does not compile, spills, or needs more shared memory than the target has. Triton caches compiled
@@ -19,7 +20,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -179,17 +180,26 @@ def kernel_modules(ops: Sequence[str]) -> dict[str, ModuleType]:
     }
 
 
-def compile_all(targets: Sequence[str], modules: Mapping[str, ModuleType]) -> Iterator[Result]:
-    """Compile every case of every module for every target that the module's kernels support."""
+def all_cases(targets: Sequence[str], modules: Mapping[str, ModuleType]) -> Iterator[tuple[str, str, CompileCase]]:
+    """(target, operation, case): every case of every module for every target that the module's kernels support."""
     for arch in targets:
         for op, module in modules.items():
-            if not module.available(arch).ok:
-                continue
-            for case in module.compile_cases(arch):
-                try:
-                    yield compile_case(arch, op, case)
-                except Exception as error:  # one broken case must not hide the others' results
-                    yield _failed(arch, op, case, error)
+            if module.available(arch).ok:
+                yield from ((arch, op, case) for case in module.compile_cases(arch))
+
+
+def first_of_each_kernel(cases: Sequence[tuple[str, str, CompileCase]]) -> list[tuple[str, str, CompileCase]]:
+    """Of each target and operation, the first case of each kernel function."""
+    firsts = {(arch, op, id(case.kernel)): (arch, op, case) for arch, op, case in reversed(cases)}
+    return list(reversed(firsts.values()))
+
+
+def compile_all(cases: Iterable[tuple[str, str, CompileCase]]) -> Iterator[Result]:
+    for arch, op, case in cases:
+        try:
+            yield compile_case(arch, op, case)
+        except Exception as error:  # one broken case must not hide the others' results
+            yield _failed(arch, op, case, error)
 
 
 def _line(result: Result) -> str:
@@ -204,6 +214,7 @@ def _one_process_per_target(arguments: argparse.Namespace) -> int:
     flags = ["--ops", *arguments.ops]
     for name, path in (("--check-table", arguments.check_table), ("--write-table", arguments.write_table)):
         flags += [name, str(path)] if path else []
+    flags += ["--sample"] if arguments.sample else []
     module = [sys.executable, "-m", "nsa_backend_plugin.ops.compile_matrix"]
     return max(subprocess.run([*module, "--targets", t, *flags], check=False).returncode for t in arguments.targets)
 
@@ -212,6 +223,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Compile every Triton kernel for GPUs that are not here.")
     parser.add_argument("--targets", nargs="+", default=DEFAULT_TARGETS, metavar="ARCH")
     parser.add_argument("--ops", nargs="+", default=settings.OPERATIONS, choices=settings.OPERATIONS, metavar="OP")
+    parser.add_argument(
+        "--sample", action="store_true", help="compile the first case of each kernel; the table is held to all names"
+    )
     parser.add_argument("--json", metavar="FILE", type=pathlib.Path, help="also write the results to FILE")
     parser.add_argument("--check-table", metavar="CSV", type=pathlib.Path, help="fail if its rows differ")
     parser.add_argument("--write-table", metavar="CSV", type=pathlib.Path, help="replace its rows")
@@ -224,15 +238,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET is set: unset it to compile")
     if len(arguments.targets) > 1 and (arguments.check_table or arguments.write_table):
         return _one_process_per_target(arguments)
+    if arguments.sample and arguments.write_table:
+        parser.error("--sample does not compile what --write-table needs")
+    cases = list(all_cases(arguments.targets, kernel_modules(arguments.ops)))
+    listed = {(arch, f"{op}.{case.name}") for arch, op, case in cases}
     results = []
-    for result in compile_all(arguments.targets, kernel_modules(arguments.ops)):
+    for result in compile_all(first_of_each_kernel(cases) if arguments.sample else cases):
         print(_line(result), f"PROBLEM: {result.problem}" if result.problem else "", flush=True)
         results.append(result)
     if arguments.json:
         arguments.json.write_text(json.dumps([dataclasses.asdict(r) for r in results], indent=1) + "\n")
     if arguments.write_table:
-        compile_table.write(arguments.write_table, results, arguments.ops)
-    changes = compile_table.differences(arguments.check_table, results, arguments.ops) if arguments.check_table else []
+        compile_table.write(arguments.write_table, results, arguments.targets, arguments.ops)
+    changes = []
+    if arguments.check_table:
+        scope = (arguments.targets, arguments.ops)
+        changes = compile_table.differences(arguments.check_table, results, *scope, listed)
     if changes:
         print(f"{arguments.check_table} differs, --write-table renews it:", *changes, sep="\n")
     problems = sum(bool(r.problem) for r in results)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -48,19 +48,19 @@ def _read(path: pathlib.Path) -> dict[_Key, tuple[str, ...]]:
         return {(row[0], row[1]): tuple(row) for row in list(csv.reader(file))[1:]}
 
 
-def _of(results: Sequence[Result]) -> tuple[dict[_Key, tuple[str, ...]], set[str]]:
-    rows = {(row[0], row[1]): row for row in map(_row, results)}
-    return rows, {result.target for result in results}
+def _of(results: Sequence[Result]) -> dict[_Key, tuple[str, ...]]:
+    return {(row[0], row[1]): row for row in map(_row, results)}
 
 
-def _scope(rows: Mapping[_Key, tuple[str, ...]], targets: set[str], ops: Sequence[str]) -> dict[_Key, tuple[str, ...]]:
+def _scope(
+    rows: Mapping[_Key, tuple[str, ...]], targets: Collection[str], ops: Sequence[str]
+) -> dict[_Key, tuple[str, ...]]:
     return {k: row for k, row in rows.items() if k[0] in targets and k[1].split(".")[0] in ops}
 
 
-def write(path: pathlib.Path, results: Sequence[Result], ops: Sequence[str]) -> None:
-    """Replace the rows of the compiled targets and operations, keep the others."""
-    rows, targets = _of(results)
-    kept = _read(path)
+def write(path: pathlib.Path, results: Sequence[Result], targets: Collection[str], ops: Sequence[str]) -> None:
+    """Replace the rows of the targets and operations, also of those that nothing was compiled for; keep the others."""
+    rows, kept = _of(results), _read(path)
     for key in _scope(kept, targets, ops):
         del kept[key]
     with path.open("w", newline="") as file:
@@ -69,14 +69,25 @@ def write(path: pathlib.Path, results: Sequence[Result], ops: Sequence[str]) -> 
         writer.writerows(row for _, row in sorted({**kept, **rows}.items()))
 
 
-def differences(path: pathlib.Path, results: Sequence[Result], ops: Sequence[str]) -> list[str]:
-    """What the compiled targets and operations have that the table has not, and the reverse, line by line."""
-    rows, targets = _of(results)
+def differences(
+    path: pathlib.Path,
+    results: Sequence[Result],
+    targets: Collection[str],
+    ops: Sequence[str],
+    listed: Collection[_Key] = (),
+) -> list[str]:
+    """What the results have that the table's rows of the targets and operations have not, and the reverse.
+
+    listed: (target, operation.case) of cases that were not compiled: the table has a row of each, whatever it says.
+    """
+    rows = _of(results)
     old = _scope(_read(path), targets, ops)
     lines = []
-    for key in sorted(rows.keys() | old.keys()):
+    for key in sorted(rows.keys() | old.keys() | set(listed)):
         before, now = old.get(key), rows.get(key)
-        if not _same(before, now):
+        if key in listed and now is None:
+            lines += [] if before else [f"+ {' | '.join(key)}"]
+        elif not _same(before, now):
             lines += [f"- {' | '.join(before)}"] if before else []
             lines += [f"+ {' | '.join(now)}"] if now else []
     return lines

@@ -122,8 +122,10 @@ def attend_kernel(
     KEY_TILE: tl.constexpr,
     STAGES: tl.constexpr,
     SWAP: tl.constexpr,
-    EARLY_LAUNCH: tl.constexpr,
+    EARLY: tl.constexpr,  # see early_launch.py: this kernel, and with SPLIT the combine kernel, start early
 ):
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     CHUNKS: tl.constexpr = VALUE_DIM // CHUNK
     HEAD_BLOCKS: tl.constexpr = (HEADS + HEAD_TILE - 1) // HEAD_TILE
     KEY_AXIS: tl.constexpr = 0 if SWAP else 1
@@ -190,7 +192,7 @@ def attend_kernel(
             )
         accumulators = updated
 
-    if EARLY_LAUNCH:
+    if EARLY and SPLIT:
         tl.extra.cuda.gdc_launch_dependents()
     # No key at all: total is 0 and every accumulator is 0.
     inverse = tl.expand_dims(value_scale / tl.maximum(total, 1e-30), KEY_AXIS)
@@ -220,7 +222,7 @@ def combine_kernel(
     DIM_TILE: tl.constexpr,
     SPLIT_TILE: tl.constexpr,
     WRITE_LSE: tl.constexpr,
-    EARLY_LAUNCH: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Merge the parts of one row and head, weighted by their share of the softmax's sum."""
     row = tl.program_id(0).to(tl.int64)
@@ -228,7 +230,7 @@ def combine_kernel(
     dim = tl.program_id(2) * DIM_TILE + tl.arange(0, DIM_TILE)
     split = tl.arange(0, SPLIT_TILE)
     part = (row * splits + split) * HEADS + head
-    if EARLY_LAUNCH:
+    if EARLY:
         tl.extra.cuda.gdc_wait()  # until the parts are written
 
     part_lse = tl.load(partial_lse + part, mask=split < splits, other=float("-inf"))

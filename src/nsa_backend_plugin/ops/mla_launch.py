@@ -1,53 +1,67 @@
 """Launching the MLA attention kernels: tile sizes and split counts from architecture and shape, scratch, launch.
 
 Shared by `sparse_mla/triton.py` and `dense_mla/triton.py`. Nothing here is tuned at serving time: `tile` and
-`split_count` are the tables, and `benchmarks/tune_mla.py` is how their sm_90 rows were found.
+`split_count` are the tables, and `benchmarks/tune_mla.py` is how their sm_90 rows were found. AMD rows are
+compile-checked, not run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import triton
 
 from nsa_backend_plugin.layouts import LATENT_DIM, LATENT_TILE, ROPE_DIM
-from nsa_backend_plugin.ops import checks, triton_support
+from nsa_backend_plugin.ops import checks, early_launch, triton_support
 from nsa_backend_plugin.ops.arch import device_arch, is_cuda, is_rocm
 from nsa_backend_plugin.ops.mla_kernels import attend_kernel, combine_kernel
 from nsa_backend_plugin.ops.support import YES, Support, no
 
-#: No row is cut into more parts: the combine kernel holds one value of every part in registers.
-MAX_SPLITS = 64
-#: Same limit for a caller's own split count.
+#: No row of up to 16 heads is cut into more parts; with more heads, which have more to merge, half as many.
+MAX_SPLITS = 128
+#: Same limit for a caller's own split count: the combine kernel holds one value of every part in registers.
 MAX_FORCED_SPLITS = 256
+#: Keys of a part below which more parts gain nothing, but on compute units that would have none.
+_LEAST_KEYS = 128
+#: Values of the parts that one warp of the combine kernel keeps in registers.
+_VALUES_PER_WARP = 4096
 LOG2_E = 1.4426950408889634
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One configuration of `attend_kernel`. `swap` computes keys x heads, which fits AMD's matrix units."""
+    """One configuration of `attend_kernel`. `swap` computes keys x heads, which fits AMD's matrix units.
+
+    per_unit: programs that a compute unit holds at once (registers, shared memory). A load of slots precedes each load
+    of keys: Triton keeps (num_stages - 1) // 2 tiles of keys in flight.
+    """
 
     heads: int
     keys: int
     num_warps: int
     num_stages: int
     swap: bool = False
+    per_unit: int = field(default=2, repr=False)
 
 
 Tiles = dict[str, tuple[Tile, ...]]
 
-# Measured on an H200; the largest tile listed serves every larger head count, in blocks.
+# Kinds: "bf16" rows selected by slot, "pages" of bf16 rows, "packed" and "fp8" rows.
+# Measured on an H200 (benchmarks/tune_mla.py, 2026-11-21); the largest tile listed serves every larger head count, in
+# blocks.
+_WIDE = (Tile(32, 64, 8, 3, per_unit=1), Tile(64, 64, 8, 2, per_unit=1))
 _SM_90: Tiles = {
-    "bf16": (Tile(16, 64, 4, 3), Tile(32, 64, 8, 3), Tile(64, 64, 8, 2)),
+    "bf16": (Tile(16, 32, 4, 5), *_WIDE),
+    "pages": (Tile(16, 64, 4, 3), *_WIDE),
     "packed": (Tile(16, 32, 8, 2),),
     "fp8": (Tile(16, 32, 8, 2),),
 }
 # By rule, from here on: fit the architecture's shared memory (KB in the name) and compile without spills.
 # On sm_100 a 64-head tile would go through tensor memory, which Triton stages beyond the shared memory there is.
-_SM_100: Tiles = {**_SM_90, "bf16": _SM_90["bf16"][:2]}
+_SM_100: Tiles = {**_SM_90, "bf16": _SM_90["bf16"][:2], "pages": _SM_90["pages"][:2]}
 _CUDA_99: Tiles = {
     "bf16": (Tile(16, 32, 4, 3), Tile(32, 32, 8, 2)),
     "packed": (Tile(16, 32, 8, 2),),
@@ -71,21 +85,25 @@ _DEFAULT_UNITS = 128
 
 
 def tile(arch: str, kind: str, heads: int) -> Tile:
-    """The smallest tile that holds all heads, else the largest. kind: "bf16" (and fp16), "packed" or "fp8"."""
-    default = _AMD if is_rocm(arch) else _CUDA_99
-    tiles = _TILES.get(arch, default)[kind]
+    """The smallest tile that holds all heads, else the largest. kind: "bf16" (and fp16), "pages", "packed" or "fp8"."""
+    table = _TILES.get(arch, _AMD if is_rocm(arch) else _CUDA_99)
+    tiles = table.get(kind) or table["bf16"]  # "pages" have tiles of their own where they were tuned
     return next((t for t in tiles if t.heads >= heads), tiles[-1])
 
 
-def _programs(arch: str) -> int:
-    """Programs that fill the device: two per compute unit hide each other's latency."""
-    return 2 * _UNITS.get(arch, _DEFAULT_UNITS)
+def _units(arch: str) -> int:
+    return _UNITS.get(arch, _DEFAULT_UNITS)
 
 
-def split_count(arch: str, rows: int, head_blocks: int, keys: int, key_tile: int) -> int:
-    """Parts to cut each row's keys into: as many as fill the device, none without a tile of keys."""
-    tiles = max(1, triton.cdiv(keys, key_tile))
-    return max(1, min(_programs(arch) // max(1, rows * head_blocks), tiles, MAX_SPLITS))
+def split_count(arch: str, rows: int, heads: int, keys: int, config: Tile) -> int:
+    """Parts to cut each row's keys into: as many as fill the device, none without a tile of keys.
+
+    A second program on a compute unit hides the first one's latency, but not where it leaves both a few keys.
+    """
+    blocks = max(1, rows * triton.cdiv(heads, config.heads))
+    worthwhile = max(keys // _LEAST_KEYS, _units(arch) // blocks)
+    limit = MAX_SPLITS if config.heads <= 16 else MAX_SPLITS // 2
+    return max(1, min(config.per_unit * _units(arch) // blocks, worthwhile, triton.cdiv(keys, config.keys), limit))
 
 
 def scratch_bytes(parts: int, heads: int, value_dim: int) -> int:
@@ -100,8 +118,8 @@ def workspace_bytes(arch: str, max_rows: int, heads: int, value_dim: int, num_kv
     """Scratch that suffices on an architecture for every call of up to max_rows rows."""
     if num_kv_splits is not None:
         return scratch_bytes(max_rows * num_kv_splits, heads, value_dim)
-    # split_count keeps rows * splits * head_blocks <= programs whenever it splits at all.
-    parts = min(max_rows * MAX_SPLITS, _programs(arch))
+    # split_count keeps rows * splits <= the programs of a full device whenever it splits at all.
+    parts = min(max_rows * MAX_SPLITS, 2 * _units(arch))
     return scratch_bytes(parts, heads, value_dim)
 
 
@@ -182,7 +200,7 @@ def attend(
     split = splits > 1
     partial_out, partial_lse = _scratch(workspace, rows * splits, out) if split else (out, out)
     unscaled = 1.0 if kv_scale is None else float(kv_scale)
-    early_launch = split and _has_early_launch(device_arch(q.device))
+    early = early_launch.options(device_arch(q.device))
     attend_kernel[(rows * splits * triton.cdiv(heads, config.heads),)](
         q,
         kv.view(torch.uint8) if kind == "packed" else kv,
@@ -199,14 +217,12 @@ def attend(
         table.shape[1],
         splits,
         **_constexprs(heads, value_dim, query_dim - value_dim, kind, page_size, config, split, lse is not None),
-        EARLY_LAUNCH=early_launch,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        **early,
     )
     if split:
-        # Programmatic dependent launch hides the second kernel's start behind the first one's end.
-        options = {"launch_pdl": True} if early_launch else {}
-        constexprs = _combine_constexprs(rows, heads, value_dim, splits, lse is not None)
+        constexprs, warps = _combine_config(rows, heads, value_dim, splits, lse is not None)
         combine_kernel[(rows, heads, value_dim // constexprs["DIM_TILE"])](
             partial_out,
             partial_lse,
@@ -214,14 +230,9 @@ def attend(
             out if lse is None else lse,
             splits,
             **constexprs,
-            EARLY_LAUNCH=early_launch,
-            num_warps=4,
-            **options,
+            num_warps=warps,
+            **early,
         )
-
-
-def _has_early_launch(arch: str) -> bool:
-    return is_cuda(arch) and int(arch[3:]) >= 90
 
 
 def _constexprs(
@@ -243,16 +254,24 @@ def _constexprs(
     }
 
 
-def _combine_constexprs(rows: int, heads: int, value_dim: int, splits: int, write_lse: bool) -> dict[str, Any]:
-    # Few rows: small pieces to spread over the device. Many splits: small pieces to stay in registers.
-    small = rows * heads < 128 or splits > 16
-    return {
+def _combine_config(rows: int, heads: int, value_dim: int, splits: int, write_lse: bool) -> tuple[dict[str, Any], int]:
+    """Constants and warps of `combine_kernel`: small pieces to spread few rows over the device."""
+    split_tile = triton.next_power_of_2(splits)
+    in_registers = _VALUES_PER_WARP // split_tile
+    if rows * heads < 128:
+        dims, warps = min(32, in_registers), 1
+    elif splits > 8:
+        dims, warps = min(LATENT_TILE, in_registers), 1
+    else:
+        dims, warps = value_dim, 4
+    constexprs = {
         "HEADS": heads,
         "VALUE_DIM": value_dim,
-        "DIM_TILE": min(value_dim, LATENT_TILE) if small else _power_of_two_part(value_dim),
-        "SPLIT_TILE": triton.next_power_of_2(splits),
+        "DIM_TILE": min(dims, _power_of_two_part(value_dim)),
+        "SPLIT_TILE": split_tile,
         "WRITE_LSE": write_lse,
     }
+    return constexprs, warps
 
 
 def _power_of_two_part(value: int) -> int:
@@ -262,10 +281,10 @@ def _power_of_two_part(value: int) -> int:
 def compile_cases(arch: str, kinds: Iterable[str], page_sizes: Iterable[int]) -> list[triton_support.CompileCase]:
     """Every tile that `tile` can select on an architecture, split and not, and the combine kernel."""
     fp8 = "*fp8e4b8" if arch == "gfx942" else "*fp8e4nv"
-    kv_type = {"bf16": "*bf16", "packed": "*u8", "fp8": fp8}
-    early_launch = _has_early_launch(arch)
+    kv_type = {"bf16": "*bf16", "pages": "*bf16", "packed": "*u8", "fp8": fp8}
     cases = []
     for kind in kinds:
+        rows_of = "bf16" if kind == "pages" else kind
         for page_size in page_sizes:
             for heads in (8, 16, 32, 128):
                 config = tile(arch, kind, heads)
@@ -273,7 +292,7 @@ def compile_cases(arch: str, kinds: Iterable[str], page_sizes: Iterable[int]) ->
                     constexprs = _constexprs(heads, LATENT_DIM, ROPE_DIM, kind, page_size, config, split, True)
                     cases.append(
                         triton_support.CompileCase(
-                            name=f"{kind} heads={heads} page={page_size} split={split} {config}",
+                            name=f"{rows_of} heads={heads} page={page_size} split={split} {config}",
                             kernel=attend_kernel,
                             signature={
                                 "q": "*bf16",
@@ -291,7 +310,7 @@ def compile_cases(arch: str, kinds: Iterable[str], page_sizes: Iterable[int]) ->
                                 "context": "i32",
                                 "splits": "i32",
                             },
-                            constexprs={**constexprs, "EARLY_LAUNCH": split and early_launch},
+                            constexprs={**constexprs, "EARLY": early_launch.supported(arch)},
                             num_warps=config.num_warps,
                             num_stages=config.num_stages,
                             divisible=(
@@ -300,10 +319,11 @@ def compile_cases(arch: str, kinds: Iterable[str], page_sizes: Iterable[int]) ->
                             ),
                         )
                     )
-    for splits in (2, MAX_SPLITS):
+    for rows, splits in ((1, MAX_SPLITS), (8, 16), (8, MAX_SPLITS), (128, 2)):
+        constexprs, warps = _combine_config(rows, 16, LATENT_DIM, splits, True)
         cases.append(
             triton_support.CompileCase(
-                name=f"combine splits={splits}",
+                name=f"combine rows={rows} splits={splits}",
                 kernel=combine_kernel,
                 signature={
                     "partial_out": "*fp32",
@@ -312,8 +332,8 @@ def compile_cases(arch: str, kinds: Iterable[str], page_sizes: Iterable[int]) ->
                     "lse": "*fp32",
                     "splits": "i32",
                 },
-                constexprs={**_combine_constexprs(128, 16, LATENT_DIM, splits, True), "EARLY_LAUNCH": early_launch},
-                num_warps=4,
+                constexprs={**constexprs, "EARLY": early_launch.supported(arch)},
+                num_warps=warps,
                 divisible=("partial_out", "partial_lse", "out", "lse"),
             )
         )

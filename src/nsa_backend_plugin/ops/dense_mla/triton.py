@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import triton
 
 from nsa_backend_plugin.ops import mla_launch, triton_support
 from nsa_backend_plugin.ops.arch import device_arch
@@ -50,10 +49,8 @@ def decode(
 ) -> None:
     batch, heads, _ = q.shape
     arch = device_arch(q.device)
-    config = mla_launch.tile(arch, "bf16", heads)
-    splits = num_kv_splits or mla_launch.split_count(
-        arch, batch, triton.cdiv(heads, config.heads), block_table.shape[1] * page_size, config.keys
-    )
+    config = mla_launch.tile(arch, "pages", heads)
+    splits = num_kv_splits or mla_launch.split_count(arch, batch, heads, block_table.shape[1] * page_size, config)
     mla_launch.attend(
         q,
         kv,
@@ -72,4 +69,4 @@ def decode(
 
 
 def compile_cases(arch: str) -> list[triton_support.CompileCase]:
-    return mla_launch.compile_cases(arch, ["bf16"], [1, 64])
+    return mla_launch.compile_cases(arch, ["pages"], [1, 64])

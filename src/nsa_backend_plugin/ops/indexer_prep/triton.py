@@ -10,6 +10,9 @@ import triton
 import triton.language as tl
 
 from nsa_backend_plugin.layouts import INDEX_DIM, INDEX_LAYOUTS, INDEX_PAGE_SIZE, SCALE_FORMATS
+from nsa_backend_plugin.ops import early_launch
+from nsa_backend_plugin.ops.arch import device_arch
+from nsa_backend_plugin.ops.early_launch import await_predecessor
 from nsa_backend_plugin.ops.index_key_cache.triton import store_rows
 from nsa_backend_plugin.ops.support import Support, no
 from nsa_backend_plugin.ops.triton_quant import accepts_fp8, arch_fp8_dtype, fp8_constants, scale_from_amax, to_fp8
@@ -114,7 +117,9 @@ def _query_kernel(
     FP8: tl.constexpr,
     FP8_MAX: tl.constexpr,
     BLOCK: tl.constexpr,  # (token, head) rows per program
+    EARLY: tl.constexpr,
 ):
+    await_predecessor(EARLY)
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     token, head = row // HEADS, row % HEADS
     inside = token < tokens
@@ -155,7 +160,9 @@ def _key_kernel(
     FP8: tl.constexpr,
     FP8_MAX: tl.constexpr,
     BLOCK: tl.constexpr,  # tokens per program
+    EARLY: tl.constexpr,
 ):
+    await_predecessor(EARLY)
     token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = token < tokens
     dim = tl.arange(0, _DIM)[None, :]
@@ -235,6 +242,7 @@ def query(
         BLOCK=block,
         num_warps=warps,
         **fp8_constants(q_fp8.dtype),
+        **early_launch.options(device_arch(q.device)),
     )
 
 
@@ -282,6 +290,7 @@ def key_store(
         BLOCK=block,
         num_warps=warps,
         **fp8_constants(fp8_dtype),
+        **early_launch.options(device_arch(cache.device)),
     )
 
 
@@ -293,6 +302,7 @@ def compile_cases(arch: str) -> Iterator[CompileCase]:
         for is_neox in (False, True):
             for scale_format in SCALE_FORMATS:
                 shared: dict[str, Any] = {"ROPE": 64, "NEOX": is_neox, "HADAMARD": True, "BLOCK": block}
+                shared["EARLY"] = early_launch.supported(arch)
                 shared |= {"UE8M0": scale_format == "ue8m0", **fp8_constants(arch_fp8_dtype(arch))}
                 variant = f"{'neox' if is_neox else 'interleaved'}.{scale_format}.rows{rows}"
                 yield _query_case(f"query.{variant}", shared, warps)

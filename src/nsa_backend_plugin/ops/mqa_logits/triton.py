@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 
 from nsa_backend_plugin.layouts import INDEX_DIM, INDEX_PAGE_SIZE
-from nsa_backend_plugin.ops import triton_support
-from nsa_backend_plugin.ops.arch import device_arch, is_cuda
+from nsa_backend_plugin.ops import early_launch, triton_support
+from nsa_backend_plugin.ops.arch import device_arch, is_cuda, is_rocm
+from nsa_backend_plugin.ops.early_launch import await_predecessor
 from nsa_backend_plugin.ops.mqa_logits import new_logits
 from nsa_backend_plugin.ops.mqa_logits.reference import row_lengths
 from nsa_backend_plugin.ops.support import YES, Support, no
@@ -56,6 +57,13 @@ def _tile_logits(k, q, weights, k_scale, TILE: tl.constexpr, QUERIES: tl.constex
 
 
 @triton.jit
+def _load_in_memory_order(tile_begin, TILE: tl.constexpr, D: tl.constexpr):
+    """Keys [TILE, D] of a preshuffled page: one contiguous load, then a transposition of the 16-byte groups."""
+    groups = tl.reshape(tl.load(tile_begin + tl.arange(0, TILE * D)), (TILE // 16, D // 16, 16, 16))
+    return tl.reshape(tl.permute(groups, (0, 2, 1, 3)), (TILE, D))
+
+
+@triton.jit
 def _paged_kernel(
     q,
     cache,
@@ -71,6 +79,7 @@ def _paged_kernel(
     NEXT_N: tl.constexpr,
     LENS_PER_QUERY: tl.constexpr,
     PRESHUFFLED: tl.constexpr,
+    LINEAR: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     D: tl.constexpr,
     TILE: tl.constexpr,
@@ -78,11 +87,13 @@ def _paged_kernel(
     HEADS: tl.constexpr,
     BATCH: tl.constexpr,
     STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Programs share the batch's tiles evenly, whatever the lengths: program i of n takes the i-th n-th of them.
 
     So the grid depends on neither the lengths nor the widest context, and a captured graph stays balanced.
     """
+    await_predecessor(EARLY)
     PAGE_BYTES: tl.constexpr = PAGE_SIZE * (D + 4)
     request = tl.arange(0, BATCH)
     exists = request < batch
@@ -133,7 +144,8 @@ def _paged_kernel(
             next_page = tl.load(table + tl.minimum(i + 1, end - 1) * TILE // PAGE_SIZE)
             in_page = i * TILE % PAGE_SIZE
             page_begin = cache + page.to(tl.int64) * PAGE_BYTES
-            k = tl.load(page_begin + in_page * D + in_tile)
+            tile_begin = page_begin + in_page * D
+            k = _load_in_memory_order(tile_begin, TILE, D) if LINEAR else tl.load(tile_begin + in_tile)
             scale = cache_scale + page.to(tl.int64) * (PAGE_BYTES // 4) + PAGE_SIZE * D // 4
             k_scale = tl.load(scale + in_page + token)
             logits = _tile_logits(k, values, weight, k_scale, TILE, QUERIES, HEADS)
@@ -234,6 +246,11 @@ def _config(arch: str, kind: str, queries: int, heads: int, page_size: int = IND
     return _Config(tile, share, padded, 8 if eight else 4, 3, 4 if columns <= 128 else 1)
 
 
+def _loads_in_memory_order(arch: str) -> bool:
+    """Whether preshuffled tiles are loaded as they lie. Transposing spills on sm_89; AMD is not measured."""
+    return not is_rocm(arch) and arch != "sm_89"
+
+
 @functools.cache
 def _cores(device: torch.device) -> int:
     """Multiprocessors or compute units of a device; the interpreter gets a few programs."""
@@ -296,6 +313,7 @@ def paged(
         NEXT_N=next_n,
         LENS_PER_QUERY=context_lens.dim() == 2,
         PRESHUFFLED=layout == "preshuffled",
+        LINEAR=layout == "preshuffled" and _loads_in_memory_order(device_arch(q.device)),
         PAGE_SIZE=page_size,
         D=dim,
         TILE=config.tile,
@@ -305,6 +323,7 @@ def paged(
         STAGES=config.num_stages,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        **early_launch.options(device_arch(q.device)),
     )
     if clean:
         _fill_outside(out, None, row_lengths(context_lens, next_n).reshape(-1))
@@ -393,6 +412,7 @@ def compile_cases(arch: str) -> Iterator[triton_support.CompileCase]:
                         "NEXT_N": next_n,
                         "LENS_PER_QUERY": next_n == 2,
                         "PRESHUFFLED": layout == "preshuffled",
+                        "LINEAR": layout == "preshuffled" and _loads_in_memory_order(arch),
                         "PAGE_SIZE": INDEX_PAGE_SIZE,
                         "D": INDEX_DIM,
                         "TILE": config.tile,
@@ -400,6 +420,7 @@ def compile_cases(arch: str) -> Iterator[triton_support.CompileCase]:
                         "HEADS": config.heads,
                         "BATCH": 64,
                         "STAGES": config.num_stages,
+                        "EARLY": early_launch.supported(arch),
                     },
                     num_warps=config.num_warps,
                     num_stages=config.num_stages,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import triton
 
 from nsa_backend_plugin.ops import mla_launch, triton_support
 from nsa_backend_plugin.ops.arch import device_arch
@@ -45,7 +44,6 @@ def attend(
     tokens, heads, _ = q.shape
     arch = device_arch(q.device)
     config = mla_launch.tile(arch, kind, heads)
-    head_blocks = triton.cdiv(heads, config.heads)
     mla_launch.attend(
         q,
         kv,
@@ -56,7 +54,7 @@ def attend(
         kv_scale=kv_scale,
         page_size=0,
         config=config,
-        splits=mla_launch.split_count(arch, tokens, head_blocks, indices.shape[1], config.keys),
+        splits=mla_launch.split_count(arch, tokens, heads, indices.shape[1], config),
         out=out,
         lse=lse,
         workspace=workspace,

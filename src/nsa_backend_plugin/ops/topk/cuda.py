@@ -57,16 +57,20 @@ def _defines(variant: _Variant) -> dict[str, int]:
     }
 
 
-@functools.cache
-def _kernels(arch: str) -> dict[_Variant, cuda_jit.Kernel]:
-    """All variants at once: the first call loads what any later, captured call may need."""
+def _variants(arch: str) -> list[_Variant]:
+    """All that `_variant` can select."""
     clusters = (1, _CLUSTER) if int(arch[3:]) >= 90 else (1,)
-    variants = [
+    return [
         _Variant(threads, cluster, deterministic)
         for threads, cluster in ((_THREADS_MANY_ROWS, 1), *((_THREADS_FEW_ROWS, c) for c in clusters))
         for deterministic in (False, True)
     ]
-    return {v: cuda_jit.load(_SOURCE, ["topk"], arch, _defines(v))["topk"] for v in variants}
+
+
+@functools.cache
+def _kernels(arch: str) -> dict[_Variant, cuda_jit.Kernel]:
+    """All variants at once: the first call loads what any later, captured call may need."""
+    return {v: cuda_jit.load(_SOURCE, ["topk"], arch, _defines(v))["topk"] for v in _variants(arch)}
 
 
 @functools.cache

@@ -312,9 +312,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER_DIMS
   for (int b = 0; b < kBinsPerThread; ++b) s.histogram[b * THREADS + threadIdx.x] = 0;
   if (threadIdx.x == 0) s.taken = s.taken_equal = 0;
   __syncthreads();
-  // Nothing of the predecessor's output is read before this; it costs nothing without a dependent launch.
+  // Nothing of the predecessor's output is read before this, and the successor may start, up to where it waits for this
+  // kernel's end; it costs nothing without a dependent launch.
 #if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
 #endif
   const i64 row_number = blockIdx.x / CLUSTER;
   const int length = max(lengths[row_number], 0);

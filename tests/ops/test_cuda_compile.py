@@ -1,0 +1,31 @@
+"""The CUDA C++ kernels compile for what they claim; a GPU is not needed, NVRTC is."""
+
+from __future__ import annotations
+
+import pytest
+
+from nsa_backend_plugin.ops import cuda_jit
+from nsa_backend_plugin.ops.sparse_mla import cuda as sparse_mla
+from nsa_backend_plugin.ops.topk import cuda as topk
+from tests.ops.test_cuda_jit import needs_nvrtc
+
+
+@pytest.mark.parametrize("arch", ["sm_89", "sm_90", "sm_100"])
+def test_packed_decode(arch: str) -> None:
+    """In every configuration that a call can select: `available` compiles them all."""
+    needs_nvrtc(arch)
+    support = sparse_mla.available(arch)
+    assert support.ok, support.reason
+
+
+def test_packed_decode_declines_without_fp8_conversion() -> None:
+    assert "not sm_80" in sparse_mla.available("sm_80").reason
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90", "sm_100"])
+def test_topk(arch: str) -> None:
+    """In every variant on sm_90, where rows may be shared by a cluster, and in one elsewhere."""
+    needs_nvrtc(arch)
+    for variant in topk._variants(arch) if arch == "sm_90" else topk._variants(arch)[:1]:
+        support = cuda_jit.compiles(topk._SOURCE, arch, topk._defines(variant))
+        assert support.ok, support.reason
