@@ -7,7 +7,7 @@ PYTEST_ARGS ?=
 # What does not depend on the SGLang release runs on the primary one: two cores do not have time for it twice.
 PRIMARY_ONLY := test_ladder.py test_accuracy.py test_demo.py
 
-.PHONY: help setup setup-test demo serve doctor check test test-unit test-engine test-engine-newest test-patched test-gpu clean
+.PHONY: help setup setup-test setup-primary setup-newest demo serve doctor check test test-unit test-engine test-engine-newest test-patched test-gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -16,8 +16,13 @@ setup:  ## create .venv: SGLang 0.5.17 for CPU and this package
 	@$(PYTHON) requirements/install.py $(VENV) 0.5.17
 
 setup-test:  ## create .venv and .venv-0.5.23 with what the tests need
-	@$(PYTHON) requirements/install.py $(VENV) 0.5.17 --dev
-	@$(PYTHON) requirements/install.py $(VENV_NEWEST) 0.5.23 --dev
+	@MAKEFLAGS= $(MAKE) --no-print-directory -j2 setup-primary setup-newest
+
+setup-primary:
+	@$(PYTHON) requirements/install.py $(VENV) 0.5.17 --dev --plain
+
+setup-newest:
+	@$(PYTHON) requirements/install.py $(VENV_NEWEST) 0.5.23 --dev --plain
 
 demo: setup  ## serve the tiny DSA model, ask it questions, check the answers, shut down
 	@$(VENV)/bin/nsa-plugin demo

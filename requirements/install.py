@@ -1,6 +1,6 @@
 """Create a virtual environment that serves on a CPU: pinned SGLang, its CPU requirements and this package.
 
-    python requirements/install.py VENV SGLANG_VERSION [--dev]
+    python requirements/install.py VENV SGLANG_VERSION [--dev] [--plain]
 
 Needs nothing but Python's standard library. Shows one progress line; pip's own output goes to VENV/install.log and
 is shown when a step fails. A stamp of the inputs makes reruns instant.
@@ -9,6 +9,8 @@ is shown when a step fails. A stamp of the inputs makes reruns instant.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import hashlib
 import os
 import re
@@ -16,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -24,12 +27,12 @@ _ANNOUNCED = re.compile(r"^\s*(?:Collecting|Downloading|Building wheel for|Insta
 
 
 class Progress:
-    """One line: step, package, elapsed seconds. Rewritten in place on a terminal, one line per step elsewhere."""
+    """One line: step, package, elapsed seconds. Rewritten in place on a terminal, one line per step if plain."""
 
-    def __init__(self, total: int):
-        self.total, self.step, self.what = total, 0, ""
+    def __init__(self, name: str, total: int, plain: bool):
+        self.name, self.total, self.step, self.what = name, total, 0, ""
         self.start = time.monotonic()
-        self.live = sys.stdout.isatty()
+        self.live = sys.stdout.isatty() and not plain
         self.stopped = threading.Event()
 
     def begin(self, what: str) -> None:
@@ -50,7 +53,15 @@ class Progress:
         return int(time.monotonic() - self.start)
 
     def _line(self) -> str:
-        return f"[{self.step}/{self.total}] {self.what[:80]}  {self.seconds()} s"
+        return f"{self.name} [{self.step}/{self.total}] {self.what[:80]}  {self.seconds()} s"
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Hold off other installations: setuptools builds beside the sources."""
+    with (ROOT / "pyproject.toml").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def stamp_of(requirements: Path) -> str:
@@ -65,7 +76,8 @@ def stamp_of(requirements: Path) -> str:
 def pip(progress: Progress, python: Path, log: Path, title: str, *arguments: str) -> None:
     """Run pip, showing the package it works on; raise SystemExit with pip's own words when it fails."""
     progress.begin(title)
-    command = [str(python), "-m", "pip", "install", "--progress-bar", "off", *arguments]
+    # Most modules are never imported: Python compiles the others when they are.
+    command = [str(python), "-m", "pip", "install", "--no-compile", "--progress-bar", "off", *arguments]
     environment = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1"}
     lines = [f"$ {' '.join(command)}\n"]
     with log.open("a") as file:
@@ -92,7 +104,7 @@ def pip(progress: Progress, python: Path, log: Path, title: str, *arguments: str
         raise SystemExit(f"{title}: pip failed with exit code {code}; complete output in {log}")
 
 
-def install(venv: Path, version: str, dev: bool) -> None:
+def install(venv: Path, version: str, dev: bool, plain: bool) -> None:
     requirements = HERE / f"sglang-{version}-cpu.txt"
     if not requirements.exists():
         known = ", ".join(sorted(p.name[7:-8] for p in HERE.glob("sglang-*-cpu.txt")))
@@ -104,18 +116,19 @@ def install(venv: Path, version: str, dev: bool) -> None:
     acceptable = [stamps["dev"]] if dev else list(stamps.values())
     if any(path.exists() and path.read_text() == want for path in acceptable):
         return
-    progress = Progress(total=5)
+    progress = Progress(venv.name, 5, plain)
     python, log = venv / "bin" / "python", venv / "install.log"
     ticker = threading.Thread(target=progress.run, daemon=True)
     ticker.start()
     try:
-        progress.begin(f"creating {venv.name}")
+        progress.begin("creating the environment")
         if not python.exists():
             subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
         pip(progress, python, log, f"requirements of SGLang {version}", "-r", str(requirements))
         pip(progress, python, log, f"SGLang {version}", "--no-deps", f"sglang=={version}")
-        pip(progress, python, log, "torchvision stub", "--no-deps", str(HERE / "torchvision-stub"))
-        pip(progress, python, log, "nsa-backend-plugin", "-e", ".[dev]" if dev else ".")
+        with alone():
+            pip(progress, python, log, "torchvision stub", "--no-deps", str(HERE / "torchvision-stub"))
+            pip(progress, python, log, "nsa-backend-plugin", "-e", ".[dev]" if dev else ".")
     finally:
         progress.finish()
     stamps["dev" if dev else "serve"].write_text(want)
@@ -127,9 +140,10 @@ if __name__ == "__main__":
     parser.add_argument("venv", type=Path)
     parser.add_argument("version", metavar="SGLANG_VERSION")
     parser.add_argument("--dev", action="store_true", help="also what the tests and checks need")
+    parser.add_argument("--plain", action="store_true", help="a line per step, as installations side by side need")
     options = parser.parse_args()
     try:
-        install(options.venv.resolve(), options.version, options.dev)
+        install(options.venv.resolve(), options.version, options.dev, options.plain)
     except KeyboardInterrupt:
         sys.exit(130)
     except subprocess.CalledProcessError as error:
