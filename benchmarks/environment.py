@@ -82,10 +82,12 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str:
-    """Commit of the working tree; NSA_BENCH_COMMIT where the sources travel without their history."""
+    """Commit of the working tree, with "-dirty" where tracked files differ from it; NSA_BENCH_COMMIT where the sources
+    travel without their history."""
     if "NSA_BENCH_COMMIT" in os.environ:
         return os.environ["NSA_BENCH_COMMIT"]
-    return _run(["git", "-C", str(REPO), "rev-parse", "--short=12", "HEAD"]) or "unknown"
+    describe = ["describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    return _run(["git", "-C", str(REPO), *describe]) or "unknown"
 
 
 def _device_name(device: str) -> str:
