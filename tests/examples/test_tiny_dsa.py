@@ -193,7 +193,7 @@ def arguments(out: Path) -> argparse.Namespace:
     return argparse.Namespace(seed=0, workers=0, smoke=False, smoke_steps=0, report=1000, out=out, mantissa_bits=7)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(600)
 def test_training_lowers_both_losses(tmp_path):
     config = replace(SMALL, index_topk=24, max_position_embeddings=4096)
     net = small_model(0, config)
