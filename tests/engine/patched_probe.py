@@ -2,7 +2,8 @@
 
 {"ours": targets of our hooks in SGLang's registry, "down": rows that stand down, "resolution": handlers at its patch
 point, "points": per row of the GPU path what its patch point gained and what the patched function then does,
-"prepared": what the patched model code returned for a backend that prepares and for one that declines, "pool": class of
+"prepared": what the patched model code returned for a backend that prepares and for one that declines, "rocm": what
+ROCm's own method, where there is one, returned for a backend that prepares, "pool": class of
 the MLA pool}
 """
 
@@ -81,6 +82,16 @@ def prepared() -> dict[str, Any]:
     return {"taken": taken, "declined_then_stock": len(asked) == 7 and hasattr(attn, "_q8kv8_qprep_overlap_pending")}
 
 
+def prepared_on_rocm() -> Any:
+    try:
+        from sglang.srt.models.deepseek_common.attention_forward_methods import forward_mla_rocm
+    except ImportError:
+        return None
+    forward_mla_rocm.get_attn_backend = lambda: SimpleNamespace(prepare_absorbed=lambda *args: args)
+    prepare = forward_mla_rocm.DeepseekMLARocmForwardMixin.forward_absorb_rocm_prepare
+    return prepare("attn", 1, 2, 3, 4, prev_topk_indices=5)
+
+
 def mla_pool() -> str | None:
     """The class that SGLang's builder makes when the platform names SGLang's own class, where there is a builder."""
     from sglang.srt.mem_cache import kv_cache_configurator as configurator
@@ -107,6 +118,7 @@ report = {
     "resolution": len(patch_point("resolution")),
     "points": points(),
     "prepared": prepared(),
+    "rocm": prepared_on_rocm(),
     "pool": mla_pool(),
 }
 print("\n" + json.dumps(report))

@@ -43,6 +43,8 @@ def test_every_hook_that_has_a_patch_stands_down(patched) -> None:
         **{name: {"gained": 1, "stock": None, "wrapped": call} for name, call in echoed.items()},
     }
     assert report["prepared"] == {"taken": ["attn", 1, 2, 3, 4, None, 5], "declined_then_stock": True}
+    with_own_method = "fused_decode_rocm" in RELEASES[release].index
+    assert report["rocm"] == (["attn", 1, 2, 3, 4, None, 5] if with_own_method else None)
     assert report["pool"] == ("MLATokenToKVPool" if "mla_pool" in RELEASES[release].index else None)
 
 

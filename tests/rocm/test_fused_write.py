@@ -8,11 +8,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from nsa_backend_plugin.engine.gpu import rocm
 from nsa_backend_plugin.ops import registry
 from tests.rocm import simulated_host
 
 pytest.importorskip("sglang", reason="needs SGLang")
-from tests.engine.test_fused_decode import HEADS, PAGES, Case
+from tests.engine.test_fused_decode import HEADS, PAGES, Case, gpu_indexer
 
 FUSED = "aiter.ops.triton.fused_kv_cache"
 FLAVOURS = {"gfx942": torch.float8_e4m3fnuz, "gfx950": torch.float8_e4m3fn}
@@ -60,3 +61,33 @@ def test_query_and_latent_row_of_one_step(calls: list, arch: str, kv: str, monke
         assert call["q_out"].data_ptr() == got_nope.data_ptr()
     else:
         assert calls == []
+
+
+@pytest.mark.parametrize("dtype", FLAVOURS.values(), ids=str)
+def test_fp8_checkpoints_take_the_fused_path(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang keeps their W_UK in fp8 with one scale on ROCm, and its fused norms hand over (fp8, scale, bf16)."""
+    case = Case(monkeypatch, packed=False, is_neox=True)
+    monkeypatch.setattr(rocm, "on_rocm", lambda: True)
+    monkeypatch.setattr(gpu_indexer, "device_arch", lambda device: "gfx950")
+    monkeypatch.setattr(gpu_indexer, "_copied", set())
+    scale = torch.tensor(1 / 32)
+    quantized = (case.attn.w_kc / scale).to(dtype)
+    case.attn.w_kc = quantized.to(torch.bfloat16) * scale
+    want = case.prepare()
+    assert gpu_indexer.refuse_weight_update(lambda: None) is None
+
+    case.attn.w_kc, case.attn.w_scale = quantized, scale
+    plain, wk = case.hidden, case.indexer.wk
+    case.indexer.wk = lambda x: wk(x[2])
+    case.hidden = (plain.to(dtype), torch.ones(case.tokens, 1), plain)
+    got = case.prepare()
+    for place in (0, 2, 7):  # both parts of the query, the slots
+        assert torch.equal(got[place], want[place])
+    copy = rocm.key_weight(case.attn)
+    assert rocm.key_weight(case.attn) is copy
+    assert f"kv_b_proj is {dtype}" in gpu_indexer.refuse_weight_update(lambda: None)
+    case.hidden = case.hidden[:2]  # no bf16 part for the head gate
+    assert case.prepare() == "stock"
+    monkeypatch.setattr(rocm, "on_rocm", lambda: False)
+    case.hidden = plain
+    assert case.prepare() == "stock", "elsewhere SGLang has its own GEMM for fp8"

@@ -78,6 +78,16 @@ def _on_rocm() -> bool:
     return rocm.on_rocm()
 
 
+_ROCM_PREPARE = (
+    "sglang.srt.models.deepseek_common.attention_forward_methods.forward_mla_rocm."
+    "DeepseekMLARocmForwardMixin.forward_absorb_rocm_prepare"
+)
+
+
+def _rocm_prepares_apart() -> bool:
+    return _on_rocm() and targets.exists(_ROCM_PREPARE)
+
+
 LEDGER: tuple[Hook, ...] = (
     Hook(
         "choice",
@@ -181,6 +191,17 @@ LEDGER: tuple[Hook, ...] = (
         "gpu.absorb:forward_absorb_prepare",
     ),
     Hook(
+        "fused_decode_rocm",
+        _ROCM_PREPARE,
+        "hook",
+        "gpu_dsa",
+        "ROCm: the fused decode path where the model prepares absorbed attention by a method of its own",
+        "ROCm, releases with `forward_mla_rocm`",
+        "no extension point",
+        "gpu.absorb:forward_absorb_prepare",
+        needed=_rocm_prepares_apart,
+    ),
+    Hook(
         "draft_backends",
         "sglang.srt.speculative.draft_utils.DraftBackendFactory._create_backend",
         "hook",
@@ -208,7 +229,7 @@ LEDGER: tuple[Hook, ...] = (
         "sglang.srt.model_executor.model_runner_components.weight_updater._unsupported_derived_weight_cache_error",
         "hook",
         "gpu_dsa",
-        "an online update of fp8 weights would leave our merged bf16 copy of the indexer's projections behind",
+        "an online update of fp8 weights would leave our bf16 copies behind (the indexer's projections, W_UK on ROCm)",
         _ALL,
         "newer releases ask the model's modules for such a reason",
         "gpu.indexer:refuse_weight_update",

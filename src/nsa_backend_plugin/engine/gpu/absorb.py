@@ -38,6 +38,7 @@ from sglang.srt.models.deepseek_common.attention_forward_methods.forward_mla imp
 )
 
 from nsa_backend_plugin.engine.gpu import indexer as indexer_path
+from nsa_backend_plugin.engine.gpu import rocm
 from nsa_backend_plugin.engine.gpu.dsa_backend import NsaPluginDSABackend, plain_fp8_scale
 from nsa_backend_plugin.engine.gpu.dual_stream import side_lane
 from nsa_backend_plugin.engine.gpu.quantize_once import shared_input
@@ -107,12 +108,13 @@ def _obstacle(
     """Why a batch of decode, verification or draft-extend keeps SGLang's own preparation; None if it need not."""
     if not attn.use_dsa or attn.q_lora_rank is None or attn.rotary_emb is None:
         return "the layer has no indexer, no q_lora or no RoPE"
-    if not isinstance(hidden_states, torch.Tensor):
+    unquantized = rocm.unquantized(hidden_states)
+    if unquantized is None:
         return "hidden states are quantized"
-    tokens = hidden_states.shape[0]
+    tokens = unquantized.shape[0]
     if not (tokens == forward_batch.batch_size * per_request == backend.forward_metadata.real_page_table.shape[0]):
         return "the batch has rows that its metadata lacks (padding for tensor or data parallelism)"
-    if attn.w_kc.dtype != hidden_states.dtype or attn.use_deep_gemm_bmm:
+    if rocm.key_weight(attn).dtype != unquantized.dtype or attn.use_deep_gemm_bmm:
         return f"W_UK is {attn.w_kc.dtype}"
     if get_parallel().dcp_enabled:
         return "decode context parallelism"
@@ -144,7 +146,7 @@ def _prepare(
     q_lora = attn.q_a_layernorm(q_lora)
     runs_indexer = attn.should_run_indexer(prev_topk_indices)
 
-    lane = side_lane(attn.alt_stream, hidden_states.shape[0])
+    lane = side_lane(attn.alt_stream, q_lora.shape[0])
     lane.fork()
     slots = prev_topk_indices
     if runs_indexer:
@@ -163,7 +165,7 @@ def _prepare(
         slots = maybe_capture_indexer_topk(attn.layer_id, slots)
 
     q_all = q.new_empty(q.shape[0], q.shape[1], value_dim + attn.qk_rope_head_dim)
-    torch.bmm(q[..., :nope_dim].transpose(0, 1), attn.w_kc, out=q_all[..., :value_dim].transpose(0, 1))
+    torch.bmm(q[..., :nope_dim].transpose(0, 1), rocm.key_weight(attn), out=q_all[..., :value_dim].transpose(0, 1))
     cache = pool.get_key_buffer(attn.layer_id)
     latent_cache.store(
         attn.kv_a_layernorm(latent[:, :value_dim]),

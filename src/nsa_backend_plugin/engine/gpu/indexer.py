@@ -21,7 +21,7 @@ from nsa_backend_plugin.ops import indexer_prep, mqa_logits, topk
 from nsa_backend_plugin.ops.arch import device_arch, is_rocm
 
 _MERGED = "_nsa_plugin_wk_weights"
-#: Types of the wk weights that were merged by a copy in this process.
+#: Weights of which this process keeps a bf16 copy.
 _copied: set[str] = set()
 
 
@@ -40,7 +40,12 @@ def merge_projection(indexer: Any) -> None:
     if wk.dtype == gate.dtype == torch.bfloat16:
         wk.data, gate.data = merged.split([wk.shape[0], gate.shape[0]])
     else:
-        _copied.add(str(wk.dtype))
+        remember_copy("the indexer's wk", wk.dtype)
+
+
+def remember_copy(weights: str, dtype: torch.dtype) -> None:
+    """Weights that are kept as a bf16 copy: `refuse_weight_update` names them."""
+    _copied.add(f"{weights} is {dtype}")
 
 
 def _dequantized(wk: Any) -> torch.Tensor:
@@ -63,8 +68,8 @@ def refuse_weight_update(original: Callable[..., str | None], *model: Any) -> st
     reason = original(*model)
     if reason is None and _copied:
         reason = (
-            f"Online weight updates are not supported by nsa_plugin while the indexer's wk is {', '.join(_copied)}: "
-            "its merged bf16 copy would keep serving the old weights. Serve a bf16 checkpoint to update weights online."
+            f"Online weight updates are not supported by nsa_plugin while {', '.join(sorted(_copied))}: "
+            "a bf16 copy would keep serving the old weights. Serve a bf16 checkpoint to update weights online."
         )
     return reason
 

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from nsa_backend_plugin.layouts import LATENT_DIM, ROPE_DIM
+from nsa_backend_plugin.layouts import FP8_DTYPES, LATENT_DIM, ROPE_DIM
 
 _resolving = False
+_KEY_WEIGHT = "_nsa_plugin_w_kc"
 
 
 def on_rocm() -> bool:
@@ -46,6 +47,32 @@ def preshuffled_pages(original: Callable[[], bool]) -> bool:
         return True
     arguments = get_server_args()
     return (arguments is not None and launch.selected(arguments)) or original()
+
+
+def unquantized(hidden_states: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor | None:
+    """The bf16 hidden states; on ROCm also of the (fp8, scale, bf16) that a fused norm hands over. Else None."""
+    if isinstance(hidden_states, torch.Tensor):
+        return hidden_states
+    return hidden_states[2] if on_rocm() and len(hidden_states) == 3 else None
+
+
+def key_weight(attn: Any) -> torch.Tensor:
+    """W_UK [heads, nope, 512] of a layer: SGLang's, or on ROCm a bf16 copy of its fp8 one, made at the first call.
+
+    There SGLang keeps it in fp8 with one scale where it has a GEMM for that. A copy that an update of weights would
+    leave behind: `indexer.refuse_weight_update` says so.
+    """
+    weight = attn.w_kc
+    if not on_rocm() or weight.dtype not in FP8_DTYPES:
+        return weight
+    copy = getattr(attn, _KEY_WEIGHT, None)
+    if copy is None:
+        from nsa_backend_plugin.engine.gpu import indexer
+
+        copy = weight.to(torch.bfloat16) * attn.w_scale
+        setattr(attn, _KEY_WEIGHT, copy)
+        indexer.remember_copy("kv_b_proj", weight.dtype)
+    return copy
 
 
 def check_latent_cache(pool: Any) -> None:
