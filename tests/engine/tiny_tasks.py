@@ -18,14 +18,17 @@ encode = Encoder()
 
 
 def write_arithmetic(path: Path, prefixes: int, per_prefix: int, shots: int, seed: int) -> None:
-    """`prefixes` times `per_prefix` held-out problems; those of a prefix share its worked examples from training."""
+    """`prefixes` times `per_prefix` held-out problems; those of a prefix share its worked examples from training.
+
+    They stand `prefixes` rows apart: a server that is asked in order at a lower concurrency finds them in its cache.
+    """
     rng = random.Random(seed)
     rows = []
     for _ in range(prefixes):
         examples = [data.word_problem(rng, test=False) for _ in range(shots)]
         context = "".join(example.prompt + example.completion for example in examples)
         rows += [(context, data.word_problem(rng, test=True)) for _ in range(per_prefix)]
-    _write(path, rows)
+    _write(path, [row for first in range(per_prefix) for row in rows[first::per_prefix]])
 
 
 def write_recall(path: Path, count: int, tokens: int, seed: int) -> None:
