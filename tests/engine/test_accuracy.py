@@ -43,8 +43,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.Compl
     run_python(export, "--folder", tiny_tasks.MODEL, "--arch", "glm", "--out", folder / "glm")
     second = f"nsa_plugin {FORCED} NSA_PLUGIN_INDEX_LAYOUT=preshuffled --model-path={folder / 'glm'}"
     server_args = [arg for arg in CPU_ARGS if not arg.startswith("--attention-backend")]
+    # Larger batches than the tests' default: a step costs about the same.
+    server_args += ["--max-running-requests=16", "--max-total-tokens=16384"]
     command = [sys.executable, "-m", "nsa_backend_plugin.cli", "gsm8k", f"--model-path={tiny_tasks.MODEL}"]
-    command += [f"--data-path={data}", "--num-shots=0", "--concurrency=8", "--max-tokens=64", "--min-accuracy=0.95"]
+    command += [f"--data-path={data}", "--num-shots=0", "--concurrency=16", "--max-tokens=64", "--min-accuracy=0.95"]
     command += [f"--out={folder / 'out'}", "--arms", "nsa_plugin", second, "--", *server_args]
     done = subprocess.run(
         command, env={**os.environ, **SERVER_ENV}, capture_output=True, text=True, timeout=1200, check=False

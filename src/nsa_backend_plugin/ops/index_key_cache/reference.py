@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from nsa_backend_plugin.layouts import MIN_AMAX, fp8_max, index_value_offsets
+from nsa_backend_plugin.layouts import INDEX_DIM, MIN_AMAX, fp8_max, index_value_offsets
 from nsa_backend_plugin.ops.support import YES, Support
 
 
@@ -81,7 +81,8 @@ def read(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys of the given slots [S] int64: (fp8 [S, 128], fp32 scale [S])."""
     page, token = slots // page_size, slots % page_size
-    offsets = index_value_offsets(layout, page_size).to(cache.device)
-    value = cache[page[:, None], offsets[token]].view(fp8_dtype)
-    scale_bytes = page_size * offsets.shape[1] + 4 * token[:, None] + torch.arange(4, device=cache.device)
-    return value, cache[page[:, None], scale_bytes].view(torch.float32).squeeze(-1)
+    # Both layouts keep 16 values of a token together: far fewer pieces to gather than single bytes.
+    pieces = index_value_offsets(layout, page_size).to(cache.device)[:, ::16] // 16
+    values = cache[:, : page_size * INDEX_DIM].unflatten(1, (-1, 16))
+    value = values[page[:, None], pieces[token]].flatten(1).view(fp8_dtype)
+    return value, cache.view(torch.float32)[page, page_size * INDEX_DIM // 4 + token]
