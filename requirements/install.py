@@ -67,8 +67,9 @@ def alone() -> Iterator[None]:
 def stamp_of(requirements: Path) -> str:
     """Hash of everything that decides what gets installed."""
     digest = hashlib.sha256(sys.version.encode())
-    stub = sorted(p for p in (HERE / "torchvision-stub").rglob("*") if p.suffix in (".py", ".toml"))
-    for path in (requirements, ROOT / "pyproject.toml", Path(__file__), *stub):
+    stub = HERE / "torchvision-stub"
+    sources = (stub / "pyproject.toml", *sorted(stub.glob("torchvision/*.py")))  # not what a build leaves there
+    for path in (requirements, ROOT / "pyproject.toml", Path(__file__), *sources):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
