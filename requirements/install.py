@@ -77,8 +77,7 @@ def stamp_of(requirements: Path) -> str:
 def pip(progress: Progress, python: Path, log: Path, title: str, *arguments: str) -> None:
     """Run pip, showing the package it works on; raise SystemExit with pip's own words when it fails."""
     progress.begin(title)
-    # Most modules are never imported: Python compiles the others when they are.
-    command = [str(python), "-m", "pip", "install", "--no-compile", "--progress-bar", "off", *arguments]
+    command = [str(python), "-m", "pip", "install", "--progress-bar", "off", *arguments]
     environment = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1"}
     lines = [f"$ {' '.join(command)}\n"]
     with log.open("a") as file:
