@@ -27,7 +27,7 @@ LOGPROB_BAR = 1e-3
 EXACT = {"NSA_PLUGIN_EXACT": "1"}
 CHUNKED = ("--chunked-prefill-size=128", "--enable-mixed-chunk")
 #: Name -> (model, arguments). Between them: both models, page sizes 1 and 64, whole and chunked + mixed prefill.
-#: `make test` leaves out "whole" and "page64" on the newest release, `make test-patched` leaves out nothing.
+#: `make test` runs a part of them on each release, `make test-patched` all that are not patched already.
 SERVERS = {
     "dsa-whole": ("dsa", ()),
     "dsa-chunked": ("dsa", CHUNKED),

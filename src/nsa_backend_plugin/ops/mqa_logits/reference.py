@@ -15,8 +15,8 @@ def available(arch: str) -> Support:
 
 def weighted_logits(q: torch.Tensor, k: torch.Tensor, k_scale: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """q [T, H, D], k [S, D], k_scale [S], weights [T, H] -> [T, S] in float32."""
-    dots = torch.einsum("thd,sd->ths", q.float(), k.float()).relu()
-    return torch.einsum("ths,th->ts", dots, weights.float()) * k_scale.float()
+    dots = (q.float() @ k.float().T).relu()  # [T, H, S]
+    return (weights.float()[:, None] @ dots)[:, 0] * k_scale.float()
 
 
 def row_lengths(context_lens: torch.Tensor, next_n: int) -> torch.Tensor:
