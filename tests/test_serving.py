@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -19,7 +20,9 @@ import http.server, subprocess, sys, time
 port = int(next(a for a in sys.argv if a.startswith("--port=")).split("=")[1])
 if "--die" in sys.argv:
     raise SystemExit("the real reason")
-if "--stuck" in sys.argv:
+if "--taken" in sys.argv:
+    print(f"ERROR: [Errno 98] error while attempting to bind on address ('127.0.0.1', {port})", flush=True)
+if "--stuck" in sys.argv or "--taken" in sys.argv:
     time.sleep(100)
 stubborn = "import time, signal; signal.signal(15, signal.SIG_IGN); time.sleep(100)"
 child = subprocess.Popen([sys.executable, "-c", stubborn])
@@ -73,6 +76,22 @@ def test_death_is_reported_with_the_log(tmp_path, fake_sglang):
     server = serving.Server("model", ("--die",), fake_sglang, log_path=tmp_path / "log", timeout=30)
     with pytest.raises(serving.ServerError, match=r"exited with code 1[\s\S]*the real reason"):
         server.start()
+
+
+def test_a_taken_port_is_reported_at_once(tmp_path, fake_sglang):
+    server = serving.Server("model", ("--taken",), fake_sglang, log_path=tmp_path / "log", timeout=30)
+    with pytest.raises(serving.ServerError, match=f"port {server.port} is taken"):
+        server.start()
+
+
+def test_a_free_port_is_free(monkeypatch):
+    with socket.socket() as used:
+        used.bind((serving.HOST, serving.free_port()))
+        used.listen()
+        taken = used.getsockname()[1]
+        drawn = iter([taken - 10_000, 7])
+        monkeypatch.setattr(serving.secrets, "randbelow", lambda below: next(drawn))
+        assert serving.free_port() == 10_007
 
 
 def test_timeout_stops_the_server(tmp_path, fake_sglang):

@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -31,6 +32,7 @@ CPU_ARGS = (
     "--sleep-on-idle",  # the scheduler polls at full speed otherwise
 )
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_PORT_TAKEN = "error while attempting to bind on address"  # uvicorn's words
 _TERM_SECONDS = 5.0
 _KILL_SECONDS = 3.0
 
@@ -40,10 +42,16 @@ class ServerError(RuntimeError):
 
 
 def free_port() -> int:
-    """A TCP port that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return probe.getsockname()[1]
+    """A TCP port that nothing listens on now.
+
+    Below the range from which the system gives ports away: a server takes half a minute to bind its own.
+    """
+    while True:
+        port = 10_000 + secrets.randbelow(20_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((HOST, port))
+            return port
 
 
 class Server:
@@ -144,6 +152,8 @@ class Server:
             code = self._process.poll()
             if code is not None:
                 raise ServerError(f"the server exited with code {code}; end of {self.log_path}:\n{self.log_tail()}")
+            if _PORT_TAKEN in (tail := self.log_tail()):  # SGLang's processes live on
+                raise ServerError(f"port {self.port} is taken; end of {self.log_path}:\n{tail}")
             with contextlib.suppress(OSError):  # URLError is one
                 self.get("/health", timeout=10.0)
                 return
