@@ -34,3 +34,8 @@ def is_cuda(arch: str) -> bool:
 
 def is_rocm(arch: str) -> bool:
     return arch.startswith("gfx")
+
+
+def launches_early(arch: str) -> bool:
+    """Whether kernels can start while their predecessor runs (programmatic dependent launch): from sm_90 on."""
+    return is_cuda(arch) and int(arch[3:]) >= 90

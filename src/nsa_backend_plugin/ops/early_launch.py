@@ -12,16 +12,12 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from nsa_backend_plugin.ops.arch import is_cuda
-
-
-def supported(arch: str) -> bool:
-    return is_cuda(arch) and int(arch[3:]) >= 90
+from nsa_backend_plugin.ops.arch import launches_early
 
 
 def options(arch: str) -> dict[str, Any]:
-    """Launch arguments of a kernel that has a constant EARLY and calls `await_predecessor(EARLY)` first."""
-    return {"EARLY": True, "launch_pdl": True} if supported(arch) else {"EARLY": False}
+    """Launch arguments of a kernel that with its constant EARLY waits first: `await_predecessor`, or its `gdc_wait`."""
+    return {"EARLY": True, "launch_pdl": True} if launches_early(arch) else {"EARLY": False}
 
 
 @triton.jit

@@ -16,7 +16,7 @@ import triton
 
 from nsa_backend_plugin.layouts import LATENT_DIM, LATENT_TILE, ROPE_DIM
 from nsa_backend_plugin.ops import checks, early_launch, triton_support
-from nsa_backend_plugin.ops.arch import device_arch, is_cuda, is_rocm
+from nsa_backend_plugin.ops.arch import device_arch, is_cuda, is_rocm, launches_early
 from nsa_backend_plugin.ops.mla_kernels import attend_kernel, combine_kernel
 from nsa_backend_plugin.ops.support import YES, Support, no
 
@@ -310,7 +310,7 @@ def compile_cases(arch: str, kinds: Iterable[str], page_sizes: Iterable[int]) ->
                                 "context": "i32",
                                 "splits": "i32",
                             },
-                            constexprs={**constexprs, "EARLY": early_launch.supported(arch)},
+                            constexprs={**constexprs, "EARLY": launches_early(arch)},
                             num_warps=config.num_warps,
                             num_stages=config.num_stages,
                             divisible=(
@@ -332,7 +332,7 @@ def compile_cases(arch: str, kinds: Iterable[str], page_sizes: Iterable[int]) ->
                     "lse": "*fp32",
                     "splits": "i32",
                 },
-                constexprs={**constexprs, "EARLY": early_launch.supported(arch)},
+                constexprs={**constexprs, "EARLY": launches_early(arch)},
                 num_warps=warps,
                 divisible=("partial_out", "partial_lse", "out", "lse"),
             )

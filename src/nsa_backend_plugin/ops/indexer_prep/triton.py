@@ -11,7 +11,7 @@ import triton.language as tl
 
 from nsa_backend_plugin.layouts import INDEX_DIM, INDEX_LAYOUTS, INDEX_PAGE_SIZE, SCALE_FORMATS
 from nsa_backend_plugin.ops import early_launch
-from nsa_backend_plugin.ops.arch import device_arch
+from nsa_backend_plugin.ops.arch import device_arch, launches_early
 from nsa_backend_plugin.ops.early_launch import await_predecessor
 from nsa_backend_plugin.ops.index_key_cache.triton import store_rows
 from nsa_backend_plugin.ops.support import Support, no
@@ -302,7 +302,7 @@ def compile_cases(arch: str) -> Iterator[CompileCase]:
         for is_neox in (False, True):
             for scale_format in SCALE_FORMATS:
                 shared: dict[str, Any] = {"ROPE": 64, "NEOX": is_neox, "HADAMARD": True, "BLOCK": block}
-                shared["EARLY"] = early_launch.supported(arch)
+                shared["EARLY"] = launches_early(arch)
                 shared |= {"UE8M0": scale_format == "ue8m0", **fp8_constants(arch_fp8_dtype(arch))}
                 variant = f"{'neox' if is_neox else 'interleaved'}.{scale_format}.rows{rows}"
                 yield _query_case(f"query.{variant}", shared, warps)

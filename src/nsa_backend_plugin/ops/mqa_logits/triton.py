@@ -17,7 +17,7 @@ import triton.language as tl
 
 from nsa_backend_plugin.layouts import INDEX_DIM, INDEX_PAGE_SIZE
 from nsa_backend_plugin.ops import early_launch, triton_support
-from nsa_backend_plugin.ops.arch import device_arch, is_cuda, is_rocm
+from nsa_backend_plugin.ops.arch import device_arch, is_cuda, is_rocm, launches_early
 from nsa_backend_plugin.ops.early_launch import await_predecessor
 from nsa_backend_plugin.ops.mqa_logits import new_logits
 from nsa_backend_plugin.ops.mqa_logits.reference import row_lengths
@@ -420,7 +420,7 @@ def compile_cases(arch: str) -> Iterator[triton_support.CompileCase]:
                         "HEADS": config.heads,
                         "BATCH": 64,
                         "STAGES": config.num_stages,
-                        "EARLY": early_launch.supported(arch),
+                        "EARLY": launches_early(arch),
                     },
                     num_warps=config.num_warps,
                     num_stages=config.num_stages,

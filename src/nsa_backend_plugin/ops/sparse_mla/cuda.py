@@ -16,7 +16,7 @@ import torch
 
 from nsa_backend_plugin.layouts import LATENT_DIM, ROPE_DIM
 from nsa_backend_plugin.ops import checks, cuda_jit
-from nsa_backend_plugin.ops.arch import device_arch
+from nsa_backend_plugin.ops.arch import device_arch, launches_early
 from nsa_backend_plugin.ops.support import YES, Support, no
 
 _SOURCE = Path(__file__).with_name("packed_decode.cu")
@@ -168,7 +168,7 @@ def attend(
         (config.threads, 1, 1),
         [arguments],
         shared_bytes=config.shared_bytes,
-        pdl=int(arch[3:]) >= 90,
+        pdl=launches_early(arch),
         device=q.device,
     )
 

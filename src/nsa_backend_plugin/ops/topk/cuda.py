@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from nsa_backend_plugin.ops import cuda_jit
-from nsa_backend_plugin.ops.arch import device_arch
+from nsa_backend_plugin.ops.arch import device_arch, launches_early
 from nsa_backend_plugin.ops.support import YES, Support, no
 
 _SOURCE = Path(__file__).with_name("topk.cu")
@@ -112,5 +112,5 @@ def select(
             page_size,
         ),
         shared_bytes=_SHARED_BYTES,
-        pdl=int(arch[3:]) >= 90,
+        pdl=launches_early(arch),
     )
