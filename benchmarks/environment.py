@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from nsa_backend_plugin.accuracy.environment import commit
+
 REPO = Path(__file__).resolve().parent.parent
 LIBRARIES = (
     "torch",
@@ -82,12 +84,8 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str:
-    """Commit of the working tree, with "-dirty" where tracked files differ from it; NSA_BENCH_COMMIT where the sources
-    travel without their history."""
-    if "NSA_BENCH_COMMIT" in os.environ:
-        return os.environ["NSA_BENCH_COMMIT"]
-    describe = ["describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    return _run(["git", "-C", str(REPO), *describe]) or "unknown"
+    """NSA_BENCH_COMMIT, which goes before where the sources travel without their history, or the commit found."""
+    return os.environ.get("NSA_BENCH_COMMIT") or commit(__file__) or "unknown"
 
 
 def _device_name(device: str) -> str:

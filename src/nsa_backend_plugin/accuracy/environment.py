@@ -42,13 +42,14 @@ def versions() -> dict[str, str | None]:
     return {**found, "python": platform.python_version()}
 
 
-def commit() -> str | None:
-    """Commit of the source checkout this package runs from, "-dirty" when files differ from it; else NSA_BENCH_COMMIT
-    (set where sources travel without their history), else None."""
-    here = Path(__file__).resolve().parent
+def commit(source: str | None = None) -> str | None:
+    """Commit of the checkout that has the file `source` (None: this package), "-dirty" when files differ from it; else
+    NSA_BENCH_COMMIT (set where sources travel without their history), else None."""
+    source = source or __file__
+    here = Path(source).resolve().parent
     command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
-        inside = subprocess.run(["git", "-C", str(here), "ls-files", "--error-unmatch", __file__], capture_output=True)
+        inside = subprocess.run(["git", "-C", str(here), "ls-files", "--error-unmatch", source], capture_output=True)
         done = subprocess.run(command, capture_output=True, text=True)
     except OSError:
         return os.environ.get("NSA_BENCH_COMMIT")
