@@ -62,8 +62,9 @@ test-patched: setup-test  ## all parity and refusal tests on both releases with 
 			-m "not gpu" -k "not patched" tests/engine/test_parity.py tests/engine/test_refusals.py $(PYTEST_ARGS); \
 	done
 
-test-gpu:  ## tests that need a CUDA or ROCm device, with the host's own Python (GPU_PYTHON=...)
-	PYTHONPATH=src $(GPU_PYTHON) -m pytest -q -m gpu tests $(PYTEST_ARGS)
+test-gpu:  ## every kernel on a CUDA or ROCm device, then the engine, with the host's own Python (GPU_PYTHON=...)
+	PYTHONPATH=src $(GPU_PYTHON) -m pytest -q tests/ops $(PYTEST_ARGS)
+	PYTHONPATH=src $(GPU_PYTHON) -m pytest -q -m gpu tests/benchmarks tests/engine $(PYTEST_ARGS)
 
 clean:  ## remove the virtual environments and caches
 	rm -rf $(VENV) $(VENV_NEWEST) .demo .build .pytest_cache .ruff_cache .mypy_cache
