@@ -35,8 +35,9 @@ CASES = FULL + SHORT
 #: Without an indexer.
 MLA = tuple(("v3", heads, "bfloat16") for heads in (16, 128))
 COMMON = ("--cuda-graph-backend-prefill=disabled", "--sampling-backend=pytorch", "--grammar-backend=none")
-PROBE = (*COMMON, "--mem-fraction-static=0.85", "--max-total-tokens=262144", "--max-running-requests=32")
-SERVER = (*COMMON, "--mem-fraction-static=0.85", "--max-total-tokens=300000", "--max-running-requests=32")
+# Processes share the GPU: each takes what its tokens need, and may start while others hold most of the memory.
+PROBE = (*COMMON, "--mem-fraction-static=0.95", "--max-total-tokens=262144", "--max-running-requests=32")
+SERVER = (*COMMON, "--mem-fraction-static=0.95", "--max-total-tokens=300000", "--max-running-requests=32")
 PROMPT_TOKENS = (3000, 6000)
 
 

@@ -28,7 +28,7 @@ MODEL_2K = ROOT / "examples" / "models" / "tiny-dsa-2k"
 #: Batches beyond the captured sizes run eagerly, those between them padded.
 ARGS = ["--cuda-graph-bs-decode", "1", "4", "8", "--max-running-requests=24", "--max-total-tokens=120000"]
 ARGS += ["--cuda-graph-backend-prefill=disabled", "--sampling-backend=pytorch", "--grammar-backend=none"]
-ARGS += ["--mem-fraction-static=0.5"]
+ARGS += ["--mem-fraction-static=0.9"]
 EAGER = "--disable-cuda-graph"
 
 
