@@ -262,13 +262,14 @@ def test_main_lane_is_issued_first_and_joined_last(case: Case, monkeypatch: pyte
         return run
 
     monkeypatch.setattr(absorb, "side_lane", lambda stream, tokens: Lane())
+    monkeypatch.setattr(absorb, "shared_input", logged("quantize", absorb.shared_input))  # read on both lanes
     monkeypatch.setattr(absorb.latent_cache, "store", logged("latent", latent_cache.store))
     monkeypatch.setattr(gpu_indexer.indexer_prep, "key_store", logged("key", indexer_prep.key_store))
     monkeypatch.setattr(gpu_indexer.topk, "select", logged("topk", topk.select))
     monkeypatch.setattr(gpu_indexer, "project_query", logged("wq_b", gpu_indexer.project_query))
     case.prepare()
     first, second = ["key", "side", "wq_b", "main"], ["q_b_proj", "side", "topk", "main"]
-    assert log == ["fork", *first, "fork", *second, "side", "main", "latent", "join"]
+    assert log == ["quantize", "fork", *first, "fork", *second, "side", "main", "latent", "join"]
 
 
 def test_capture_uses_the_buffers_allocated_before_it(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from nsa_backend_plugin.ops import dense_mla, registry
 from nsa_backend_plugin.ops.dense_mla import reference
 from tests.conftest import HAS_GPU
 from tests.ops.common import assert_close, permuted_block_table, poison, slots_of
+from tests.ops.implementations import run as or_skip
 
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 QUERY_DIM = 576
@@ -68,12 +69,7 @@ def run(impl: str, arguments: dict, num_kv_splits: int | None = None) -> tuple[t
     workspace = torch.full((size,), 0xFF, dtype=torch.uint8, device=q.device)
     out = poison(batch, heads, 512, dtype=q.dtype, device=q.device)
     options = {"num_kv_splits": num_kv_splits, "out": out, "workspace": workspace}
-    try:
-        return dense_mla.decode(**arguments, **options, return_lse=True, impl=impl)
-    except ValueError as error:
-        if impl != "triton" and "forced implementation cannot run" in str(error):
-            pytest.skip(str(error))
-        raise
+    return or_skip(dense_mla.decode, impl, **arguments, **options, return_lse=True)
 
 
 def compare(actual: tuple[torch.Tensor, torch.Tensor], want: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -184,8 +180,9 @@ def test_graph_replay_with_other_lengths(impl: str) -> None:
     workspace = torch.empty(size, dtype=torch.uint8, device=DEVICE)
     out = torch.empty(4, 16, 512, dtype=arguments["q"].dtype, device=DEVICE)
     graph = torch.cuda.CUDAGraph()
+    buffers = {"out": out, "workspace": workspace, "return_lse": True}
     with torch.cuda.graph(graph):
-        _, lse = dense_mla.decode(**arguments, out=out, workspace=workspace, return_lse=True, impl=impl)
+        _, lse = or_skip(dense_mla.decode, impl, **arguments, **buffers)
     for lengths in ([4096, 1, 2048, 77], [64, 65, 0, 4095], [0, 0, 0, 0]):
         arguments["seq_lens"].copy_(torch.tensor(lengths))
         out.fill_(float("nan"))

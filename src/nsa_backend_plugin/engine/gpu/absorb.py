@@ -2,7 +2,7 @@
 those of speculative decoding (verification of drafts, the draft model's extend), where requests have several queries.
 
     main stream                                          side stream
-    q_a norm
+    q_a norm, its quantization for q_b_proj and wq_b
     fork
     wk | weights_proj GEMM, key prep and store           wq_b
     fork
@@ -145,6 +145,7 @@ def _prepare(
     )
     q_lora = attn.q_a_layernorm(q_lora)
     runs_indexer = attn.should_run_indexer(prev_topk_indices)
+    q_input = shared_input(q_lora, attn.q_b_proj, indexer.wq_b) if runs_indexer else q_lora
 
     lane = side_lane(attn.alt_stream, q_lora.shape[0])
     lane.fork()
@@ -152,7 +153,6 @@ def _prepare(
     if runs_indexer:
         key, head_gate = indexer_path.project(indexer, hidden_states)
         indexer_path.store_key(indexer, key, positions, forward_batch.out_cache_loc, pool)
-        q_input = shared_input(q_lora, attn.q_b_proj, indexer.wq_b)
         with lane:
             query = indexer_path.project_query(indexer, q_input)
         lane.fork()  # behind the key's store, before q_b_proj
@@ -160,7 +160,7 @@ def _prepare(
         with lane:
             slots = indexer_path.select_slots(indexer, query, head_gate, positions, backend, per_request)
     else:
-        q = attn.q_b_proj_forward(q_lora)
+        q = _project_q(attn, q_lora, q_input)
     with lane:
         slots = maybe_capture_indexer_topk(attn.layer_id, slots)
 

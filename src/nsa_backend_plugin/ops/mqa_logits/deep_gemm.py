@@ -38,6 +38,8 @@ def accepts_paged(
         return no(f"page size {page_size}: {_PAGE_SIZE} only")
     if next_n not in (1, 2):
         return no(f"next_n {next_n}: 1 or 2 only")
+    if next_n > 1 and context_lens.dim() == 2:
+        return no("context_lens of each query: it reads no further than the last query of a request may")
     if block_table.shape[1] and block_table.stride(1) != 1:
         return no("block_table has a stride in its last dimension")
     return _accepts(q, heads)
