@@ -16,12 +16,16 @@ from typing import Any
 import torch
 
 VOCAB = 32768
+_BLOCK = 128
 FAMILIES = ("v32", "glm", "v3")
 _INDEXER = {"index_head_dim": 128, "index_n_heads": 64, "index_topk": 2048}
 
 
-def config(family: str, heads: int, layers: int) -> dict[str, Any]:
-    """config.json of a family with `heads` query heads (16 is one rank of eight) and `layers` dense layers."""
+def config(family: str, heads: int, layers: int, quantized: bool = True) -> dict[str, Any]:
+    """config.json of a family with `heads` query heads (16 is one rank of eight) and `layers` dense layers.
+
+    quantized: fp8 blocks, as DeepSeek's own checkpoints; else bf16.
+    """
     if family not in FAMILIES:
         raise ValueError(f"family={family!r}: expected one of {', '.join(FAMILIES)}")
     base: dict[str, Any] = {
@@ -69,13 +73,14 @@ def config(family: str, heads: int, layers: int) -> dict[str, Any]:
             "original_max_position_embeddings": 4096,
             "type": "yarn",
         },
-        "quantization_config": {
+    }
+    if quantized:
+        base["quantization_config"] = {
             "activation_scheme": "dynamic",
             "fmt": "e4m3",
             "quant_method": "fp8",
-            "weight_block_size": [128, 128],
-        },
-    }
+            "weight_block_size": [_BLOCK, _BLOCK],
+        }
     if family == "v3":
         return {**base, "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"}
     base.update(_INDEXER)
@@ -87,13 +92,14 @@ def config(family: str, heads: int, layers: int) -> dict[str, Any]:
     return base
 
 
-#: The attention output counts for more than in a trained model: a wrong one must be seen in the logits.
-_OUTPUT_GAIN = 4.0
-_BLOCK = 128
+#: Of o_proj, by model type since YaRN sharpens the softmax: attention adds about 6% to the residual stream. A wrong
+#: output is seen in the logits (cosine 0.98), the few tokens at the edge of the top-k that rounding exchanges are not,
+#: although in a random model they weigh as much as any other.
+_OUTPUT_GAIN = {"deepseek_v32": 0.5, "deepseek_v3": 0.5, "glm_moe_dsa": 1.75}
 
 
 def weights(c: dict[str, Any], device: str | torch.device, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random checkpoint of `config`, on `device`: fp8 blocks with scales, bf16 where DeepSeek's are not quantized."""
+    """Random checkpoint of `config`, on `device`: bf16, or fp8 blocks with scales where DeepSeek's are quantized."""
     generator = torch.Generator(device).manual_seed(seed)
     out: dict[str, torch.Tensor] = {}
 
@@ -101,9 +107,13 @@ def weights(c: dict[str, Any], device: str | torch.device, seed: int = 0) -> dic
         return torch.randn(rows, columns, generator=generator, device=device, dtype=torch.bfloat16).mul_(std)
 
     def linear(name: str, rows: int, columns: int, gain: float = 1.0) -> None:
+        std = gain / math.sqrt(columns)
+        if "quantization_config" not in c:
+            out[f"{name}.weight"] = normal(rows, columns, std)
+            return
         out[f"{name}.weight"] = normal(rows, columns, 1.0).to(torch.float8_e4m3fn)
         blocks = (-(-rows // _BLOCK), -(-columns // _BLOCK))
-        out[f"{name}.weight_scale_inv"] = torch.full(blocks, gain / math.sqrt(columns), device=device)
+        out[f"{name}.weight_scale_inv"] = torch.full(blocks, std, device=device)
 
     def norm(name: str, width: int, bias: bool = False) -> None:
         out[f"{name}.weight"] = torch.ones(width, device=device, dtype=torch.bfloat16)
@@ -135,7 +145,7 @@ def _layer(c: dict[str, Any], prefix: str, linear: Callable[..., None], norm: Ca
     linear(f"{attention}.kv_a_proj_with_mqa", kv_lora + rope, hidden)
     linear(f"{attention}.q_b_proj", heads * (nope + rope), q_lora)
     linear(f"{attention}.kv_b_proj", heads * (nope + value), kv_lora)
-    linear(f"{attention}.o_proj", hidden, heads * value, gain=_OUTPUT_GAIN)
+    linear(f"{attention}.o_proj", hidden, heads * value, gain=_OUTPUT_GAIN[c["model_type"]])
     for name, rows, columns in (("gate", inner, hidden), ("up", inner, hidden), ("down", hidden, inner)):
         linear(f"{prefix}.mlp.{name}_proj", rows, columns)
     if "index_topk" in c:
@@ -144,18 +154,18 @@ def _layer(c: dict[str, Any], prefix: str, linear: Callable[..., None], norm: Ca
         norm(f"{attention}.indexer.k_norm", c["index_head_dim"], bias=True)
 
 
-def write_model(folder: Path, family: str, heads: int = 16, layers: int = 8) -> Path:
+def write_model(folder: Path, family: str, heads: int = 16, layers: int = 8, quantized: bool = True) -> Path:
     """Write the folder, weights included (drawn on the GPU if there is one), and return it."""
     from safetensors.torch import save_file
 
-    write_config(folder, family, heads, layers)
+    write_config(folder, family, heads, layers, quantized)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tensors = weights(config(family, heads, layers), device)
+    tensors = weights(config(family, heads, layers, quantized), device)
     save_file({name: t.cpu() for name, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 
-def write_config(folder: Path, family: str, heads: int, layers: int) -> Path:
+def write_config(folder: Path, family: str, heads: int, layers: int, quantized: bool = True) -> Path:
     """Everything but the weights."""
     folder.mkdir(parents=True, exist_ok=True)
     words = {"<s>": 0, "</s>": 1, "<unk>": 2, **{f"t{i}": i for i in range(3, VOCAB)}}
@@ -173,7 +183,7 @@ def write_config(folder: Path, family: str, heads: int, layers: int) -> Path:
     }
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "model_max_length": 163840}
     files = {
-        "config.json": config(family, heads, layers),
+        "config.json": config(family, heads, layers, quantized),
         "generation_config.json": {"bos_token_id": 0, "eos_token_id": 1, "do_sample": False},
         "tokenizer.json": tokenizer,
         "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", **names},

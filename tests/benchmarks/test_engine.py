@@ -50,6 +50,10 @@ def test_weights_are_those_of_a_real_checkpoint() -> None:
         * ours["model.layers.0.mlp.down_proj.weight_scale_inv"][0, 0]
     )
     assert abs(down.std().item() - 192**-0.5) < 0.01
+    plain = weights({**config("v32", 4, 3, quantized=False), **small}, "cpu")
+    assert {name: t.dim() for name, t in plain.items()} == theirs
+    assert {t.dtype for t in plain.values()} == {torch.bfloat16}
+    assert abs(plain["model.layers.0.mlp.down_proj.weight"].float().std().item() - 192**-0.5) < 0.01
 
 
 class Log:
