@@ -31,7 +31,7 @@ LAYERS = 4
 #: (family, heads, KV dtype); 64 prompts up to 12k tokens for the first ones, 19 shorter ones for the other head counts.
 FULL = (("v32", 16, "fp8_e4m3"), ("v32", 16, "bfloat16"), ("glm", 16, "fp8_e4m3"))
 SHORT = tuple(("v32", heads, "fp8_e4m3") for heads in (8, 32, 64, 128))
-#: Checkpoints of fp8 blocks, the others are bf16: SGLang quantizes the input of every GEMM, and a random model amplifies
+#: Checkpoints of fp8 blocks, the others are bf16: SGLang quantizes the input of every GEMM, and random weights amplify
 #: that rounding.
 FP8_BLOCKS = "-fp8-blocks"
 QUANTIZED = ((f"v32{FP8_BLOCKS}", 16, "fp8_e4m3"), (f"glm{FP8_BLOCKS}", 16, "bfloat16"))
