@@ -146,7 +146,7 @@ def attention_calls() -> Iterator[Call]:
     for impl in runs_here("sparse_mla", "triton", "cuda"):
         for kind, cache in caches.items():
             for heads in (12, 24, 128):
-                for tokens, keys in ((2, 150), (300, 33)):  # in parts, whole
+                for tokens, keys in ((2, 150), (2, 1100), (300, 33)):  # in few parts, in many, whole
                     indices = torch.randint(-30, 300, (tokens, keys), device=DEVICE).int().clamp_min(-1)
                     indices[1] = -1
                     call = partial(

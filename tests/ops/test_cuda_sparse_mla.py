@@ -1,4 +1,4 @@
-"""What only the CUDA C++ sparse decode has to prove: splits exchanged within a launch, ranges, odd top-k, declines.
+"""What only the CUDA C++ sparse decode has to prove: splits and their merge, ranges, odd top-k, declines.
 
 Shapes shared by all implementations are in test_sparse_mla.py.
 """
@@ -27,14 +27,36 @@ def test_compiles(arch: str) -> None:
     assert support.ok, support.reason
 
 
-@pytest.mark.parametrize("tokens", [1, 8, 32, 33, 64, 128, 131, 132, 133, 300, 5000])
+@pytest.mark.parametrize("blocks", [132, 264, 396])
 @pytest.mark.parametrize("topk", [0, 1, 32, 33, 512, 2048, 2049])
-def test_splits_stay_within_what_the_gpu_holds(tokens: int, topk: int) -> None:
+def test_split_count(topk: int, blocks: int) -> None:
     tiles = -(-topk // 32)
-    for blocks in (132, 264, 396):
-        splits = cuda._split_count(tokens, topk, blocks)
-        assert 1 <= splits <= cuda._MAX_SPLITS
-        assert splits == 1 or (splits <= tiles and tokens * splits <= blocks)
+    for token_groups in (1, 8, 32, 33, 64, 128, 131, 132, 133, 300, 397, 5000):
+        splits = cuda._split_count(token_groups, topk, blocks)
+        assert 1 <= splits <= max(1, min(cuda._MAX_SPLITS, tiles))
+        assert splits == 1 or token_groups * splits <= cuda._MAX_WAVES * blocks
+
+
+def test_few_tokens_fill_the_gpu() -> None:
+    for token_groups, splits in ((1, 32), (8, 32), (16, 16), (32, 8), (64, 4), (132, 2), (264, 1)):
+        assert cuda._split_count(token_groups, 2048, 264) == splits
+    assert cuda._split_count(256, 2048, 396) == 3  # two nearly full waves of short blocks, not one with gaps
+    assert cuda._split_count(4000, 2048, 396) == 1
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_89"])
+@pytest.mark.parametrize("heads", [1, 16, 17, 64])
+def test_workspace_suffices_for_every_smaller_call(monkeypatch: pytest.MonkeyPatch, arch: str, heads: int) -> None:
+    monkeypatch.setattr(cuda, "device_arch", lambda device: arch)
+    monkeypatch.setattr(cuda, "_resident_blocks", lambda device, config: 132 * config.blocks_per_sm)
+    device = torch.device("cuda")
+    groups = cuda._groups(heads)
+    for max_tokens in (1, 5, 64, 300, 2000):
+        size = cuda.workspace_bytes_attend(device, max_tokens, heads, 2048, 512)
+        for tokens in range(1, max_tokens + 1):
+            blocks = cuda._resident_blocks(device, cuda._config(arch, tokens * groups))
+            splits = cuda._split_count(tokens * groups, 2048, blocks)
+            assert splits == 1 or sum(cuda._layout(tokens * splits, heads, 512)) <= size
 
 
 def make(
@@ -62,10 +84,18 @@ def check(q: torch.Tensor, kv: torch.Tensor, indices: torch.Tensor, scale: float
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("heads", [1, 8, 12, 16, 17, 24, 32])
+@pytest.mark.parametrize("heads", [1, 8, 12, 16, 17, 24, 32, 64])
 @pytest.mark.parametrize("tokens", [1, 7, 32, 33, 133, 300])
 def test_heads_and_tokens(heads: int, tokens: int) -> None:
     check(*make(tokens, heads, 2048))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [12, 32])
+@pytest.mark.parametrize("splits", range(1, 33))
+def test_any_number_of_splits(monkeypatch: pytest.MonkeyPatch, heads: int, splits: int) -> None:
+    monkeypatch.setattr(cuda, "_split_count", lambda token_groups, topk, blocks: splits)
+    check(*make(3, heads, 1100))
 
 
 @pytest.mark.gpu
@@ -119,7 +149,7 @@ def test_20_runs_give_the_same_bits() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("heads", [16, 32])
 def test_graph_replay(heads: int) -> None:
-    """Replays find the flags of the exchange cleared, whatever shape used the workspace in between."""
+    """Whatever other shape used the workspace in between; captured calls follow each other without a gap."""
     q, kv, indices = make(8, heads, 2048)
     out = torch.empty(8, heads, 512, dtype=torch.bfloat16, device="cuda")
     bytes_needed = max(sparse_mla.workspace_bytes(n, heads, 2048, q.device) for n in (8, 32))
@@ -127,7 +157,10 @@ def test_graph_replay(heads: int) -> None:
     options = dict(out=out, workspace=workspace, impl="cuda")
     sparse_mla.attend(q, kv, indices, SCALE, **options)
     graph = torch.cuda.CUDAGraph()
+    others = [make(8, heads, 2048)[0] for _ in range(3)]
     with torch.cuda.graph(graph):
+        for other in others:  # each writes the workspace and `out` that the one before it has just read and written
+            sparse_mla.attend(other, kv, indices, SCALE, **options)
         sparse_mla.attend(q, kv, indices, SCALE, **options)
     for replay in range(6):
         q.normal_()
@@ -143,8 +176,8 @@ def test_graph_replay(heads: int) -> None:
 
 @pytest.mark.gpu
 def test_declines_and_refuses() -> None:
-    q, kv, indices = make(2, 33, 64)
-    with pytest.raises(ValueError, match="33 heads: at most 32"):
+    q, kv, indices = make(2, 65, 64)
+    with pytest.raises(ValueError, match="65 heads: at most 64"):
         sparse_mla.attend(q, kv, indices, SCALE, impl="cuda")
     q, kv, indices = make(2, 16, 64)
     with pytest.raises(ValueError, match="only bfloat16"):

@@ -1,7 +1,7 @@
-"""Sparse MLA decode over packed fp8 rows for up to 32 heads, in CUDA C++ (`packed_decode.cu`).
+"""Sparse MLA decode over packed fp8 rows for up to 64 heads, in CUDA C++ (`packed_decode.cu`, `packed_merge.cu`).
 
 Triton reaches a quarter of the memory bandwidth here: its pipeliner leaves fp8 loads synchronous when one tile feeds
-two products. The kernel gathers every row once for all heads, and combines the splits in the same launch.
+two products. A block gathers every row once for 16 heads; a second kernel, launched early, merges a token's splits.
 """
 
 from __future__ import annotations
@@ -19,52 +19,46 @@ from nsa_backend_plugin.ops import checks, cuda_jit
 from nsa_backend_plugin.ops.arch import device_arch, launches_early
 from nsa_backend_plugin.ops.support import YES, Support, no
 
-_SOURCE = Path(__file__).with_name("packed_decode.cu")
-_KERNEL = "packed_decode"
+_DECODE = Path(__file__).with_name("packed_decode.cu")
+_MERGE = Path(__file__).with_name("packed_merge.cu")
 _TILE = 32  # rows of a tile, as in the source
-_MAX_SPLITS = 32  # as in the source
-_MAX_HEADS = 32
-_MAX_TOKENS = 65535  # grid dimension y
-_FLAG_BYTES = 8
+_GROUP_HEADS = 16  # of a block
+_DECODE_THREADS = 128
+_MAX_HEADS = 64
+_MAX_SPLITS = 32  # a lane of a warp each
+_MAX_TOKENS = 65535  # grid dimension z
+_MERGE_LANE_SPLITS = 4  # splits that one lane of the merge takes
+#: What a block costs beside its tiles, and a split's merge, in the time of a tile.
+_OVERHEAD_TILES = 4
+_MAX_WAVES = 2  # of blocks, if a token is split
 
 
 @dataclass(frozen=True)
 class Config:
     """One compiled variant and the calls it is for.
 
-    head_groups: of up to 16 heads. stages: tiles in flight. blocks_per_sm: that registers and shared memory allow.
+    stages: tiles in flight. blocks_per_sm: that registers and shared memory allow. max_groups: tokens times groups of
+    16 heads.
     """
 
-    head_groups: int
     stages: int
     blocks_per_sm: int
-    max_tokens: int = _MAX_TOKENS
+    max_groups: int | None = None
 
     @property
     def defines(self) -> dict[str, object]:
-        return {
-            "HEAD_GROUPS": self.head_groups,
-            "STAGES": self.stages,
-            "BLOCKS_PER_SM": self.blocks_per_sm,
-            "SHARED_BYTES": self.shared_bytes,
-        }
-
-    @property
-    def threads(self) -> int:
-        return 128 * self.head_groups
+        return {"STAGES": self.stages, "BLOCKS_PER_SM": self.blocks_per_sm, "SHARED_BYTES": self.shared_bytes}
 
     @property
     def shared_bytes(self) -> int:
         """sizeof(Shared) of the source, which asserts it."""
-        tiles = self.stages * _TILE * 656
-        per_group = 4 * 16 * 40 * 4 + 16 * 40 * 2 + 16 * 4
-        return tiles + self.head_groups * per_group + 2 * 8 * self.stages
+        return self.stages * (_TILE * 656 + 8) + 4 * 16 * 40 * 4 + 16 * 40 * 2 + 16 * 4
 
 
 #: Per architecture, smallest calls first. sm_90 and sm_10x have 228 KB of shared memory per SM, sm_89 and sm_12x 100.
 #: sm_90 as measured: with few tokens, two blocks and deep pipelines beat three blocks and more splits.
-_LARGE = (Config(1, 4, 2, max_tokens=32), Config(1, 2, 3), Config(2, 4, 1))
-_SMALL = (Config(1, 3, 1), Config(2, 3, 1))
+_LARGE = (Config(4, 2, max_groups=32), Config(2, 3))
+_SMALL = (Config(3, 1),)
 _CONFIGS = {
     "sm_90": _LARGE,
     "sm_100": _LARGE,
@@ -78,7 +72,8 @@ _CONFIGS = {
 def available(arch: str) -> Support:
     if arch not in _CONFIGS:
         return no(f"packed fp8 decode in CUDA C++ needs {', '.join(sorted(_CONFIGS))}, not {arch}")
-    verdicts = (cuda_jit.compiles(_SOURCE, arch, config.defines) for config in _CONFIGS[arch])
+    verdicts = [cuda_jit.compiles(_DECODE, arch, config.defines) for config in _CONFIGS[arch]]
+    verdicts.append(cuda_jit.compiles(_MERGE, arch))
     return next((verdict for verdict in verdicts if not verdict.ok), YES)
 
 
@@ -115,9 +110,10 @@ def workspace_bytes_attend(device: torch.device, max_tokens: int, heads: int, to
     """Scratch for any call of up to max_tokens tokens."""
     if heads > _MAX_HEADS:
         return 0
-    configs = {_config(device_arch(device), heads, tokens) for tokens in (1, max_tokens)}
-    parts = min(max_tokens * _MAX_SPLITS, max(_resident_blocks(device, config) for config in configs))
-    return sum(_layout(parts, _MAX_SPLITS, heads, value_dim))
+    groups = _groups(heads)
+    resident = max(_resident_blocks(device, config) for config in _CONFIGS[device_arch(device)])
+    parts = min(max_tokens * _MAX_SPLITS, _MAX_WAVES * resident // groups)
+    return sum(_layout(parts, heads, value_dim))
 
 
 def attend(
@@ -138,43 +134,65 @@ def attend(
     if tokens == 0:
         return
     arch = device_arch(q.device)
-    config = _config(arch, heads, tokens)
-    splits = _split_count(tokens, topk, _resident_blocks(q.device, config))
-    flags = partial_lse = partial_out = 0
+    groups = _groups(heads)
+    config = _config(arch, tokens * groups)
+    splits = _split_count(tokens * groups, topk, _resident_blocks(q.device, config))
+    result, result_lse, lse_unit = out.data_ptr(), 0 if lse is None else lse.data_ptr(), math.log(2)
     if splits > 1:
-        sizes = _layout(tokens * splits, splits, heads, value_dim)
+        sizes = _layout(tokens * splits, heads, value_dim)
         workspace = _checked_workspace(workspace, sum(sizes), q.device)
-        flags = workspace.data_ptr()
-        partial_lse = flags + sizes[0]
-        partial_out = partial_lse + sizes[1]
-    arguments = _Arguments(
+        result, result_lse, lse_unit = workspace.data_ptr(), workspace.data_ptr() + sizes[0], 1.0
+    arguments = _DecodeArguments(
         q=q.data_ptr(),
         kv=kv.data_ptr(),
         indices=indices.data_ptr(),
-        out=out.data_ptr(),
-        lse=0 if lse is None else lse.data_ptr(),
-        flags=flags,
-        partial_lse=partial_lse,
-        partial_out=partial_out,
+        out=result,
+        lse=result_lse,
         row_stride=kv.stride(0),
         scale_log2=softmax_scale * math.log2(math.e),
+        lse_unit=lse_unit,
         heads=heads,
         topk=topk,
         splits=splits,
     )
     cuda_jit.launch(
-        _kernel(arch, config),
-        (splits, tokens, 1),
-        (config.threads, 1, 1),
+        _decode_kernel(arch, config),
+        (groups, splits, tokens),
+        (_DECODE_THREADS, 1, 1),
         [arguments],
         shared_bytes=config.shared_bytes,
         pdl=launches_early(arch),
         device=q.device,
     )
+    if splits > 1:
+        _merge(arch, result, result_lse, out, lse, splits)
 
 
-class _Arguments(ctypes.Structure):
-    """`Arguments` of the source, field by field."""
+def _merge(
+    arch: str, partial_out: int, partial_lse: int, out: torch.Tensor, lse: torch.Tensor | None, splits: int
+) -> None:
+    tokens, heads, value_dim = out.shape
+    lane_bits = (-(-splits // _MERGE_LANE_SPLITS) - 1).bit_length()
+    arguments = _MergeArguments(
+        partial_out=partial_out,
+        partial_lse=partial_lse,
+        out=out.data_ptr(),
+        lse=0 if lse is None else lse.data_ptr(),
+        splits=splits,
+        lane_bits=lane_bits,
+    )
+    cuda_jit.launch(
+        _merge_kernel(arch),
+        (1 << lane_bits, heads, tokens),
+        (value_dim // 8, 1, 1),
+        [arguments],
+        pdl=launches_early(arch),
+        device=out.device,
+    )
+
+
+class _DecodeArguments(ctypes.Structure):
+    """`Arguments` of packed_decode.cu, field by field."""
 
     _fields_ = (
         ("q", ctypes.c_void_p),
@@ -182,46 +200,67 @@ class _Arguments(ctypes.Structure):
         ("indices", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
         ("lse", ctypes.c_void_p),
-        ("flags", ctypes.c_void_p),
-        ("partial_lse", ctypes.c_void_p),
-        ("partial_out", ctypes.c_void_p),
         ("row_stride", ctypes.c_longlong),
         ("scale_log2", ctypes.c_float),
+        ("lse_unit", ctypes.c_float),
         ("heads", ctypes.c_int),
         ("topk", ctypes.c_int),
         ("splits", ctypes.c_int),
     )
 
 
+class _MergeArguments(ctypes.Structure):
+    """`Arguments` of packed_merge.cu, field by field."""
+
+    _fields_ = (
+        ("partial_out", ctypes.c_void_p),
+        ("partial_lse", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("lse", ctypes.c_void_p),
+        ("splits", ctypes.c_int),
+        ("lane_bits", ctypes.c_int),
+    )
+
+
 @functools.cache
-def _kernel(arch: str, config: Config) -> cuda_jit.Kernel:
-    return cuda_jit.load(_SOURCE, [_KERNEL], arch, config.defines)[_KERNEL]
+def _decode_kernel(arch: str, config: Config) -> cuda_jit.Kernel:
+    return cuda_jit.load(_DECODE, ["packed_decode"], arch, config.defines)["packed_decode"]
 
 
-def _config(arch: str, heads: int, tokens: int) -> Config:
-    return next(c for c in _CONFIGS[arch] if heads <= 16 * c.head_groups and tokens <= c.max_tokens)
+@functools.cache
+def _merge_kernel(arch: str) -> cuda_jit.Kernel:
+    return cuda_jit.load(_MERGE, ["packed_merge"], arch)["packed_merge"]
+
+
+def _groups(heads: int) -> int:
+    return -(-heads // _GROUP_HEADS)
+
+
+def _config(arch: str, token_groups: int) -> Config:
+    return next(c for c in _CONFIGS[arch] if c.max_groups is None or token_groups <= c.max_groups)
 
 
 def _resident_blocks(device: torch.device, config: Config) -> int:
-    """Blocks that the GPU holds at once. Blocks of a split token wait for each other, so a grid must not exceed it."""
+    """Blocks that the GPU holds at once."""
     return torch.cuda.get_device_properties(device).multi_processor_count * config.blocks_per_sm
 
 
-def _split_count(tokens: int, topk: int, resident_blocks: int) -> int:
-    """Parts of each token's rows: as many as fill the GPU, then as few as keep the longest part as short."""
+@functools.lru_cache(maxsize=1024)
+def _split_count(token_groups: int, topk: int, resident_blocks: int) -> int:
+    """Parts of each token's rows: the fewest for which the waves of blocks that the GPU holds at once end soonest."""
     tiles = -(-topk // _TILE)
-    splits = min(_MAX_SPLITS, tiles, resident_blocks // tokens)
-    if splits <= 1:
-        return 1
-    tiles_per_split = -(-tiles // splits)
-    return -(-tiles // tiles_per_split)
+    most = min(_MAX_SPLITS, tiles, _MAX_WAVES * resident_blocks // token_groups)
+
+    def time(splits: int) -> int:
+        waves = -(-token_groups * splits // resident_blocks)
+        return waves * (-(-tiles // splits) + _OVERHEAD_TILES)
+
+    return min(range(1, max(most, 1) + 1), key=time)
 
 
-def _layout(parts: int, splits: int, heads: int, value_dim: int) -> tuple[int, int, int]:
-    """Bytes of flags (one per consumer and producer), log-sum-exps and bf16 outputs of `parts` = tokens * splits."""
-    sizes = parts * splits * _FLAG_BYTES, parts * heads * 4, parts * heads * value_dim * 2
-    flags, lse, partial_out = (-(-size // 16) * 16 for size in sizes)
-    return flags, lse, partial_out
+def _layout(parts: int, heads: int, value_dim: int) -> tuple[int, int]:
+    """Bytes of bf16 outputs and log-sum-exps of `parts` = tokens * splits."""
+    return -(-parts * heads * value_dim * 2 // 16) * 16, parts * heads * 4
 
 
 def _checked_workspace(workspace: torch.Tensor | None, needed: int, device: torch.device) -> torch.Tensor:

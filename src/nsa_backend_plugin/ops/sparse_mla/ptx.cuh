@@ -27,6 +27,15 @@ DEVICE void copy_async_16(uint32 to, const void* from, bool present) {
                : "memory");
 }
 
+// 16 bytes that are read once; zeros, and no read, where `present` is false. Stays where it stands among its like.
+DEVICE uint4 load_global_16(const void* from, bool present) {
+  uint4 value = make_uint4(0, 0, 0, 0);
+  if (present)
+    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w) : "l"(from) : "memory");
+  return value;
+}
+
 DEVICE void barrier_init(uint32 barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
@@ -34,10 +43,6 @@ DEVICE void barrier_init(uint32 barrier, int arrivals) {
 // This thread arrives once all its earlier copy_async_16 have landed.
 DEVICE void barrier_arrive_after_copies(uint32 barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
-}
-
-DEVICE void barrier_arrive(uint32 barrier) {
-  asm volatile("{.reg .b64 state; mbarrier.arrive.shared::cta.b64 state, [%0];}" ::"r"(barrier) : "memory");
 }
 
 DEVICE void barrier_wait(uint32 barrier, uint32 parity) {
@@ -53,24 +58,7 @@ DEVICE void barrier_wait(uint32 barrier, uint32 parity) {
   }
 }
 
-// Barrier among some warps of the block. Id 0 is __syncthreads.
-DEVICE void sync_threads_of(int id, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
-// ---- Flags between blocks ----
-
-DEVICE void store_relaxed(uint64* address, uint64 value) {
-  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
-}
-
-DEVICE uint64 load_relaxed(const uint64* address) {
-  uint64 value;
-  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
-  return value;
-}
-
-DEVICE void fence_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+// ---- Order of kernels ----
 
 // Programmatic dependent launch; without it both do nothing. Nothing of an earlier kernel may be read before the wait.
 DEVICE void wait_for_previous_kernel() {
