@@ -124,18 +124,14 @@ class Probe:
 
     @torch.no_grad()
     def variants(self, batch: Any) -> dict[str, torch.Tensor]:
-        """Logits of the same step again, eagerly; the order of equally good slots is taken out by sorting them.
+        """Logits of the same step again, eagerly; of equal index scores the lowest position is taken, in every run.
 
         "views" says for every layer of every run whether q_all was a view, before "concatenated" made copies.
         """
-        from nsa_backend_plugin.engine.gpu import absorb
-        from nsa_backend_plugin.ops import concat
+        from nsa_backend_plugin.ops import concat, topk
 
-        select, join = absorb.indexer_path.select_slots, concat.q_all
+        join, select = concat.q_all, partial(topk.select, deterministic=True)
         views = []
-
-        def sorted_slots(*args: Any) -> torch.Tensor:
-            return select(*args).sort(-1, descending=True).values.contiguous()
 
         def as_is(q_nope: torch.Tensor, q_rope: torch.Tensor) -> torch.Tensor:
             out = join(q_nope, q_rope)
@@ -147,7 +143,7 @@ class Probe:
 
         def run(q_all: Callable[..., torch.Tensor], dual: str) -> torch.Tensor:
             with (
-                mock.patch.object(absorb.indexer_path, "select_slots", sorted_slots),
+                mock.patch.object(topk, "select", select),
                 mock.patch.object(concat, "q_all", q_all),
                 mock.patch.dict(os.environ, {"NSA_PLUGIN_DUAL_STREAM": dual}),
                 mock.patch.object(self.runner, "decode_cuda_graph_runner", None),

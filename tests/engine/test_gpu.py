@@ -166,9 +166,11 @@ def test_selected_tokens_agree_with_stock(case: tuple[str, int, str], runs: dict
     least = [min(layer) for layer in shares]
     mean = [sum(layer) / len(layer) for layer in shares]
     print(name(case), "share of equal slots by layer: least", least, "mean", mean)
-    assert least[0] > 0.99  # the same inputs: any difference is the indexer's own
-    # Later layers get inputs that differ by rounding, which moves tokens across the edge of the top-k.
-    assert min(mean) > (0.9 if case in QUANTIZED else 0.97)
+    # The first layer's inputs are the same. SGLang rounds a neox indexer's query to bf16 twice before it quantizes it,
+    # we do not, and that moves tokens across the edge of the top-k; inputs of later layers differ by rounding, too.
+    assert mean[0] > 0.99
+    assert least[0] > 0.98
+    assert min(mean) > 0.97
 
 
 def overlap(a: torch.Tensor, b: torch.Tensor) -> float:

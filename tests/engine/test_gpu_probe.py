@@ -10,13 +10,14 @@ import torch
 
 from nsa_backend_plugin.engine import query
 from nsa_backend_plugin.engine.gpu import dual_stream
+from nsa_backend_plugin.ops import topk
 from nsa_backend_plugin.serving import CPU_ARGS
 from tests.engine import gpu_probe
 from tests.engine.conftest import ROOT, run_python
 from tests.engine.tiny_tasks import MODEL
 
 pytest.importorskip("sglang", reason="needs SGLang")
-absorb = pytest.importorskip("nsa_backend_plugin.engine.gpu.absorb")
+gpu_indexer = pytest.importorskip("nsa_backend_plugin.engine.gpu.indexer")
 
 HEADS = 2
 
@@ -38,16 +39,16 @@ def test_variants_change_what_they_name_and_nothing_else(monkeypatch: pytest.Mon
     probe.runner = SimpleNamespace(decode_cuda_graph_runner="captured")
     layer = SimpleNamespace(tp_q_head_num=HEADS, head_dim=576, v_head_dim=512)
     whole = torch.randn(3, HEADS, 576)
-    monkeypatch.setattr(absorb.indexer_path, "select_slots", lambda *_: torch.tensor([[4, -1, 9]]))
+    monkeypatch.setattr(topk, "select", lambda *_, deterministic=False: deterministic)
     monkeypatch.setattr(dual_stream.torch.version, "hip", None)
     seen = []
 
     def forward(batch: object) -> torch.Tensor:
-        slots = absorb.indexer_path.select_slots(batch)
+        ties_decided = gpu_indexer.topk.select(batch)
         q_all = query.absorbed(whole[..., :512], whole[..., 512:], layer)
         seen.append(
             (
-                slots.tolist(),
+                ties_decided,
                 dual_stream.enabled(3),
                 q_all.data_ptr() == whole.data_ptr(),
                 probe.runner.decode_cuda_graph_runner,
@@ -57,12 +58,11 @@ def test_variants_change_what_they_name_and_nothing_else(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(probe, "forward", forward, raising=False)
     out = probe.variants(object())
-    ordered = [[9, 4, -1]]
     assert seen == [
-        (ordered, False, True, None),
-        (ordered, False, True, None),
-        (ordered, True, True, None),
-        (ordered, False, False, None),
+        (True, False, True, None),
+        (True, False, True, None),
+        (True, True, True, None),
+        (True, False, False, None),
     ]
     assert out["views"].tolist() == [True, True, True]
     assert all(torch.equal(out[name], whole) for name in ("plain", "again", "dual_stream", "concatenated"))

@@ -340,7 +340,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) packed_deco
   if (threadIdx.x == 0)
     for (int stage = 0; stage < STAGES; stage++) barrier_init(full + 8 * stage, THREADS);
   wait_for_previous_kernel();
-  let_next_kernel_start();  // once all blocks run: its blocks take the places of those that end, and wait for the rest
   int first_slots[STAGES];  // loaded together, before the barriers are ready
 #pragma unroll
   for (int stage = 0; stage < STAGES; stage++)
@@ -396,5 +395,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) packed_deco
     }
     accumulate_values(shared, at, pending, sums);
   }
+  let_next_kernel_start();  // not earlier: its waiting blocks would take places from this kernel's last ones
   write_result(shared, a, token, split, first_head, at, row, value_peak, sums);
 }
