@@ -45,7 +45,7 @@ def test_few_tokens_fill_the_gpu() -> None:
 
 
 @pytest.mark.parametrize("arch", ["sm_90", "sm_89"])
-@pytest.mark.parametrize("heads", [1, 16, 17, 64])
+@pytest.mark.parametrize("heads", [1, 16, 17, 128])
 def test_workspace_suffices_for_every_smaller_call(monkeypatch: pytest.MonkeyPatch, arch: str, heads: int) -> None:
     monkeypatch.setattr(cuda, "device_arch", lambda device: arch)
     monkeypatch.setattr(cuda, "_resident_blocks", lambda device, config: 132 * config.blocks_per_sm)
@@ -84,7 +84,7 @@ def check(q: torch.Tensor, kv: torch.Tensor, indices: torch.Tensor, scale: float
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("heads", [1, 8, 12, 16, 17, 24, 32, 64])
+@pytest.mark.parametrize("heads", [1, 8, 12, 16, 17, 24, 32, 64, 128])
 @pytest.mark.parametrize("tokens", [1, 7, 32, 33, 133, 300])
 def test_heads_and_tokens(heads: int, tokens: int) -> None:
     check(*make(tokens, heads, 2048))
@@ -176,9 +176,6 @@ def test_graph_replay(heads: int) -> None:
 
 @pytest.mark.gpu
 def test_declines_and_refuses() -> None:
-    q, kv, indices = make(2, 65, 64)
-    with pytest.raises(ValueError, match="65 heads: at most 64"):
-        sparse_mla.attend(q, kv, indices, SCALE, impl="cuda")
     q, kv, indices = make(2, 16, 64)
     with pytest.raises(ValueError, match="only bfloat16"):
         sparse_mla.attend(q.half(), kv, indices, SCALE, impl="cuda")

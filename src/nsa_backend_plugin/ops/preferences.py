@@ -39,7 +39,6 @@ _UNTRIED_ROCM = "rule: AITER's kernels are tuned on the hardware, ours are only 
 _PUBLIC_ROCM = "rule: MI355X, 8 and 16 heads, Triton beat TileLang (SGLang pull requests 37847, 39106); not run here"
 
 TABLE: tuple[Preference, ...] = (
-    Preference("sparse_mla.attend", "sm_90", ("cuda", "triton"), _OPS_RUN, {"kv": "packed", "heads": (1, 32)}),
     *(
         Preference(
             "sparse_mla.attend",
@@ -49,12 +48,13 @@ TABLE: tuple[Preference, ...] = (
             {"kv": kv, "heads": heads, "tokens": (fewest, _ANY_MORE)},
         )
         for kv, heads, fewest in (
-            ("packed", (33, 64), 8),
-            ("packed", (65, 128), 4),
+            ("packed", (33, 64), 65),
+            ("packed", (65, 128), 16),
             ("bf16", (33, 64), 64),
             ("bf16", (65, 128), 32),
         )
     ),
+    Preference("sparse_mla.attend", "sm_90", ("cuda", "triton"), _OPS_RUN, {"kv": "packed"}),
     Preference("mqa_logits.ragged", "sm_90", ("deep_gemm", "triton"), _HEADS_RUN),
     Preference("topk.select", "sm_90", ("cuda", "triton"), _OPS_RUN),
     Preference("dense_mla.decode", "sm_90", ("fa3", "triton"), _OPS_RUN, {"heads": (33, 128), "batch": (8, 1 << 20)}),

@@ -1,4 +1,4 @@
-"""Sparse MLA decode over packed fp8 rows for up to 64 heads, in CUDA C++ (`packed_decode.cu`, `packed_merge.cu`).
+"""Sparse MLA decode over packed fp8 rows, in CUDA C++ (`packed_decode.cu`, `packed_merge.cu`).
 
 Triton reaches a quarter of the memory bandwidth here: its pipeliner leaves fp8 loads synchronous when one tile feeds
 two products. A block gathers every row once for 16 heads; a second kernel, launched early, merges a token's splits.
@@ -24,7 +24,6 @@ _MERGE = Path(__file__).with_name("packed_merge.cu")
 _TILE = 32  # rows of a tile, as in the source
 _GROUP_HEADS = 16  # of a block
 _DECODE_THREADS = 128
-_MAX_HEADS = 64
 _MAX_SPLITS = 32  # a lane of a warp each
 _MAX_TOKENS = 65535  # grid dimension z
 _MERGE_LANE_SPLITS = 4  # splits that one lane of the merge takes
@@ -90,15 +89,13 @@ def accepts_attend(
     lse: torch.Tensor | None,
     workspace: torch.Tensor | None,
 ) -> Support:
-    tokens, heads, query_dim = q.shape
+    tokens, _, query_dim = q.shape
     if kind != "packed":
         return no(f"kv is {kind}: only packed fp8 rows")
     if q.dtype != torch.bfloat16:
         return no(f"q is {q.dtype}: only bfloat16")
     if (value_dim, query_dim) != (LATENT_DIM, LATENT_DIM + ROPE_DIM):
         return no(f"value_dim {value_dim} of {query_dim}: only {LATENT_DIM} of {LATENT_DIM + ROPE_DIM}")
-    if heads > _MAX_HEADS:
-        return no(f"{heads} heads: at most {_MAX_HEADS}")
     if tokens > _MAX_TOKENS:
         return no(f"{tokens} tokens: at most {_MAX_TOKENS}")
     if kv.stride(0) % 16 or any(t.data_ptr() % 16 for t in (q, kv, out)):
@@ -108,8 +105,6 @@ def accepts_attend(
 
 def workspace_bytes_attend(device: torch.device, max_tokens: int, heads: int, topk: int, value_dim: int) -> int:
     """Scratch for any call of up to max_tokens tokens."""
-    if heads > _MAX_HEADS:
-        return 0
     groups = _groups(heads)
     resident = max(_resident_blocks(device, config) for config in _CONFIGS[device_arch(device)])
     parts = min(max_tokens * _MAX_SPLITS, _MAX_WAVES * resident // groups)
