@@ -88,7 +88,7 @@ def index_calls() -> Iterator[Call]:
     ranges = ints(0, 10, 20, 70, 149), ints(150, 11, 20, 140, 150)
     weights = randn(5, 64, dtype=torch.float32)
     yield "logits ragged", partial(mqa_logits.ragged, q, k, scale, weights, *ranges, clean=True, impl="triton")
-    for tokens in (3, 70):
+    for tokens in (3, 40, 70):
         query = randn(tokens, 64, 128), randn(tokens, 64), torch.arange(tokens, device=DEVICE), angles
         yield (
             f"prep query {tokens}",

@@ -183,8 +183,10 @@ def _key_kernel(
 
 
 def _config(rows: int) -> tuple[int, int]:
-    """(rows per program, warps): a warp holds two rows, the least work in sequence, until the GPU is full of warps."""
-    return (2, 1) if rows <= 4096 else (16, 4)
+    """(rows per program, warps): two rows to a warp, the least work in sequence, until the GPU is full of warps."""
+    if rows <= 1024:
+        return 2, 1
+    return (8, 4) if rows <= 4096 else (16, 4)
 
 
 def _accepts(device: torch.device, fp8_dtype: torch.dtype, rope_dim: int, is_neox: bool) -> Support:
@@ -297,7 +299,7 @@ def key_store(
 def compile_cases(arch: str) -> Iterator[CompileCase]:
     if not has_e4m3(arch):
         return
-    for rows in (64, 8192):
+    for rows in (64, 4096, 8192):
         block, warps = _config(rows)
         for is_neox in (False, True):
             for scale_format in SCALE_FORMATS:

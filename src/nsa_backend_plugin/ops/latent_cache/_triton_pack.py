@@ -10,6 +10,9 @@ import triton
 import triton.language as tl
 
 from nsa_backend_plugin.layouts import LATENT_DIM, LATENT_TILE, ROPE_DIM, packed_latent_bytes
+from nsa_backend_plugin.ops import early_launch
+from nsa_backend_plugin.ops.arch import device_arch, launches_early
+from nsa_backend_plugin.ops.early_launch import await_predecessor
 from nsa_backend_plugin.ops.support import Support, no
 from nsa_backend_plugin.ops.triton_quant import accepts_fp8, arch_fp8_dtype, fp8_constants, scale_from_amax, to_fp8
 from nsa_backend_plugin.ops.triton_support import CompileCase, has_e4m3
@@ -50,7 +53,9 @@ def _quantize_kernel(
     BLOCK: tl.constexpr,
     FP8: tl.constexpr,
     FP8_MAX: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    await_predecessor(EARLY)
     first = tl.program_id(0).to(tl.int64) * BLOCK
     index = tl.arange(0, BLOCK * TILES_BLOCK)[:, None]
     row, tile = first + index // TILES_BLOCK, index % TILES_BLOCK
@@ -98,7 +103,7 @@ def _dequantize_kernel(
     tl.store(out_ptr + row * (VALUE_DIM + ROPE) + VALUE_DIM + dim, tl.load(rope_ptr + dim, mask=keep), mask=keep)
 
 
-def config(rows: int) -> tuple[int, int]:
+def _config(rows: int) -> tuple[int, int]:
     """(rows per program, warps): one warp per row, 4 rows to a program once there are enough programs."""
     return (1, 1) if rows <= 512 else (4, 4)
 
@@ -139,7 +144,7 @@ def quantize(kv: torch.Tensor, *, value_dim: int, tile_size: int, out: torch.Ten
     rows = kv.shape[0]
     if rows == 0:
         return
-    block, warps = config(rows)
+    block, warps = _config(rows)
     _quantize_kernel[(triton.cdiv(rows, block),)](
         kv,
         out,
@@ -148,6 +153,7 @@ def quantize(kv: torch.Tensor, *, value_dim: int, tile_size: int, out: torch.Ten
         num_warps=warps,
         **_row_constants(value_dim, tile_size, kv.shape[1] - value_dim, out.shape[1], block),
         **fp8_constants(PACKED_FP8),
+        **early_launch.options(device_arch(kv.device)),
     )
 
 
@@ -155,7 +161,7 @@ def dequantize(packed: torch.Tensor, *, value_dim: int, tile_size: int, out: tor
     rows = packed.shape[0]
     if rows == 0:
         return
-    block, warps = config(rows)
+    block, warps = _config(rows)
     _dequantize_kernel[(triton.cdiv(rows, block),)](
         packed,
         out,
@@ -170,14 +176,14 @@ def compile_cases(arch: str) -> Iterator[CompileCase]:
     row_bytes = packed_latent_bytes(LATENT_DIM + ROPE_DIM)
     packs = has_e4m3(arch) and arch_fp8_dtype(arch) == PACKED_FP8
     for rows in (64, 8192):
-        block, warps = config(rows)
+        block, warps = _config(rows)
         if packs:
             constants = _row_constants(LATENT_DIM, LATENT_TILE, ROPE_DIM, row_bytes, block)
             yield CompileCase(
                 f"quantize.rows{rows}",
                 _quantize_kernel,
                 dict(kv_ptr="*bf16", out_ptr="*u8", rows="i32", kv_stride="i32"),
-                {**constants, **fp8_constants(PACKED_FP8)},
+                {**constants, **fp8_constants(PACKED_FP8), "EARLY": launches_early(arch)},
                 num_warps=warps,
                 divisible=("kv_ptr", "out_ptr", "kv_stride"),
             )

@@ -10,7 +10,10 @@ import triton
 import triton.language as tl
 
 from nsa_backend_plugin.layouts import FP8_DTYPES, LATENT_DIM, LATENT_TILE, ROPE_DIM, packed_latent_bytes
-from nsa_backend_plugin.ops.latent_cache._triton_pack import PACKED_FP8, config, is_power_of_two, pack_values
+from nsa_backend_plugin.ops import early_launch
+from nsa_backend_plugin.ops.arch import device_arch, launches_early
+from nsa_backend_plugin.ops.early_launch import await_predecessor
+from nsa_backend_plugin.ops.latent_cache._triton_pack import PACKED_FP8, is_power_of_two, pack_values
 from nsa_backend_plugin.ops.support import YES, Support, no
 from nsa_backend_plugin.ops.triton_quant import accepts_fp8, arch_fp8_dtype, fp8_constants, to_fp8
 from nsa_backend_plugin.ops.triton_support import CompileCase, has_e4m3
@@ -191,7 +194,9 @@ def _store_kernel(
     HEADS: tl.constexpr,  # query heads per program
     FP8: tl.constexpr,
     FP8_MAX: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    await_predecessor(EARLY)
     first_token = tl.program_id(0).to(tl.int64) * BLOCK
     if tl.program_id(1) == 0:
         _write_nope(
@@ -240,6 +245,11 @@ def _store_kernel(
         )
 
 
+def _config(tokens: int) -> tuple[int, int]:
+    """(tokens per program, warps), as measured on an H200."""
+    return (1, 1) if tokens <= 512 else (2, 1)
+
+
 def accepts_store(
     k_nope: torch.Tensor, k_rope: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor, *, kind: str, **_
 ) -> Support:
@@ -276,7 +286,7 @@ def store(
         return
     q_rope_out = None if q_all is None else q_all[..., nope:]
     heads = 0 if q_rope is None else q_rope.shape[1]
-    block, warps = config(tokens)
+    block, warps = _config(tokens)
     fp8_dtype = cache.dtype if kind == "fp8" else PACKED_FP8
     if cache.dtype in FP8_DTYPES:
         cache = cache.view(torch.uint8)
@@ -304,6 +314,7 @@ def store(
         num_warps=warps,
         **_store_constants(kind, nope, k_rope.shape[1], cache.shape[2], block, fp8_dtype),
         **_EXACT_ROPE,
+        **early_launch.options(device_arch(cache.device)),
     )
 
 
@@ -316,7 +327,7 @@ def compile_cases(arch: str) -> Iterator[CompileCase]:
 
 
 def _store_case(arch: str, kind: str, is_neox: bool, tokens: int) -> CompileCase:
-    block, warps = config(tokens)
+    block, warps = _config(tokens)
     row = packed_latent_bytes(LATENT_DIM + ROPE_DIM) if kind == "packed" else LATENT_DIM + ROPE_DIM
     pointers = dict.fromkeys(("nope_ptr", "rope_ptr", "k_rope_out_ptr", "q_rope_ptr", "q_out_ptr"), "*bf16")
     pointers |= dict(cache_ptr="*bf16" if kind == "bf16" else "*u8", cos_sin_ptr="*fp32")
@@ -329,7 +340,7 @@ def _store_case(arch: str, kind: str, is_neox: bool, tokens: int) -> CompileCase
         f"store.{kind}.{'neox' if is_neox else 'interleaved'}.T{tokens}",
         _store_kernel,
         pointers | numbers | scale,
-        {**constants, "NEOX": is_neox, **({} if scale else {"kv_scale": None})},
+        {**constants, "NEOX": is_neox, "EARLY": launches_early(arch), **({} if scale else {"kv_scale": None})},
         num_warps=warps,
         divisible=(*pointers, *strides, "q_out_stride_h"),
         options=_EXACT_ROPE,
