@@ -41,11 +41,10 @@ MEASUREMENTS = {
         "layers --layers=4 --label=dual --arms nsa_plugin 'nsa_plugin NSA_PLUGIN_DUAL_STREAM=0' --shapes " + _BATCHES,
     ),
     "served": (300, f"served --layers=20 --shapes {_SWEEP}"),
-    "served-v3": (300, "served --family=v3 --kv=auto --arms nsa_plugin fa3 --shapes 1:8192 16:8192 64:8192"),
-    "served-v3-triton": (
-        200,
-        "served --family=v3 --kv=auto --label=triton --shapes 1:8192 64:8192 "
-        "--arms 'nsa_plugin NSA_PLUGIN_DENSE_MLA_IMPL=triton' triton",
+    "served-v3": (
+        420,
+        "served --family=v3 --kv=auto --shapes 1:8192 16:8192 64:8192 "
+        "--arms nsa_plugin fa3 'nsa_plugin NSA_PLUGIN_DENSE_MLA_IMPL=triton' triton",
     ),
     "memory": (200, "served --layers=4 --label=memory --shared=130000 --shapes 64:131072"),
 }
