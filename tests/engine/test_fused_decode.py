@@ -12,6 +12,7 @@ from nsa_backend_plugin.engine import index_cache
 from nsa_backend_plugin.layouts import index_page_bytes, packed_latent_bytes
 from nsa_backend_plugin.ops import concat, indexer_prep, latent_cache, mqa_logits, sparse_mla, topk
 from nsa_backend_plugin.ops.rotary import apply_rope
+from tests.engine.lane_races import LaneRaces
 
 pytest.importorskip("sglang", reason="needs SGLang")
 absorb = pytest.importorskip("nsa_backend_plugin.engine.gpu.absorb")
@@ -270,6 +271,32 @@ def test_main_lane_is_issued_first_and_joined_last(case: Case, monkeypatch: pyte
     case.prepare()
     first, second = ["key", "side", "wq_b", "main"], ["q_b_proj", "side", "topk", "main"]
     assert log == ["quantize", "fork", *first, "fork", *second, "side", "main", "latent", "join"]
+
+
+def test_lanes_touch_nothing_unordered(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = LaneRaces()
+    monkeypatch.setattr(absorb, "side_lane", lambda stream, tokens: watch.side())
+    monkeypatch.setattr(absorb, "shared_input", lambda x, *projections: x.clone())  # on the CPU nothing is quantized
+    monkeypatch.setattr(absorb, "_project_q", lambda attn, q_lora, q_input: attn.q_b_proj_forward(q_input))
+    with watch:
+        q_rope, _, q_nope, *_, slots, _, _ = case.prepare()
+        assert {lane for lane, _, _ in watch.writes.values()} == {"main", "side"}
+        torch.cat([q_nope.flatten(), q_rope.flatten(), slots.flatten()])  # what attention reads, after the join
+
+
+@pytest.mark.parametrize("forgotten", ["fork", "join"])
+def test_forgotten_waits_are_found(case: Case, monkeypatch: pytest.MonkeyPatch, forgotten: str) -> None:
+    watch = LaneRaces()
+    lane = watch.side()
+    setattr(lane, forgotten, lambda: None)
+    monkeypatch.setattr(absorb, "side_lane", lambda stream, tokens: lane)
+
+    def step() -> None:
+        *_, slots, _, _ = case.prepare()
+        slots.clone()
+
+    with watch, pytest.raises(AssertionError, match="unordered"):
+        step()
 
 
 def test_capture_uses_the_buffers_allocated_before_it(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
