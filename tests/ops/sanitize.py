@@ -98,9 +98,12 @@ def index_calls() -> Iterator[Call]:
 
 def topk_calls() -> Iterator[Call]:
     for impl in runs_here("topk", "triton", "cuda"):
-        # Long enough for two blocks to a row; more rows than multiprocessors; rows that fit in registers.
-        for rows, columns in ((3, 40_000), (140, 2500), (5, 9001)):
+        # Eight, four and two blocks to a row, with shares that exceed registers too; more rows than multiprocessors;
+        # one block.
+        for rows, columns in ((3, 40_000), (3, 150_000), (20, 100_000), (30, 20_000), (140, 2500), (5, 9001)):
             logits = randn(rows, columns, dtype=torch.float32).relu()
+            if columns == 40_000:  # alike in their leading digit: the cluster takes several radix steps
+                logits += 100
             lengths = torch.full((rows,), columns - 3, dtype=torch.int32, device=DEVICE)
             lengths[1:3] = ints(0, 70)
             table = torch.randperm(columns // 64 + 1, device=DEVICE).int().repeat(rows, 1)

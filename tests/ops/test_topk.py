@@ -7,6 +7,7 @@ import torch
 
 from nsa_backend_plugin.engine import kernels
 from nsa_backend_plugin.ops import preferences, registry, topk
+from nsa_backend_plugin.ops.topk import cuda
 from tests.conftest import HAS_GPU
 from tests.ops.common import poison
 from tests.ops.implementations import run
@@ -134,7 +135,9 @@ def test_no_rows(device, impl):
 @pytest.mark.gpu
 @pytest.mark.parametrize("impl", implementations())
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("rows, columns", [(1, 8192), (64, 32768), (133, 20000), (300, 3000), (3, 1_000_000)])
+@pytest.mark.parametrize(
+    "rows, columns", [(1, 8192), (8, 131_072), (20, 65_536), (64, 32768), (133, 20000), (300, 3000), (3, 1_000_000)]
+)
 def test_select_2048(device, impl, kind, rows, columns):
     skip_known_limit(impl, kind, columns)
     logits = rows_of(kind, rows, columns, device)
@@ -143,6 +146,23 @@ def test_select_2048(device, impl, kind, rows, columns):
         lengths[row % rows] = length
     lengths[0] = columns
     check(select(impl, logits, lengths, 2048), logits, lengths, 2048)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("blocks", [2, 4, 8])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows, columns", [(3, 40_000), (2, 163_840), (20, 70_001), (2, 600_000)])
+def test_rows_shared_by_a_cluster(device, monkeypatch, blocks, kind, rows, columns):
+    """Shares of every size in registers, and larger; more clusters than fit at once."""
+    monkeypatch.setattr(cuda, "_cluster", lambda *shape: blocks)
+    logits = rows_of(kind, rows, columns, device)
+    lengths = torch.randint(2048, columns + 1, (rows,), device=device).int()
+    lengths[0] = columns
+    page_table = torch.randperm(-(-columns // 64), device=device).int().repeat(rows, 1)
+    check(select("cuda", logits, lengths, 2048), logits, lengths, 2048)
+    for kwargs in ({}, {"page_table": page_table, "page_size": 64}):
+        actual = select("cuda", logits, lengths, 2048, deterministic=True, **kwargs)
+        assert torch.equal(actual, topk.select(logits, lengths, 2048, deterministic=True, impl="torch", **kwargs))
 
 
 @pytest.mark.gpu

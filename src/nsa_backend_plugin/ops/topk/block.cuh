@@ -8,7 +8,8 @@ constexpr int kWarps = THREADS / 32;
 constexpr int kVectors = 4;                       // 16-byte loads that each thread has in flight over a long row
 constexpr int kTile = 4 * kVectors * THREADS;     // logits per tile of a long row
 constexpr int kSampleVectors = 2;                 // of rows up to 32 tiles; beyond, the sample is twice as large
-constexpr int kBins = 2048;
+constexpr int kDigitBits = 11;
+constexpr int kBins = 1 << kDigitBits;
 constexpr int kBinsPerThread = kBins / THREADS;
 constexpr int kMaxCandidates = kTile < 8192 ? kTile : 8192;  // at most 64 KB of key and index
 constexpr int kBitmapWords = 2 * kMaxCandidates;
@@ -21,6 +22,8 @@ struct Shared {
   u32 warp_sums[kWarps];
   u32 bin, above, bin_count;  // result of one radix step
   u32 taken, taken_equal;     // append positions
+  u32 handed_over;            // where this block's candidates begin in the first block's list
+  u32 largest;                // key among the candidates
   union {
     struct {
       u32 key[kMaxCandidates];
@@ -39,27 +42,31 @@ __device__ __forceinline__ Shared& shared() {
 
 // Larger float, larger key. -0 and +0 are equal logits, so they get one key.
 __device__ __forceinline__ u32 ordered_key(float logit) {
-  u32 bits = logit == 0.0f ? 0u : __float_as_uint(logit);
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+  const u32 bits = __float_as_uint(logit + 0.0f);  // -0 + 0 is +0
+  return bits ^ (static_cast<u32>(static_cast<int>(bits) >> 31) | 0x80000000u);
+}
+
+// Without a branch, which the compiler would put around an atomic.
+__device__ __forceinline__ void increment_if(bool condition, u32* shared_counter) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %1, 0;\n@p red.shared.add.u32 [%0], 1;\n}" ::"r"(
+                   static_cast<u32>(__cvta_generic_to_shared(shared_counter))),
+               "r"(static_cast<u32>(condition))
+               : "memory");
 }
 
 // ---------------------------------------------------------------- thread-block cluster
 
 __device__ __forceinline__ u32 cluster_rank() {
-#if CLUSTER == 1
-  return 0;
-#else
-  u32 rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  u32 rank = 0;
+  if constexpr (CLUSTER > 1) asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
-#endif
 }
 
-#if CLUSTER > 1
-#define CLUSTER_DIMS __cluster_dims__(CLUSTER, 1, 1)
-
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_barrier() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  cluster_arrive();
+  cluster_wait();
 }
 
 // The same place in the shared memory of another block of the cluster.
@@ -69,6 +76,9 @@ __device__ __forceinline__ T* in_block(T* local, u32 rank) {
   asm("mapa.u64 %0, %1, %2;" : "=l"(remote) : "l"(local), "r"(rank));
   return remote;
 }
+
+#if CLUSTER > 1
+#define CLUSTER_DIMS __cluster_dims__(CLUSTER, 1, 1)
 #else
 #define CLUSTER_DIMS
 #endif
@@ -87,13 +97,7 @@ __device__ __forceinline__ u32 exclusive_sum(u32 value, u32& total) {
   }
   if (lane == 31) s.warp_sums[warp] = inclusive;
   __syncthreads();
-  u32 sum = lane < kWarps ? s.warp_sums[lane] : 0;
-#pragma unroll
-  for (int d = 1; d < 32; d *= 2) {
-    const u32 other = __shfl_up_sync(kFull, sum, d);
-    if (lane >= d) sum += other;
-  }
-  total = __shfl_sync(kFull, sum, kWarps - 1);
-  const u32 before = __shfl_sync(kFull, sum, warp == 0 ? 0 : warp - 1);
-  return (warp == 0 ? 0 : before) + inclusive - value;
+  const u32 sum = lane < kWarps ? s.warp_sums[lane] : 0;
+  total = __reduce_add_sync(kFull, sum);
+  return __reduce_add_sync(kFull, lane < warp ? sum : 0u) + inclusive - value;
 }

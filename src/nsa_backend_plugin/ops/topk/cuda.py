@@ -16,9 +16,13 @@ from nsa_backend_plugin.ops.support import YES, Support, no
 _SOURCE = Path(__file__).with_name("topk.cu")
 #: Rows beyond the number of multiprocessors share them two by two, in smaller blocks.
 _THREADS_FEW_ROWS, _THREADS_MANY_ROWS = 1024, 512
-#: Blocks that share a long row, where there are multiprocessors for all of them. On an H200 (2026-11-21) two saved 7%
-#: at 64 rows of 32k; four lost 58% at 32 rows.
-_CLUSTER = 2
+#: Blocks that share a long row, by the multiprocessors that there are for each row. Rows for which no cluster is free
+#: wait: an H200 (132 multiprocessors, 2026-11-21) holds 15 clusters of 8, 30 of 4 and 66 of 2, because a cluster lies
+#: in one GPC, whose multiprocessors need not be a multiple of 8 or 4. So more than two blocks need some to spare.
+#: There, us for one row and for 8 rows of 32k (128k): 8 blocks 7.9 and 8.5 (10.4, 11.3), 4 blocks 8.4 and 8.9 (14.0,
+#: 15.4), 2 blocks 10.0 and 10.6 (17.5, 19.8), one block 12.0 and 12.6 (22.4, 23.9). 16 rows of 32k: 4 blocks 9.2, 8
+#: blocks, in two waves, 12.9. Rows of one tile gain nothing at 8k and under 1 us at 16k.
+_CLUSTERS = {8: 10, 4: 5, 2: 2}
 #: Wider rows may be long: topk.cu streams what exceeds one tile of registers.
 _TILE = 16 * _THREADS_FEW_ROWS
 MAX_K = 4096
@@ -43,8 +47,13 @@ class _Variant(NamedTuple):
 def _variant(arch: str, cores: int, rows: int, columns: int, deterministic: bool) -> _Variant:
     if rows > cores:
         return _Variant(_THREADS_MANY_ROWS, 1, deterministic)
-    shared = columns > _TILE and int(arch[3:]) >= 90 and rows * _CLUSTER <= cores
-    return _Variant(_THREADS_FEW_ROWS, _CLUSTER if shared else 1, deterministic)
+    return _Variant(_THREADS_FEW_ROWS, _cluster(arch, cores, rows, columns), deterministic)
+
+
+def _cluster(arch: str, cores: int, rows: int, columns: int) -> int:
+    if columns <= _TILE or int(arch[3:]) < 90:
+        return 1
+    return next((blocks for blocks, share in _CLUSTERS.items() if rows * share <= cores), 1)
 
 
 def _defines(variant: _Variant) -> dict[str, int]:
@@ -59,7 +68,7 @@ def _defines(variant: _Variant) -> dict[str, int]:
 
 def _variants(arch: str) -> list[_Variant]:
     """All that `_variant` can select."""
-    clusters = (1, _CLUSTER) if int(arch[3:]) >= 90 else (1,)
+    clusters = (1, *_CLUSTERS) if int(arch[3:]) >= 90 else (1,)
     return [
         _Variant(threads, cluster, deterministic)
         for threads, cluster in ((_THREADS_MANY_ROWS, 1), *((_THREADS_FEW_ROWS, c) for c in clusters))

@@ -8,10 +8,13 @@
 #include "block.cuh"
 
 // Logits in global memory. Loads are 16 bytes wide and aligned: the first may begin up to 3 logits before the row.
-template <int kVectorsPerThread>
+// With kBlocks > 1 every tile is divided among the blocks of the cluster, and this is one block's share.
+template <int kVectorsPerThread, int kBlocks = 1>
 struct Row {
   static constexpr int kVectors = kVectorsPerThread;
   static constexpr int kSlots = 4 * kVectors;
+  static constexpr bool kIsShare = kBlocks > 1;
+  static constexpr u32 kCommonKey = kZeroKey;  // many keys may be this one
   const float4* vectors;
   int lead;    // logits of the first vector that precede the row
   int length;
@@ -20,7 +23,8 @@ struct Row {
   __device__ Row(const float* begin, int length) : length(length) {
     lead = static_cast<int>(reinterpret_cast<unsigned long long>(begin) % 16 / sizeof(float));
     vectors = reinterpret_cast<const float4*>(begin - lead);
-    tile_count = (length + lead + kSlots * THREADS - 1) / (kSlots * THREADS);
+    constexpr int kTileLogits = kSlots * THREADS * kBlocks;
+    tile_count = (length + lead + kTileLogits - 1) / kTileLogits;
   }
   __device__ __forceinline__ int tiles() const { return tile_count; }
   __device__ __forceinline__ int vector_count() const { return (length + lead + 3) / 4; }
@@ -45,7 +49,8 @@ struct Row {
     return exists;
   }
   __device__ __forceinline__ int vector_at(int tile, int v) const {
-    return (tile * kVectors + v) * THREADS + static_cast<int>(threadIdx.x);
+    const int block = kBlocks == 1 ? 0 : static_cast<int>(cluster_rank());
+    return ((tile * kVectors + v) * kBlocks + block) * THREADS + static_cast<int>(threadIdx.x);
   }
   __device__ __forceinline__ u32 load(int tile, u32 (&keys)[kSlots]) const {
     int at[kVectors];
@@ -55,6 +60,7 @@ struct Row {
   }
   // One tile of vectors spread evenly over the row.
   __device__ __forceinline__ u32 load_sample(u32 (&keys)[kSlots]) const {
+    static_assert(!kIsShare, "every block of a cluster takes the whole sample");
     int at[kVectors];
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
@@ -71,6 +77,8 @@ struct Row {
 template <class Origin>
 struct Resident {
   static constexpr int kSlots = Origin::kSlots;
+  static constexpr bool kIsShare = Origin::kIsShare;
+  static constexpr u32 kCommonKey = Origin::kCommonKey;
   const Origin& origin;
   u32 keys[kSlots];
   u32 exists;
@@ -89,15 +97,19 @@ struct Resident {
 template <int kVectors>
 struct Sample {
   static constexpr int kSlots = 4 * kVectors;
+  static constexpr bool kIsShare = false;
+  static constexpr u32 kCommonKey = kZeroKey;
   const Row<kVectors>& row;
   __device__ __forceinline__ u32 load(int, u32 (&keys)[kSlots]) const { return row.load_sample(keys); }
   __device__ __forceinline__ int index(int, int) const { return 0; }
 };
 
-// The candidates that the filter pass left in shared memory.
+// The candidates that the filter pass left in shared memory. Their keys count from its threshold.
 template <int kSlotsPerThread>
 struct Candidates {
   static constexpr int kSlots = kSlotsPerThread;
+  static constexpr bool kIsShare = false;
+  static constexpr u32 kCommonKey = 0;
   int count;
   __device__ __forceinline__ int slot_at(int slot) const {
     return slot * THREADS + static_cast<int>(threadIdx.x);

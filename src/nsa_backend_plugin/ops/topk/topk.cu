@@ -1,10 +1,13 @@
-// Exact top-k of rows of fp32 logits, one thread block per row, or one cluster of blocks that share its streaming pass.
+// Exact top-k of rows of fp32 logits, one thread block per row, or one cluster of blocks that share a long row.
 //
 // A row is read from DRAM once in the common case:
 //   short row  (one tile)   keys stay in registers; radix select on them.
-//   long row                a sample of the row gives a threshold that about 1.5k to 3k logits pass; one streaming pass
-//                           collects those in shared memory; radix select on the collected candidates.
-//   long row, bad sample    (ties, or an order that fools the sample: too few or too many candidates)
+//   long row, in a cluster  each block keeps its share of the keys in registers; radix steps on the sum of the blocks'
+//                           histograms, usually one, leave a threshold that few logits pass; the first block collects
+//                           those in shared memory; radix select on the collected candidates.
+//   long row                (one block, or too long for the cluster's registers) a sample of the row gives a threshold
+//                           that about 1.5k to 3k logits pass; one streaming pass collects those; then the same.
+//   too few or many pass    (ties, or an order that fools the sample)
 //                           radix select straight on global memory: correct for any input, reads the row 4 times.
 //
 // Radix select: histogram of the top 11 bits of an order-preserving key, find the bin that holds the k-th largest,
@@ -21,8 +24,8 @@
 // ---------------------------------------------------------------- radix select
 
 struct Threshold {
-  u32 key;    // the rank-th largest is in [key, key | ~mask]
-  u32 above;  // how many are larger than that range
+  u32 key;    // lower edge of the bin that the rank-th largest is in
+  u32 above;  // how many are larger than those in it
   u32 count;  // how many are in it
 };
 
@@ -32,26 +35,23 @@ template <class Source, class Project>
 __device__ __forceinline__ void count_bins(const Source& source, Project project, u32 prefix, u32 mask, int shift,
                                            u32 digit_mask) {
   Shared& s = shared();
-  u32 zeros = 0;  // a ReLU makes many: counted one by one they would queue up at one bin
+  u32 common = 0;  // a ReLU makes many zeros: counted one by one they would queue up at one bin
 #pragma unroll 1
   for (int tile = 0; tile < source.tiles(); ++tile) {
     u32 keys[Source::kSlots];
     const u32 exists = source.load(tile, keys);
 #pragma unroll
     for (int i = 0; i < Source::kSlots; ++i) {
-      if (!(exists >> i & 1)) continue;
       u32 key = keys[i];
-      if (project(key, source, tile, i) && (key & mask) == prefix) {
-        if (key == kZeroKey) {
-          ++zeros;
-        } else {
-          atomicAdd(&s.histogram[key >> shift & digit_mask], 1u);
-        }
-      }
+      const bool projected = project(key, source, tile, i);
+      const bool counts = projected & (exists >> i & 1) & ((key & mask) == prefix);
+      const bool is_common = key == Source::kCommonKey;
+      common += counts & is_common;
+      increment_if(counts & !is_common, &s.histogram[key >> shift & digit_mask]);
     }
   }
-  zeros = __reduce_add_sync(kFull, zeros);
-  if (zeros && threadIdx.x % 32 == 0) atomicAdd(&s.histogram[kZeroKey >> shift & digit_mask], zeros);
+  common = __reduce_add_sync(kFull, common);
+  if (common && threadIdx.x % 32 == 0) atomicAdd(&s.histogram[Source::kCommonKey >> shift & digit_mask], common);
   __syncthreads();
 }
 
@@ -77,23 +77,55 @@ __device__ __forceinline__ void find_bin(u32 rank) {
   __syncthreads();
 }
 
-// The rank-th largest projected key (1 <= rank <= number of keys). With fewer than 3 steps, its leading bits only.
-template <class Source, class Project>
-__device__ __forceinline__ Threshold find_threshold(const Source& source, u32 rank, int steps, Project project) {
-  u32 prefix = 0, mask = 0, above = 0, count = 0;
-#pragma unroll 1
-  for (int step = 0; step < steps; ++step) {
-    const int shift = step == 0 ? 21 : step == 1 ? 10 : 0;
-    const u32 digit_mask = step == 2 ? 1023u : 2047u;
-    count_bins(source, project, prefix, mask, shift, digit_mask);
-    find_bin(rank - above);
-    prefix |= shared().bin << shift;
-    mask |= digit_mask << shift;
-    above += shared().above;
-    count = shared().bin_count;
-    if (above + count == rank) break;  // the whole bin is wanted: no need to look inside
+// The same for the sum of all blocks' histograms: the first block adds them up and tells the others what it found.
+__device__ __forceinline__ void find_bin_of_cluster(u32 rank) {
+  Shared& s = shared();
+  if (cluster_rank() != 0) {
+    Shared* first = in_block(&s, 0);
+#pragma unroll
+    for (int b = 0; b < kBinsPerThread; ++b) {
+      const int bin = b * THREADS + static_cast<int>(threadIdx.x);
+      const u32 count = s.histogram[bin];
+      if (count) atomicAdd(&first->histogram[bin], count);
+      s.histogram[bin] = 0;
+    }
   }
-  return {prefix, above, count};
+  cluster_barrier();
+  if (cluster_rank() == 0) {
+    find_bin(rank);
+    if (threadIdx.x > 0 && threadIdx.x < CLUSTER) {
+      Shared* other = in_block(&s, threadIdx.x);
+      other->bin = s.bin;
+      other->above = s.above;
+      other->bin_count = s.bin_count;
+    }
+  }
+  cluster_barrier();
+}
+
+// The rank-th largest projected key (1 <= rank <= number of keys), of keys below 2^bits. Stops at the first bin whose
+// lower edge no more than `enough` keys reach.
+template <class Source, class Project>
+__device__ __forceinline__ Threshold find_threshold(const Source& source, u32 rank, u32 enough, int bits,
+                                                    Project project) {
+  u32 prefix = 0, above = 0;
+#pragma unroll 1
+  while (bits > 0) {
+    const u32 mask = bits < 32 ? kFull << bits : 0u;
+    const int width = min(bits, kDigitBits);
+    bits -= width;
+    const u32 digit_mask = (1u << width) - 1;
+    count_bins(source, project, prefix, mask, bits, digit_mask);
+    if constexpr (Source::kIsShare) {
+      find_bin_of_cluster(rank - above);
+    } else {
+      find_bin(rank - above);
+    }
+    prefix |= shared().bin << bits;
+    above += shared().above;
+    if (above + shared().bin_count <= enough) break;
+  }
+  return {prefix, above, shared().bin_count};
 }
 
 struct WholeKey {
@@ -107,6 +139,7 @@ struct IndexOfTies {
   template <class Source>
   __device__ __forceinline__ bool operator()(u32& value, const Source& source, int tile, int slot) const {
     const bool tie = value == key;
+    asm volatile("" : "+r"(tile));  // made anew in every step: all indices at once in registers would spill
     value = ~static_cast<u32>(source.index(tile, slot));
     return tie;
   }
@@ -137,62 +170,53 @@ __device__ __forceinline__ void append(u32 take, u32* counter, Store store) {
   }
 }
 
-// Put the keys at or above `threshold` into the candidate list; the count may exceed its capacity.
-// The blocks of a cluster take turns at the tiles, and the list is the first block's.
-__device__ __forceinline__ int filter(const Row<kVectors>& row, u32 threshold) {
-  using Source = Row<kVectors>;
+// Put the keys at or above `threshold` into the candidate list; the count may exceed its capacity. Every block of a
+// cluster filters its share of the row, and hands what it took to the first block, whose count is the total.
+template <class Source>
+__device__ __forceinline__ int filter(const Source& source, u32 threshold) {
   Shared& s = shared();
 #pragma unroll 1
-  for (int tile = static_cast<int>(cluster_rank()); tile < row.tiles(); tile += CLUSTER) {
+  for (int tile = 0; tile < source.tiles(); ++tile) {
     u32 keys[Source::kSlots];
-    const u32 exists = row.load(tile, keys);
+    const u32 exists = source.load(tile, keys);
     u32 take = 0;
 #pragma unroll
     for (int i = 0; i < Source::kSlots; ++i) take |= static_cast<u32>(keys[i] >= threshold) << i;
     append<Source::kSlots>(take & exists, &s.taken, [&](u32 position, int slot) {
       if (position < kMaxCandidates) {
-        s.candidate.key[position] = keys[slot];
-        s.candidate.index[position] = row.index(tile, slot);
+        s.candidate.key[position] = keys[slot] - threshold;
+        s.candidate.index[position] = source.index(tile, slot);
       }
     });
   }
   __syncthreads();
-  const int count = static_cast<int>(s.taken);
-#if CLUSTER == 1
-  __syncthreads();
-  if (threadIdx.x == 0) s.taken = 0;
-  return count;
-#else
-  cluster_barrier();  // every block's count is final
-  int before = 0, total = 0;
-#pragma unroll
-  for (u32 rank = 0; rank < CLUSTER; ++rank) {
-    const int other = static_cast<int>(*in_block(&s.taken, rank));
-    before += rank < cluster_rank() ? other : 0;
-    total += other;
-  }
   if (cluster_rank() != 0) {
     Shared* first = in_block(&s, 0);
-    for (int i = threadIdx.x; i < min(count, kMaxCandidates - before); i += THREADS) {
+    const u32 count = s.taken;
+    if (threadIdx.x == 0) s.handed_over = atomicAdd(&first->taken, count);
+    __syncthreads();
+    const u32 before = s.handed_over;
+    for (u32 i = threadIdx.x; i < count && before + i < kMaxCandidates; i += THREADS) {
       first->candidate.key[before + i] = s.candidate.key[i];
       first->candidate.index[before + i] = s.candidate.index[i];
     }
   }
-  cluster_barrier();  // the list is whole, and the counts are read
+  if constexpr (CLUSTER > 1) cluster_barrier();
+  const int count = static_cast<int>(s.taken);
+  __syncthreads();
   if (threadIdx.x == 0) s.taken = 0;
-  return total;
-#endif
+  return count;
 }
 
-// Put the indices of the k largest keys into s.chosen.
+// Put the indices of the k largest keys, all below 2^bits, into s.chosen.
 template <class Source>
-__device__ __forceinline__ void choose(const Source& source, u32 k) {
+__device__ __forceinline__ void choose(const Source& source, u32 k, int bits = 32) {
   Shared& s = shared();
-  Threshold t = find_threshold(source, k, 3, WholeKey{});
+  const Threshold t = find_threshold(source, k, k, bits, WholeKey{});
   const u32 wanted = k - t.above;  // of the keys in the threshold's bin
   u32 last_tie = 0;                // ties count as chosen from this inverted index on
   if (DETERMINISTIC && wanted < t.count) {
-    last_tie = find_threshold(source, wanted, 3, IndexOfTies{t.key}).key;
+    last_tie = find_threshold(source, wanted, wanted, 32, IndexOfTies{t.key}).key;
   }
   // If the search stopped early the bin holds several keys, all wanted, and all at or above its lower edge.
   const bool take_bin = wanted == t.count;
@@ -218,13 +242,29 @@ __device__ __forceinline__ void choose(const Source& source, u32 k) {
       }
     }
     append<Source::kSlots>(take, &s.taken, [&](u32 position, int slot) { s.chosen[position] = source.index(tile, slot); });
-    if (!DETERMINISTIC && !take_bin) {
+    if (!DETERMINISTIC && __any_sync(kFull, ties)) {
       append<Source::kSlots>(ties, &s.taken_equal, [&](u32 position, int slot) {
         if (position < wanted) s.chosen[t.above + position] = source.index(tile, slot);
       });
     }
   }
   __syncthreads();
+}
+
+// Choose from the candidate list. Candidates lie close together: counted from their largest key's leading bit, they
+// spread over the bins of the first step.
+template <int kSlots>
+__device__ __forceinline__ void choose_candidates(int count, u32 k) {
+  Shared& s = shared();
+  const Candidates<kSlots> candidates{count};
+  const Resident<Candidates<kSlots>> resident(candidates);
+  u32 largest = 0;
+#pragma unroll
+  for (int i = 0; i < kSlots; ++i) largest = max(largest, resident.keys[i]);
+  largest = __reduce_max_sync(kFull, largest);
+  if (threadIdx.x % 32 == 0) atomicMax(&s.largest, largest);
+  __syncthreads();
+  choose(resident, k, 32 - __clz(s.largest | 1));
 }
 
 // ---------------------------------------------------------------- output
@@ -266,39 +306,55 @@ __device__ __forceinline__ void sort_chosen(int k, int length) {
   }
 }
 
-// The sampled threshold that a few more logits than k pass.
+// ---------------------------------------------------------------- long rows
+
+// Collect a row's candidates if every block of the cluster can keep its share of the keys in registers.
 template <int kVectors>
-__device__ __forceinline__ u32 sample_threshold(const float* begin, int length, u32 k, bool& usable) {
+__device__ __forceinline__ bool collect_exactly(const float* begin, int length, u32 k, int& count) {
+  const Row<kVectors, CLUSTER> share(begin, length);
+  if (share.tiles() > 1) return false;
+  const Resident<Row<kVectors, CLUSTER>> resident(share);
+  count = filter(resident, find_threshold(resident, k, kMaxCandidates, 32, WholeKey{}).key);
+  return true;
+}
+
+// Collect what passes a threshold that a few more logits than k should pass, by a sample of the row. The count is -1
+// where a sample cannot help.
+template <int kVectors>
+__device__ __forceinline__ int collect_by_sample(const float* begin, int length, u32 k) {
   // Rank in the sample that k expects, and 4 standard deviations more. Sampled logits come in vectors of 4
   // neighbours, which may all be alike: that doubles the deviation.
   constexpr int kSampled = 4 * kVectors * THREADS;
   const float expected = static_cast<float>(k) * (kSampled / static_cast<float>(length));
   const u32 rank = static_cast<u32>(expected + 8.0f * sqrtf(expected)) + 8u;
-  usable = rank < kSampled / 2;
-  if (!usable) return 0;
+  if (rank >= kSampled / 2) return -1;
   const Row<kVectors> row(begin, length);
   const Sample<kVectors> sample{row};
-  return find_threshold(Resident<Sample<kVectors>>(sample), rank, 2, WholeKey{}).key;
+  const Resident<Sample<kVectors>> resident(sample);
+  const u32 threshold = find_threshold(resident, rank, rank + rank / 16, 32, WholeKey{}).key;
+  return filter(Row<::kVectors, CLUSTER>(begin, length), threshold);
 }
 
 // Choose from a row of several tiles. Returns whether this block has the result.
 __device__ __forceinline__ bool choose_long(const float* begin, int length, u32 k) {
-  const Row<kVectors> row(begin, length);
-  bool usable;
-  const u32 threshold = length <= 32 * kTile ? sample_threshold<kSampleVectors>(begin, length, k, usable)
-                                             : sample_threshold<2 * kSampleVectors>(begin, length, k, usable);
-  const int count = usable ? filter(row, threshold) : -1;
+  int count;
+  const bool collected = CLUSTER > 1 && (collect_exactly<1>(begin, length, k, count) ||
+                                         collect_exactly<2>(begin, length, k, count) ||
+                                         collect_exactly<4>(begin, length, k, count) ||
+                                         collect_exactly<5>(begin, length, k, count));
+  if (!collected) {
+    count = length <= 32 * kTile ? collect_by_sample<kSampleVectors>(begin, length, k)
+                                 : collect_by_sample<2 * kSampleVectors>(begin, length, k);
+  }
   if (cluster_rank() != 0) return false;
   __syncthreads();
   constexpr int kSlots = kMaxCandidates / THREADS;
   if (static_cast<int>(k) <= count && count <= kMaxCandidates / 2) {
-    const Candidates<kSlots / 2> candidates{count};
-    choose(Resident<Candidates<kSlots / 2>>(candidates), k);
+    choose_candidates<kSlots / 2>(count, k);
   } else if (static_cast<int>(k) <= count && count <= kMaxCandidates) {
-    const Candidates<kSlots> candidates{count};
-    choose(Resident<Candidates<kSlots>>(candidates), k);
+    choose_candidates<kSlots>(count, k);
   } else {
-    choose(row, k);
+    choose(Row<kVectors>(begin, length), k);
   }
   return true;
 }
@@ -310,8 +366,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER_DIMS
   Shared& s = shared();
 #pragma unroll
   for (int b = 0; b < kBinsPerThread; ++b) s.histogram[b * THREADS + threadIdx.x] = 0;
-  if (threadIdx.x == 0) s.taken = s.taken_equal = 0;
+  if (threadIdx.x == 0) s.taken = s.taken_equal = s.largest = 0;
   __syncthreads();
+  if constexpr (CLUSTER > 1) cluster_arrive();
   // Nothing of the predecessor's output is read before this, and the successor may start, up to where it waits for this
   // kernel's end; it costs nothing without a dependent launch.
 #if __CUDA_ARCH__ >= 900
@@ -322,6 +379,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER_DIMS
   const int start = row_starts ? row_starts[row_number] : 0;
   const int* table = page_table;
   if (page_table) table += (page_rows ? static_cast<i64>(page_rows[row_number]) : row_number) * page_table_stride;
+  if constexpr (CLUSTER > 1) cluster_wait();  // every block has started: the first one's counters are ready
   const bool all = length <= k;
   if (all && cluster_rank() != 0) return;
   if (!all) {
