@@ -16,6 +16,7 @@ import argparse
 import json
 import random
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -147,7 +148,7 @@ def _prompt(seed: int, context: int, shared: int) -> list[int]:
 
 
 def _decode_step(server: Server, batch: int, context: int, tokens: int, shared: int) -> dict[str, Any]:
-    """Best decode step that the server logs while exactly `batch` requests run."""
+    """Median decode step that the server logs while exactly `batch` requests run."""
     seen = len(server.log_path.read_text(errors="replace"))
     sampling = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
 
@@ -159,16 +160,19 @@ def _decode_step(server: Server, batch: int, context: int, tokens: int, shared: 
         ask(0)  # into the radix cache
     with ThreadPoolExecutor(batch) as pool:
         list(pool.map(ask, range(batch)))
-    lines = _STEP.findall(server.log_path.read_text(errors="replace")[seen:])
-    rates = [float(rate) for running, rate in lines if int(running) == batch]
-    best = max(rates, default=0.0)
     return {
         "batch": batch,
         "context": context,
-        "tokens_per_second": best,
-        "step_us": round(1e6 * batch / best, 1) if best else None,
-        "log_lines": len(rates),
+        **_median_step(server.log_path.read_text(errors="replace")[seen:], batch),
     }
+
+
+def _median_step(log: str, batch: int) -> dict[str, Any]:
+    rates = [float(rate) for running, rate in _STEP.findall(log) if int(running) == batch]
+    rates = rates[1:]  # the first interval began before the batch was whole
+    median = statistics.median(rates) if rates else 0.0
+    step_us = round(1e6 * batch / median, 1) if median else None
+    return {"tokens_per_second": median, "step_us": step_us, "log_lines": len(rates)}
 
 
 def _print_served(rows: list[dict[str, Any]]) -> None:

@@ -74,7 +74,7 @@ def test_step_comes_from_lines_of_this_batch_only(tmp_path: Path) -> None:
     row = engine_h200._decode_step(Log(tmp_path / "log"), 2, 5, 4, shared=0)
     assert row["tokens_per_second"] == 250.0
     assert row["step_us"] == 8000.0
-    assert row["log_lines"] == 4
+    assert row["log_lines"] == 3
 
 
 def test_prompts_grow_and_the_cache_holds_their_longest_versions() -> None:

@@ -32,8 +32,7 @@ def _matches(value: Any, want: Any) -> bool:
     return want[0] <= value <= want[1] if isinstance(want, tuple) else value == want
 
 
-_OPS_RUN = "benchmarks/benchmark.py --config benchmarks/configs/ops.yaml, NVIDIA H200, 2026-11-21"
-_HEADS_RUN = "benchmarks/run_h200.py --configs dsa_decode dsa_prefill, NVIDIA H200, 2026-11-21"
+_RUN = "benchmarks/run_h200.py, NVIDIA H200, 2026-11-21"
 _ANY_MORE = 1 << 30
 _UNTRIED_ROCM = "rule: AITER's kernels are tuned on the hardware, ours are only compiled for it"
 _PUBLIC_ROCM = "rule: MI355X, 8 and 16 heads, Triton beat TileLang (SGLang pull requests 37847, 39106); not run here"
@@ -43,21 +42,27 @@ TABLE: tuple[Preference, ...] = (
         Preference(
             "sparse_mla.attend",
             "sm_90",
-            ("flash_mla", "triton"),
-            _HEADS_RUN,
+            ("flash_mla", "cuda", "triton"),
+            _RUN,
             {"kv": kv, "heads": heads, "tokens": (fewest, _ANY_MORE)},
         )
         for kv, heads, fewest in (
             ("packed", (33, 64), 65),
-            ("packed", (65, 128), 16),
+            ("packed", (65, 128), 17),
+            ("bf16", (17, 32), 128),
             ("bf16", (33, 64), 64),
             ("bf16", (65, 128), 32),
         )
     ),
-    Preference("sparse_mla.attend", "sm_90", ("cuda", "triton"), _OPS_RUN, {"kv": "packed"}),
-    Preference("mqa_logits.ragged", "sm_90", ("deep_gemm", "triton"), _HEADS_RUN),
-    Preference("topk.select", "sm_90", ("cuda", "triton"), _OPS_RUN),
-    Preference("dense_mla.decode", "sm_90", ("fa3", "triton"), _OPS_RUN, {"heads": (33, 128), "batch": (8, 1 << 20)}),
+    Preference("sparse_mla.attend", "sm_90", ("cuda", "triton"), _RUN, {"kv": "packed"}),
+    Preference("mqa_logits.ragged", "sm_90", ("deep_gemm", "triton"), _RUN),
+    Preference("topk.select", "sm_90", ("cuda", "triton"), _RUN),
+    Preference("dense_mla.decode", "sm_90", ("fa3", "triton"), _RUN, {"heads": (17, 32), "batch": (32, _ANY_MORE)}),
+    Preference("dense_mla.decode", "sm_90", ("fa3", "triton"), _RUN, {"heads": (33, 64), "batch": (8, _ANY_MORE)}),
+    Preference(
+        "dense_mla.decode", "sm_90", ("flash_mla", "triton"), _RUN, {"heads": (65, 128), "batch": (16, _ANY_MORE)}
+    ),
+    Preference("sparse_mla.attend", "cuda", ("cuda", "triton"), "rule: as on sm_90", {"kv": "packed"}),
     Preference("topk.select", "cuda", ("cuda", "triton"), "rule: as on sm_90"),
     Preference("mqa_logits.paged", "rocm", ("aiter", "triton"), _UNTRIED_ROCM, {"layout": "preshuffled"}),
     Preference("mqa_logits.ragged", "rocm", ("aiter", "triton"), _UNTRIED_ROCM),
