@@ -3,7 +3,7 @@
     python benchmarks/run_engine.py --out benchmarks/results/engine
     python benchmarks/run_engine.py --out results/ --only tests layers-fp8
 
-Exits 1 when a step failed or ran out of time. The steps' seconds are what they took on one H200 host, rounded up.
+Exits 1 when a step failed or ran out of time. The limits leave room above what the steps took on an H200 host.
 """
 
 from __future__ import annotations

@@ -284,11 +284,14 @@ def test_lanes_touch_nothing_unordered(case: Case, monkeypatch: pytest.MonkeyPat
         torch.cat([q_nope.flatten(), q_rope.flatten(), slots.flatten()])  # what attention reads, after the join
 
 
-@pytest.mark.parametrize("forgotten", ["fork", "join"])
+@pytest.mark.parametrize("forgotten", ["first fork", "second fork", "join"])
 def test_forgotten_waits_are_found(case: Case, monkeypatch: pytest.MonkeyPatch, forgotten: str) -> None:
     watch = LaneRaces()
     lane = watch.side()
-    setattr(lane, forgotten, lambda: None)
+    waits = {"first fork": lane.fork, "second fork": lane.fork, "join": lane.join}
+    waits[forgotten] = lambda: None
+    forks = iter((waits["first fork"], waits["second fork"]))
+    lane.fork, lane.join = lambda: next(forks)(), waits["join"]
     monkeypatch.setattr(absorb, "side_lane", lambda stream, tokens: lane)
 
     def step() -> None:

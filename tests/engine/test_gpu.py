@@ -54,8 +54,8 @@ def stock(case: tuple[str, int, str]) -> str:
 
 
 def least_cosine(case: tuple[str, int, str]) -> float:
-    """Of logits that should be the same but for rounding."""
-    return 0.99 if case in QUANTIZED else 0.999
+    """Of logits that should be the same but for rounding; attention that reads other tokens gives 0.995."""
+    return 0.997 if case in QUANTIZED else 0.999
 
 
 def _run(command: list[str], log: Path, env: dict[str, str] | None = None) -> str:
@@ -198,7 +198,7 @@ def test_replayed_graphs_agree_with_eager_steps(case: tuple[str, int, str], runs
         for batch in batches(runs, case, "nsa_plugin")
     ]
     print(name(case), "least cosine by batch", least)
-    assert all(value > least_cosine(case) for value in least)
+    assert all(value > (0.997 if case in QUANTIZED else 0.9995) for value in least)
 
 
 @pytest.mark.parametrize("case", CASES, ids=name)

@@ -7,6 +7,7 @@ import torch
 
 from nsa_backend_plugin.engine import kernels
 from nsa_backend_plugin.ops import preferences, registry, topk
+from nsa_backend_plugin.ops.arch import device_arch
 from nsa_backend_plugin.ops.topk import cuda
 from tests.conftest import HAS_GPU
 from tests.ops.common import poison
@@ -151,9 +152,11 @@ def test_select_2048(device, impl, kind, rows, columns):
 @pytest.mark.gpu
 @pytest.mark.parametrize("blocks", [2, 4, 8])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("rows, columns", [(3, 40_000), (2, 163_840), (20, 70_001), (2, 600_000)])
+@pytest.mark.parametrize("rows, columns", [(3, 30_000), (3, 40_000), (2, 163_840), (20, 70_001), (2, 600_000)])
 def test_rows_shared_by_a_cluster(device, monkeypatch, blocks, kind, rows, columns):
     """Shares of every size in registers, and larger; more clusters than fit at once."""
+    if cuda._cluster(device_arch(device), 132, 1, columns) == 1:
+        pytest.skip("no clusters on this GPU")
     monkeypatch.setattr(cuda, "_cluster", lambda *shape: blocks)
     logits = rows_of(kind, rows, columns, device)
     lengths = torch.randint(2048, columns + 1, (rows,), device=device).int()

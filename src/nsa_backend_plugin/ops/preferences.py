@@ -59,9 +59,9 @@ TABLE: tuple[Preference, ...] = (
     Preference("mqa_logits.ragged", "sm_90", ("deep_gemm", "triton"), _RUN),
     Preference("topk.select", "sm_90", ("cuda", "triton"), _RUN),
     Preference("dense_mla.decode", "sm_90", ("fa3", "triton"), _RUN, {"heads": (17, 32), "batch": (32, _ANY_MORE)}),
-    Preference("dense_mla.decode", "sm_90", ("fa3", "triton"), _RUN, {"heads": (33, 64), "batch": (8, _ANY_MORE)}),
+    # First fa3, also where the operation's adapter declines it: serving then leaves the step to SGLang's own call.
     Preference(
-        "dense_mla.decode", "sm_90", ("flash_mla", "triton"), _RUN, {"heads": (65, 128), "batch": (16, _ANY_MORE)}
+        "dense_mla.decode", "sm_90", ("fa3", "flash_mla", "triton"), _RUN, {"heads": (33, 128), "batch": (8, _ANY_MORE)}
     ),
     Preference("sparse_mla.attend", "cuda", ("cuda", "triton"), "rule: as on sm_90", {"kv": "packed"}),
     Preference("topk.select", "cuda", ("cuda", "triton"), "rule: as on sm_90"),

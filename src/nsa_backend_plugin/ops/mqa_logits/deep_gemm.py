@@ -39,7 +39,7 @@ def accepts_paged(
     if next_n not in (1, 2):
         return no(f"next_n {next_n}: 1 or 2 only")
     if next_n > 1 and context_lens.dim() == 2:
-        return no("context_lens of each query: it reads no further than the last query of a request may")
+        return no("context_lens of each query: it stops where the last query of a request does, another may see more")
     if block_table.shape[1] and block_table.stride(1) != 1:
         return no("block_table has a stride in its last dimension")
     return _accepts(q, heads)

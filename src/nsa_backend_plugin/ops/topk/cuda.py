@@ -19,9 +19,9 @@ _THREADS_FEW_ROWS, _THREADS_MANY_ROWS = 1024, 512
 #: Blocks that share a long row, by the multiprocessors that there are for each row. Rows for which no cluster is free
 #: wait: an H200 (132 multiprocessors, 2026-11-21) holds 15 clusters of 8, 30 of 4 and 66 of 2, because a cluster lies
 #: in one GPC, whose multiprocessors need not be a multiple of 8 or 4. So more than two blocks need some to spare.
-#: There, us for one row and for 8 rows of 32k (128k): 8 blocks 7.9 and 8.5 (10.4, 11.3), 4 blocks 8.4 and 8.9 (14.0,
-#: 15.4), 2 blocks 10.0 and 10.6 (17.5, 19.8), one block 12.0 and 12.6 (22.4, 23.9). 16 rows of 32k: 4 blocks 9.2, 8
-#: blocks, in two waves, 12.9. Rows of one tile gain nothing at 8k and under 1 us at 16k.
+#: In a trial there, us for one row and for 8 rows of 32k (128k): 8 blocks 7.9 and 8.5 (10.4, 11.3), 4 blocks 8.4 and
+#: 8.9 (14.0, 15.4), 2 blocks 10.0 and 10.6 (17.5, 19.8), one block 12.0 and 12.6 (22.4, 23.9). 16 rows of 32k: 4 blocks
+#: 9.2, 8 blocks, in two waves, 12.9. Rows of one tile gain nothing at 8k and under 1 us at 16k.
 _CLUSTERS = {8: 10, 4: 5, 2: 2}
 #: Wider rows may be long: topk.cu streams what exceeds one tile of registers.
 _TILE = 16 * _THREADS_FEW_ROWS
