@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 # and of the servers that differ in layout, page size or patches each release has a part.
 ON_PRIMARY := -k "not mla-page1-patched"
 ON_NEWEST := -k "not (whole or page64-chunked or preshuffled)" \
-	$(patsubst %,--ignore=tests/engine/test_%.py,ladder accuracy demo)
+	$(patsubst %,--ignore=tests/engine/test_%.py,ladder accuracy demo gpu_probe)
 
 .PHONY: help setup setup-test setup-primary setup-newest demo serve doctor check test test-unit test-engine test-engine-newest test-patched test-gpu clean
 

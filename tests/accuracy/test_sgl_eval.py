@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -78,8 +80,16 @@ def test_failed_questions_are_asked_again(program, chat, tmp_path):
     assert len((tmp_path / "out" / "questions.jsonl").read_text().splitlines()) == 1
 
 
+@pytest.fixture
+def in_the_background() -> Iterator[None]:
+    """SIGINT is ignored, as in a program that a script starts in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.timeout(300)
-def test_a_dead_server_ends_it(program, chat, tmp_path):
+def test_a_dead_server_ends_it(program, chat, tmp_path, in_the_background):
     (program / "hang").touch()
     with pytest.raises(AskError, match="left 6 of 6"):
         ask(chat, tmp_path / "out", alive=lambda: not (program / "calls").exists())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import shutil
@@ -108,7 +109,8 @@ def answer_all(
 
 
 def _run(command: list[str], alive: Callable[[], bool]) -> int:
-    process = subprocess.Popen(command)
+    # A program started in the background ignores SIGINT, and what it starts would inherit that.
+    process = subprocess.Popen(command, preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL))
     try:
         while True:
             try:

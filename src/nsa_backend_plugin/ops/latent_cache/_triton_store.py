@@ -321,8 +321,8 @@ def store(
 def compile_cases(arch: str) -> Iterator[CompileCase]:
     packs = has_e4m3(arch) and arch_fp8_dtype(arch) == PACKED_FP8
     for kind, possible in (("bf16", True), ("fp8", has_e4m3(arch)), ("packed", packs)):
-        for tokens in (64, 8192) if possible else ():
-            for is_neox in (False, True):
+        for tokens, rotations in ((64, (False, True)), (8192, (True,))) if possible else ():
+            for is_neox in rotations:
                 yield _store_case(arch, kind, is_neox, tokens)
 
 
