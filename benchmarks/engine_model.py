@@ -92,9 +92,9 @@ def config(family: str, heads: int, layers: int, quantized: bool = True) -> dict
     return base
 
 
-#: Of o_proj, by model type since YaRN sharpens the softmax: attention adds about 3% to the residual stream. A wrong
-#: output is seen in the logits (cosine 0.995), the few tokens at the edge of the top-k that rounding exchanges are not,
-#: although in a random model they weigh as much as any other.
+#: Of o_proj, by model type since YaRN sharpens the softmax: by estimate attention adds 3% to the residual stream. A
+#: wrong output is seen in the logits (cosine about 0.995), the few tokens at the edge of the top-k that rounding
+#: exchanges are not, although in a random model they weigh as much as any other.
 _OUTPUT_GAIN = {"deepseek_v32": 0.25, "deepseek_v3": 0.25, "glm_moe_dsa": 0.9}
 
 

@@ -11,6 +11,7 @@ from nsa_backend_plugin.ops.arch import fp8_dtype
 from nsa_backend_plugin.ops.sparse_mla import reference
 from tests.conftest import HAS_GPU
 from tests.ops.common import assert_close, poison
+from tests.ops.implementations import run as or_skip
 
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 QUERY_DIM = 576
@@ -88,12 +89,7 @@ def run(impl: str, arguments: dict) -> tuple[torch.Tensor, torch.Tensor]:
     size = sparse_mla.workspace_bytes(max(tokens, 1), heads, arguments["indices"].shape[1], q.device)
     workspace = torch.full((size,), 0xFF, dtype=torch.uint8, device=q.device)
     out = poison(tokens, heads, 512, dtype=q.dtype, device=q.device)
-    try:
-        return sparse_mla.attend(**arguments, out=out, workspace=workspace, return_lse=True, impl=impl)
-    except ValueError as error:
-        if impl != "triton" and "forced implementation cannot run" in str(error):
-            pytest.skip(str(error))
-        raise
+    return or_skip(sparse_mla.attend, impl, **arguments, out=out, workspace=workspace, return_lse=True)
 
 
 def compare(actual: tuple[torch.Tensor, torch.Tensor], want: tuple[torch.Tensor, torch.Tensor], bar: float) -> None:

@@ -50,10 +50,15 @@ def _variant(arch: str, cores: int, rows: int, columns: int, deterministic: bool
     return _Variant(_THREADS_FEW_ROWS, _cluster(arch, cores, rows, columns), deterministic)
 
 
+def _clusters(arch: str) -> dict[int, int]:
+    """_CLUSTERS where the architecture has clusters: from sm_90 on."""
+    return _CLUSTERS if int(arch[3:]) >= 90 else {}
+
+
 def _cluster(arch: str, cores: int, rows: int, columns: int) -> int:
-    if columns <= _TILE or int(arch[3:]) < 90:
+    if columns <= _TILE:
         return 1
-    return next((blocks for blocks, share in _CLUSTERS.items() if rows * share <= cores), 1)
+    return next((blocks for blocks, share in _clusters(arch).items() if rows * share <= cores), 1)
 
 
 def _defines(variant: _Variant) -> dict[str, int]:
@@ -68,7 +73,7 @@ def _defines(variant: _Variant) -> dict[str, int]:
 
 def _variants(arch: str) -> list[_Variant]:
     """All that `_variant` can select."""
-    clusters = (1, *_CLUSTERS) if int(arch[3:]) >= 90 else (1,)
+    clusters = (1, *_clusters(arch))
     return [
         _Variant(threads, cluster, deterministic)
         for threads, cluster in ((_THREADS_MANY_ROWS, 1), *((_THREADS_FEW_ROWS, c) for c in clusters))
