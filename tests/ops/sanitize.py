@@ -136,6 +136,7 @@ def latent_calls() -> Iterator[Call]:
                 k_rope_out=randn(tokens, 64),
                 q_rope=q[..., 512:],
                 q_all=q,
+                norm_weight=randn(512),
                 impl="triton",
             )
             yield f"latent store {kind} {tokens}", call

@@ -11,7 +11,7 @@ from nsa_backend_plugin.ops import latent_cache
 from nsa_backend_plugin.ops.arch import fp8_dtype
 from nsa_backend_plugin.ops.latent_cache import aiter
 from tests.ops import fake_aiter
-from tests.ops.common import poison
+from tests.ops.common import assert_close, poison
 from tests.ops.implementations import others, run
 
 PACKED = torch.float8_e4m3fn
@@ -107,6 +107,32 @@ def test_store_without_rotation(impl, dtype, kind, device):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("kind", ["bf16", "fp8", "packed"])
+@pytest.mark.parametrize("impl", others("latent_cache.store"))
+def test_store_normalizes_the_key(impl, kind, device):
+    """Sums in another order move a value across a rounding edge now and then: close, not the same bytes."""
+    if kind == "packed" and fp8_dtype(device) != PACKED:
+        pytest.skip("the packed layout is e4m3fn")
+    weight = torch.randn(512, device=device).to(torch.bfloat16)
+    for tokens in (1, 13, 600):
+        call = Call(kind, tokens, 2, device)
+        options = {"norm_weight": weight, "norm_eps": 1e-3, "is_neox": True}
+        (actual, *rotated), (expected, *want) = (call.run(name, **options) for name in (impl, "torch"))
+        for a, b in zip(rotated, want, strict=True):
+            assert torch.equal(a, b)
+        kept = call.slots[call.slots >= 0]
+        assert (actual.index_fill(0, kept, 0x7F) == 0x7F).all()
+        values = [as_values(cache[kept], kind)[:, :512] for cache in (actual, expected)]
+        assert_close(*values, 1e-5)
+
+
+def as_values(rows: torch.Tensor, kind: str) -> torch.Tensor:
+    """[n, 576] float32 of cache bytes [n, 1, width]."""
+    if kind == "packed":
+        return latent_cache.dequantize(rows[:, 0].contiguous(), impl="torch").float()
+    return rows[:, 0].view(torch.bfloat16 if kind == "bf16" else fp8_dtype(rows.device)).float()
+
+
 @pytest.mark.parametrize("impl", others("latent_cache.store"))
 def test_store_of_no_tokens(impl, device):
     call = Call("bf16", 0, 4, device)
@@ -167,7 +193,13 @@ def test_aiter_is_called_as_it_wants(heads, is_neox, kind, scale, monkeypatch):
     options |= {"kind": kind, "k_rope_out": None}
     accepts = functools.partial(aiter.accepts_store, k_nope, k_rope, empty_cache(kind, 27, call.device), call.slots)
     assert accepts(**options).ok
-    for change in ({"k_rope_out": torch.empty(7, 64)}, {"positions": None}, {"kind": "packed"}):
+    changes = (
+        {"k_rope_out": torch.empty(7, 64)},
+        {"positions": None},
+        {"kind": "packed"},
+        {"norm_weight": torch.ones(512)},
+    )
+    for change in changes:
         declined = accepts(**{**options, **change})
         assert not declined.ok
         assert declined.reason

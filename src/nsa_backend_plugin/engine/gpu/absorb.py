@@ -8,9 +8,8 @@ those of speculative decoding (verification of drafts, the draft model's extend)
     fork
     q_b_proj                                             query prep, logits, top-k
     W_UK product, straight into q_all[..., :512]
-    kv_a norm
-    RoPE of q into q_all[..., 512:], RoPE + quantize
-    + write of the latent row: one kernel
+    RoPE of q into q_all[..., 512:], norm + RoPE
+    + quantize + write of the latent row: one kernel
     join
 
 The main stream's kernel is issued first after each fork, and the side stream waits before q_b_proj is issued:
@@ -167,8 +166,12 @@ def _prepare(
     q_all = q.new_empty(q.shape[0], q.shape[1], value_dim + attn.qk_rope_head_dim)
     torch.bmm(q[..., :nope_dim].transpose(0, 1), rocm.key_weight(attn), out=q_all[..., :value_dim].transpose(0, 1))
     cache = pool.get_key_buffer(attn.layer_id)
+    norm, k_nope = attn.kv_a_layernorm, latent[:, :value_dim]
+    fused_norm = {"norm_weight": norm.weight, "norm_eps": norm.variance_epsilon}
+    if rocm.on_rocm():  # AITER's write does not normalize
+        k_nope, fused_norm = norm(k_nope), {}
     latent_cache.store(
-        attn.kv_a_layernorm(latent[:, :value_dim]),
+        k_nope,
         latent[:, value_dim:],
         cache,
         forward_batch.out_cache_loc,
@@ -178,6 +181,7 @@ def _prepare(
         q_rope=q[..., nope_dim:],
         q_all=q_all,
         kv_scale=plain_fp8_scale(cache),
+        **fused_norm,
     )
     lane.join()
     return q_all, slots

@@ -88,11 +88,14 @@ def store(
     k_rope_out: torch.Tensor | None = None,
     q_rope: torch.Tensor | None = None,
     q_all: torch.Tensor | None = None,
+    norm_weight: torch.Tensor | None = None,
+    norm_eps: float = 1e-6,
     impl: str | None = None,
 ) -> None:
-    """Write new tokens into the latent cache: RoPE of the key (and query), quantization and the write in one step.
+    """Write new tokens into the latent cache: norm and RoPE of the key (RoPE of the query), quantization and the write.
 
-    k_nope: [T, 512] and k_rope: [T, 64] bf16/fp16/fp32, normalized, unrotated, rows strided freely.
+    k_nope: [T, 512] and k_rope: [T, 64] bf16/fp16/fp32, unrotated, rows strided freely.
+    norm_weight: [512], float: RMS norm of k_nope first, rounded to its dtype; None writes k_nope as it is.
     cache: [slots, 1, 576] unquantized, or plain fp8 with kv_scale (byte = value / kv_scale), or [slots, 1, 656]
     packed; written in place. slots: [T] int32/int64, negative = skip the write.
     positions: [T], cos_sin_cache: [max_position, 64] fp32 (cosines, then sines): rotate k_rope (and q_rope) first;
@@ -140,6 +143,10 @@ def store(
         checks.inner_contiguous("q_rope", q_rope)
         checks.inner_contiguous("q_all", q_all)
         heads = q_rope.shape[1]
+    if norm_weight is not None:
+        checks.tensor("norm_weight", norm_weight, (value_dim,), checks.FLOAT_DTYPES, k_nope.device)
+        checks.contiguous("norm_weight", norm_weight)
+    checks.require(norm_eps > 0, "norm_eps", norm_eps, "a positive number")
     _store(
         impl,
         k_nope.device,
@@ -156,4 +163,6 @@ def store(
         k_rope_out=k_rope_out,
         q_rope=q_rope,
         q_all=q_all,
+        norm_weight=norm_weight,
+        norm_eps=norm_eps,
     )

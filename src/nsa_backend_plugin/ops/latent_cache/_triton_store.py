@@ -74,6 +74,8 @@ def _write_nope(
     nope_ptr,
     cache_ptr,
     slots_ptr,
+    norm_weight_ptr,
+    norm_eps,
     kv_scale,
     first_token,
     tokens,
@@ -95,6 +97,13 @@ def _write_nope(
     slot = tl.load(slots_ptr + token * slots_stride, mask=inside, other=-1).to(tl.int64)
     dim = tile * TILE + tl.arange(0, TILE)[None, :]
     x = tl.load(nope_ptr + token * nope_stride + dim, mask=inside, other=0.0)
+    if norm_weight_ptr is not None:
+        dtype = x.dtype
+        x = x.to(tl.float32)
+        squares = tl.sum(tl.reshape(tl.sum(x * x, axis=1), [BLOCK, TILES]), axis=1, keep_dims=True)
+        inverse = tl.rsqrt(squares / NOPE + norm_eps)
+        inverse = tl.reshape(tl.broadcast_to(inverse, [BLOCK, TILES]), [BLOCK * TILES, 1])
+        x = (x * inverse * tl.load(norm_weight_ptr + dim).to(tl.float32)).to(dtype)
     row_ptr = cache_ptr + slot * ROW
     if KIND == "packed":
         x = x.to(tl.bfloat16).to(tl.float32)
@@ -172,6 +181,8 @@ def _store_kernel(
     k_rope_out_ptr,  # [tokens, ROPE] or None
     q_rope_ptr,  # [tokens, heads, ROPE] or None
     q_out_ptr,  # as q_rope_ptr
+    norm_weight_ptr,  # [NOPE] or None
+    norm_eps,
     kv_scale,
     tokens,
     heads,
@@ -203,6 +214,8 @@ def _store_kernel(
             nope_ptr,
             cache_ptr,
             slots_ptr,
+            norm_weight_ptr,
+            norm_eps,
             kv_scale,
             first_token,
             tokens,
@@ -280,6 +293,8 @@ def store(
     k_rope_out: torch.Tensor | None,
     q_rope: torch.Tensor | None,
     q_all: torch.Tensor | None,
+    norm_weight: torch.Tensor | None,
+    norm_eps: float,
 ) -> None:
     tokens, nope = k_nope.shape
     if tokens == 0:
@@ -300,6 +315,8 @@ def store(
         k_rope_out,
         q_rope,
         q_rope_out,
+        norm_weight,
+        norm_eps,
         kv_scale,
         tokens,
         heads,
@@ -329,18 +346,19 @@ def compile_cases(arch: str) -> Iterator[CompileCase]:
 def _store_case(arch: str, kind: str, is_neox: bool, tokens: int) -> CompileCase:
     block, warps = _config(tokens)
     row = packed_latent_bytes(LATENT_DIM + ROPE_DIM) if kind == "packed" else LATENT_DIM + ROPE_DIM
-    pointers = dict.fromkeys(("nope_ptr", "rope_ptr", "k_rope_out_ptr", "q_rope_ptr", "q_out_ptr"), "*bf16")
+    bf16 = ("nope_ptr", "rope_ptr", "k_rope_out_ptr", "q_rope_ptr", "q_out_ptr", "norm_weight_ptr")
+    pointers = dict.fromkeys(bf16, "*bf16")
     pointers |= dict(cache_ptr="*bf16" if kind == "bf16" else "*u8", cos_sin_ptr="*fp32")
     pointers |= dict(slots_ptr="*i64", positions_ptr="*i64")
     strides = ("nope_stride", "rope_stride", "k_rope_out_stride", "q_stride_t", "q_stride_h", "q_out_stride_t")
     numbers = dict.fromkeys(("tokens", "heads", "slots_stride", "positions_stride", *strides, "q_out_stride_h"), "i32")
-    scale = {"kv_scale": "fp32"} if kind == "fp8" else {}
+    floats = {"norm_eps": "fp32", **({"kv_scale": "fp32"} if kind == "fp8" else {})}
     constants = _store_constants(kind, LATENT_DIM, ROPE_DIM, row, block, arch_fp8_dtype(arch))
     return CompileCase(
         f"store.{kind}.{'neox' if is_neox else 'interleaved'}.T{tokens}",
         _store_kernel,
-        pointers | numbers | scale,
-        {**constants, "NEOX": is_neox, "EARLY": launches_early(arch), **({} if scale else {"kv_scale": None})},
+        pointers | numbers | floats,
+        {**constants, "NEOX": is_neox, "EARLY": launches_early(arch), **({} if kind == "fp8" else {"kv_scale": None})},
         num_warps=warps,
         divisible=(*pointers, *strides, "q_out_stride_h"),
         options=_EXACT_ROPE,

@@ -26,8 +26,11 @@ def accepts_store(
     kind: str,
     positions: torch.Tensor | None,
     k_rope_out: torch.Tensor | None,
+    norm_weight: torch.Tensor | None = None,
     **_,
 ) -> Support:
+    if norm_weight is not None:
+        return no("does not normalize")
     if positions is None:
         return no("always rotates")
     if k_rope_out is not None:
@@ -51,6 +54,7 @@ def store(
     k_rope_out: torch.Tensor | None,
     q_rope: torch.Tensor | None,
     q_all: torch.Tensor | None,
+    **_: object,  # the norm, which accepts_store declines
 ) -> None:
     from aiter.ops.triton.fused_kv_cache import fused_qk_rope_cat_and_cache_mla
 

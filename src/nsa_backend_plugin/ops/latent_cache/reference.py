@@ -59,7 +59,12 @@ def store(
     k_rope_out: torch.Tensor | None,
     q_rope: torch.Tensor | None,
     q_all: torch.Tensor | None,
+    norm_weight: torch.Tensor | None,
+    norm_eps: float,
 ) -> None:
+    if norm_weight is not None:
+        x = k_nope.float()
+        k_nope = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm_eps) * norm_weight.float()).to(k_nope.dtype)
     if positions is not None and cos_sin_cache is not None:
         cos_sin = cos_sin_cache[positions.long()]
         k_rope = apply_rope(k_rope, cos_sin, is_neox).to(k_rope.dtype)
