@@ -17,8 +17,8 @@ from tests.engine.lane_races import LaneRaces
 pytest.importorskip("sglang", reason="needs SGLang")
 absorb = pytest.importorskip("nsa_backend_plugin.engine.gpu.absorb")
 dsa_backend = pytest.importorskip("nsa_backend_plugin.engine.gpu.dsa_backend")
-quantize_once = pytest.importorskip("nsa_backend_plugin.engine.gpu.quantize_once")
 gpu_indexer = pytest.importorskip("nsa_backend_plugin.engine.gpu.indexer")
+query_projection = pytest.importorskip("nsa_backend_plugin.engine.gpu.query_projection")
 prefill = pytest.importorskip("nsa_backend_plugin.engine.gpu.prefill")
 scratch = pytest.importorskip("nsa_backend_plugin.engine.gpu.scratch")
 
@@ -63,7 +63,13 @@ class Case:
     """A layer, a backend and a batch, all made of CPU tensors; `log` records the order of issue."""
 
     def __init__(
-        self, monkeypatch: pytest.MonkeyPatch, packed: bool, is_neox: bool, mode: str = "decode", per_request: int = 1
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        packed: bool,
+        is_neox: bool,
+        mode: str = "decode",
+        per_request: int = 1,
+        merged: bool = True,
     ):
         self.log: list[str] = []
         self.tokens = len(LENGTHS) * per_request
@@ -105,10 +111,14 @@ class Case:
             q_a_layernorm=Norm(Q_LORA),
             kv_a_layernorm=Norm(512),
             q_b_proj=q_b,
+            num_local_heads=HEADS,
+            qk_head_dim=NOPE + 64,
             q_b_proj_forward=q_b_proj,
             w_kc=torch.randn(HEADS, NOPE, 512).to(torch.bfloat16),
             should_run_indexer=lambda previous: True,
         )
+        if merged:
+            query_projection.merge(self.attn)
         width, dtype = (packed_latent_bytes(576), torch.uint8) if packed else (576, torch.bfloat16)
         self.latent = torch.zeros(PAGES * 64, 1, width, dtype=dtype)
         self.index_pages = torch.randint(0, 120, (PAGES, index_page_bytes()), dtype=torch.uint8)
@@ -239,7 +249,9 @@ def test_cat_skip_is_a_view_and_bitwise_equal(case: Case, monkeypatch: pytest.Mo
     assert torch.isfinite(fused).all()
 
 
-def test_main_lane_is_issued_first_and_joined_last(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("merged", [False, True])
+def test_main_lane_is_issued_first_and_joined_last(monkeypatch: pytest.MonkeyPatch, merged: bool) -> None:
+    case = Case(monkeypatch, packed=True, is_neox=True, merged=merged)
     log = case.log
 
     class Lane:
@@ -263,22 +275,20 @@ def test_main_lane_is_issued_first_and_joined_last(case: Case, monkeypatch: pyte
         return run
 
     monkeypatch.setattr(absorb, "side_lane", lambda stream, tokens: Lane())
-    monkeypatch.setattr(absorb, "shared_input", logged("quantize", absorb.shared_input))  # read on both lanes
-    monkeypatch.setattr(absorb.latent_cache, "store", logged("latent", latent_cache.store))
-    monkeypatch.setattr(gpu_indexer.indexer_prep, "key_store", logged("key", indexer_prep.key_store))
-    monkeypatch.setattr(gpu_indexer.topk, "select", logged("topk", topk.select))
-    monkeypatch.setattr(gpu_indexer, "project_query", logged("wq_b", gpu_indexer.project_query))
+    for module, name in ((indexer_prep, "key_store"), (topk, "select"), (latent_cache, "store"), (torch, "bmm")):
+        monkeypatch.setattr(module, name, logged(name, getattr(module, name)))
+    monkeypatch.setattr(query_projection, "project", logged("project", query_projection.project))
     case.prepare()
-    first, second = ["key", "side", "wq_b", "main"], ["q_b_proj", "side", "topk", "main"]
-    assert log == ["quantize", "fork", *first, "fork", *second, "side", "main", "latent", "join"]
+    separate = [] if merged else ["q_b_proj"]
+    first, second = ["project", "side", "key_store", "main"], [*separate, "bmm", "store", "side", "select", "main"]
+    assert log == ["fork", *first, "fork", *second, "join"]
 
 
 def test_lanes_touch_nothing_unordered(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     watch = LaneRaces()
     monkeypatch.setattr(absorb, "side_lane", lambda stream, tokens: watch.side())
-    monkeypatch.setattr(absorb, "shared_input", lambda x, *projections: x.clone())  # on the CPU nothing is quantized
-    monkeypatch.setattr(absorb, "_project_q", lambda attn, q_lora, q_input: attn.q_b_proj_forward(q_input))
     with watch:
+        case.hidden = case.hidden.clone()  # written on the main lane
         q_rope, _, q_nope, *_, slots, _, _ = case.prepare()
         assert {lane for lane, _, _ in watch.writes.values()} == {"main", "side"}
         torch.cat([q_nope.flatten(), q_rope.flatten(), slots.flatten()])  # what attention reads, after the join
@@ -295,6 +305,7 @@ def test_forgotten_waits_are_found(case: Case, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(absorb, "side_lane", lambda stream, tokens: lane)
 
     def step() -> None:
+        case.hidden = case.hidden.clone()
         *_, slots, _, _ = case.prepare()
         slots.clone()
 
@@ -345,30 +356,76 @@ def test_layers_that_reuse_top_k_run_no_indexer(case: Case) -> None:
     assert torch.equal(case.index_pages, pages)
 
 
-class DeepGemmLinear:
-    """A projection that SGLang runs as block-fp8 DeepGEMM, by name."""
+class BlockFp8Linear:
+    """A projection that SGLang runs as block-fp8 DeepGEMM, told by its function's name."""
 
     def __init__(self, rows: int):
-        def deepgemm_w8a8_block_fp8_linear_with_fallback() -> None: ...
+        def deepgemm_w8a8_block_fp8_linear_with_fallback(
+            input: torch.Tensor, weight: torch.Tensor, block_size: list[int], weight_scale: torch.Tensor
+        ) -> torch.Tensor:
+            assert block_size == [128, 128]
+            blocks = weight_scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
+            return input @ (weight.float() * blocks).t()
 
         self.quant_method = SimpleNamespace(w8a8_block_fp8_linear=deepgemm_w8a8_block_fp8_linear_with_fallback)
-        self.weight = torch.empty(rows, 256)
+        self.weight = torch.nn.Parameter(torch.randn(rows, 256).to(torch.float8_e4m3fn), requires_grad=False)
+        self.weight_scale_inv = torch.nn.Parameter(torch.rand(-(-rows // 128), 2) + 0.5, requires_grad=False)
+
+    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        run = self.quant_method.w8a8_block_fp8_linear
+        return run(input=x, weight=self.weight, block_size=[128, 128], weight_scale=self.weight_scale_inv), None
 
 
-def test_input_is_quantized_once_where_every_projection_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels = pytest.importorskip("sglang.kernels.ops.quantization.fp8_kernel")
-    calls: list[dict[str, Any]] = []
+def a_layer(q_b_proj: Any, wq_b: Any) -> SimpleNamespace:
+    indexer = SimpleNamespace(wq_b=wq_b, n_heads=2, head_dim=128)
+    return SimpleNamespace(q_b_proj=q_b_proj, indexer=indexer, num_local_heads=4, qk_head_dim=64)
 
-    def quantize(x: torch.Tensor, group: int, **options: Any) -> tuple[str, str]:
-        calls.append({"group": group, **options})
-        return "values", "scales"
 
-    monkeypatch.setattr(kernels, "sglang_per_token_group_quant_fp8", quantize)
-    x = torch.randn(2, 256)
-    assert quantize_once.shared_input(x, DeepGemmLinear(64), DeepGemmLinear(128)) == ("values", "scales")
-    assert calls == [{"group": 128, "column_major_scales": True, "scale_tma_aligned": True}]
-    assert quantize_once.shared_input(x, DeepGemmLinear(64), Linear(64, 256)) is x
-    assert quantize_once.shared_input(x, DeepGemmLinear(64), DeepGemmLinear(65)) is x
+@pytest.mark.parametrize("kind", ["bf16", "fp8"])
+def test_query_projections_merge_and_follow_an_update(kind: str) -> None:
+    layers = [BlockFp8Linear(256), BlockFp8Linear(256)] if kind == "fp8" else [Linear(256, 256), Linear(256, 256)]
+    attn = a_layer(*layers)
+    x = torch.randn(5, 256).to(torch.float32 if kind == "fp8" else torch.bfloat16)
+    apart = [layer(x)[0] for layer in layers]
+    query_projection.merge(attn)
+    for update in (False, True):
+        if update:  # as SGLang's loaders write
+            for layer in layers:
+                layer.weight.data.copy_(torch.randn(256, 256))
+            apart = [layer(x)[0] for layer in layers]
+            query_projection.merge(attn)  # another backend of the same model: graphs keep the first matrix
+        q, index_query = query_projection.project(attn, x)
+        torch.testing.assert_close(q, apart[0].view(5, 4, 64))
+        torch.testing.assert_close(index_query, apart[1].view(5, 2, 128))
+
+
+def test_query_projections_stay_apart_where_one_gemm_cannot_take_both() -> None:
+    biased, packed_scales = BlockFp8Linear(256), BlockFp8Linear(256)
+    biased.bias = torch.zeros(256)
+    packed_scales.weight_scale_inv = torch.zeros(256, 1, dtype=torch.int32)
+    others = [biased, packed_scales, Linear(256, 256), BlockFp8Linear(192)]
+    for other in others:
+        attn = a_layer(other, BlockFp8Linear(256))
+        query_projection.merge(attn)
+        x = torch.randn(5, 256)
+        q, index_query = query_projection.project(attn, x)
+        assert q is None
+        torch.testing.assert_close(index_query, attn.indexer.wq_b(x)[0].view(5, 2, 128))
+
+
+def test_a_wrapped_projection_is_called_itself() -> None:
+    """As LoRA wraps layers after the model was loaded."""
+    attn = a_layer(Linear(256, 256), Linear(256, 256))
+    query_projection.merge(attn)
+    x = torch.randn(5, 256).to(torch.bfloat16)
+    merged = attn.q_b_proj
+    attn.q_b_proj = SimpleNamespace(weight=merged.weight)
+    assert query_projection.project(attn, x)[0] is None
+    attn.q_b_proj, wq_b = merged, attn.indexer.wq_b
+    attn.indexer.wq_b = lambda x: (wq_b(x)[0] + 1, None)
+    q, index_query = query_projection.project(attn, x)
+    assert q is None
+    torch.testing.assert_close(index_query, wq_b(x)[0].view(5, 2, 128) + 1)
 
 
 def an_indexer(wk: Any, gate: torch.Tensor) -> SimpleNamespace:

@@ -41,13 +41,14 @@ def calls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
 @pytest.mark.parametrize("arch", FLAVOURS)
 @pytest.mark.parametrize("kv", ["bf16", "fp8"])
 def test_query_and_latent_row_of_one_step(calls: list, arch: str, kv: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case(monkeypatch, packed=False, is_neox=False)
+    case = Case(monkeypatch, packed=False, is_neox=False, merged=False)
     if kv == "fp8":
         case.latent = torch.zeros(PAGES * 64, 1, 576).to(FLAVOURS[arch])
     empty = case.latent.clone()
     q_rope, _, q_nope, *_ = case.prepare()
     want, case.latent = case.latent, empty
 
+    monkeypatch.setattr(rocm, "on_rocm", lambda: True)
     monkeypatch.setattr(registry, "device_arch", lambda device: arch)
     monkeypatch.setattr("nsa_backend_plugin.ops.arch.device_arch", lambda device: arch)  # read by fp8_dtype
     got_rope, _, got_nope, *_ = case.prepare()
@@ -66,7 +67,7 @@ def test_query_and_latent_row_of_one_step(calls: list, arch: str, kv: str, monke
 @pytest.mark.parametrize("dtype", FLAVOURS.values(), ids=str)
 def test_fp8_checkpoints_take_the_fused_path(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """SGLang keeps their W_UK in fp8 with one scale on ROCm, and its fused norms hand over (fp8, scale, bf16)."""
-    case = Case(monkeypatch, packed=False, is_neox=True)
+    case = Case(monkeypatch, packed=False, is_neox=True, merged=False)
     monkeypatch.setattr(rocm, "on_rocm", lambda: True)
     monkeypatch.setattr(gpu_indexer, "device_arch", lambda device: "gfx950")
     monkeypatch.setattr(gpu_indexer, "_copied", set())

@@ -61,12 +61,23 @@ def _gpu_backend(runner: Any) -> Any:
 
         return NsaPluginMLABackend(runner)
     from nsa_backend_plugin.engine.gpu.dsa_backend import NsaPluginDSABackend
-    from nsa_backend_plugin.engine.gpu.indexer import merge_all_projections
 
     hooks.install("gpu_dsa")
     if not rocm.on_rocm():
-        merge_all_projections(runner.model)
+        _merge_projections(runner.model)
     return NsaPluginDSABackend(runner)
+
+
+def _merge_projections(model: Any) -> None:
+    """Two projections of one input as one GEMM, in every layer with an indexer, after the weights were loaded."""
+    from nsa_backend_plugin.engine.gpu import indexer, query_projection
+
+    for attn in model.modules():
+        if getattr(attn, "indexer", None) is not None:
+            indexer.merge_projection(attn.indexer)
+            if attn.q_lora_rank is not None:
+                query_projection.merge(attn)
+    torch.cuda.empty_cache()  # what the weights occupied before
 
 
 def _report(device: torch.device, backend: str) -> None:

@@ -2,20 +2,19 @@
 those of speculative decoding (verification of drafts, the draft model's extend), where requests have several queries.
 
     main stream                                          side stream
-    q_a norm, its quantization for q_b_proj and wq_b
     fork
-    wk | weights_proj GEMM, key prep and store           wq_b
+    q_a norm, quantization                               wk | weights_proj GEMM
+    q_b_proj | wq_b GEMM                                 key prep and store
     fork
-    q_b_proj                                             query prep, logits, top-k
-    W_UK product, straight into q_all[..., :512]
+    W_UK product, straight into q_all[..., :512]         query prep, logits, top-k
     RoPE of q into q_all[..., 512:], norm + RoPE
     + quantize + write of the latent row: one kernel
     join
 
-The main stream's kernel is issued first after each fork, and the side stream waits before q_b_proj is issued:
-inside graph capture the other order spreads the side lane over many streams. The key's path is on the main lane
-because the side lane is the longer one. q_all is complete when the layer's
-attention gets its two halves, so `concat.q_all` is a view there and nothing is concatenated (the cat-skip path).
+The main stream's kernels are issued first after each fork: inside graph capture the other order spreads the side lane
+over many streams. Where q_b_proj and wq_b cannot be one GEMM, q_b_proj follows the second fork. q_all is complete when
+the layer's attention gets its two halves, so `concat.q_all` is a view there and nothing is concatenated (the cat-skip
+path).
 """
 
 from __future__ import annotations
@@ -37,10 +36,9 @@ from sglang.srt.models.deepseek_common.attention_forward_methods.forward_mla imp
 )
 
 from nsa_backend_plugin.engine.gpu import indexer as indexer_path
-from nsa_backend_plugin.engine.gpu import rocm
+from nsa_backend_plugin.engine.gpu import query_projection, rocm
 from nsa_backend_plugin.engine.gpu.dsa_backend import NsaPluginDSABackend, plain_fp8_scale
 from nsa_backend_plugin.engine.gpu.dual_stream import side_lane
-from nsa_backend_plugin.engine.gpu.quantize_once import shared_input
 from nsa_backend_plugin.ops import latent_cache
 
 logger = logging.getLogger(__name__)
@@ -142,26 +140,19 @@ def _prepare(
     q_lora, latent = (
         get_attn_tp_context().fetch_qkv_latent().split([attn.q_lora_rank, value_dim + attn.qk_rope_head_dim], dim=-1)
     )
-    q_lora = attn.q_a_layernorm(q_lora)
-    runs_indexer = attn.should_run_indexer(prev_topk_indices)
-    q_input = shared_input(q_lora, attn.q_b_proj, indexer.wq_b) if runs_indexer else q_lora
-
     lane = side_lane(attn.alt_stream, q_lora.shape[0])
     lane.fork()
-    slots = prev_topk_indices
+    q_lora = attn.q_a_layernorm(q_lora)
+    q = None
+    runs_indexer = attn.should_run_indexer(prev_topk_indices)
     if runs_indexer:
-        key, head_gate = indexer_path.project(indexer, hidden_states)
-        indexer_path.store_key(indexer, key, positions, forward_batch.out_cache_loc, pool)
+        q, index_query = query_projection.project(attn, q_lora)
         with lane:
-            query = indexer_path.project_query(indexer, q_input)
-        lane.fork()  # behind the key's store, before q_b_proj
-        q = _project_q(attn, q_lora, q_input)
-        with lane:
-            slots = indexer_path.select_slots(indexer, query, head_gate, positions, backend, per_request)
-    else:
-        q = _project_q(attn, q_lora, q_input)
-    with lane:
-        slots = maybe_capture_indexer_topk(attn.layer_id, slots)
+            key, head_gate = indexer_path.project(indexer, hidden_states)
+            indexer_path.store_key(indexer, key, positions, forward_batch.out_cache_loc, pool)
+        lane.fork()
+    if q is None:
+        q = attn.q_b_proj_forward(q_lora)
 
     q_all = q.new_empty(q.shape[0], q.shape[1], value_dim + attn.qk_rope_head_dim)
     torch.bmm(q[..., :nope_dim].transpose(0, 1), rocm.key_weight(attn), out=q_all[..., :value_dim].transpose(0, 1))
@@ -183,14 +174,10 @@ def _prepare(
         kv_scale=plain_fp8_scale(cache),
         **fused_norm,
     )
+    slots = prev_topk_indices
+    with lane:
+        if runs_indexer:
+            slots = indexer_path.select_slots(indexer, index_query, head_gate, positions, backend, per_request)
+        slots = maybe_capture_indexer_topk(attn.layer_id, slots)
     lane.join()
     return q_all, slots
-
-
-def _project_q(
-    attn: Any, q_lora: torch.Tensor, q_input: torch.Tensor | tuple[torch.Tensor, torch.Tensor]
-) -> torch.Tensor:
-    """[T, heads, nope + rope]; SGLang's own choice of GEMM unless the input is quantized already."""
-    if q_input is q_lora:
-        return attn.q_b_proj_forward(q_lora)
-    return attn.q_b_proj(q_input)[0].view(-1, attn.num_local_heads, attn.qk_head_dim)

@@ -1,7 +1,7 @@
 """The indexer of one decode step, or of one step that verifies drafts: several queries for each request.
 
     needs hidden_states:  wk | weights_proj as one GEMM; key norm + RoPE + Hadamard + fp8 + store
-    needs q_lora:         wq_b
+    needs q_lora:         wq_b (`query_projection`)
     needs both:           query RoPE + Hadamard + fp8 + gate scaling; logits; top-k to slots
 
 All of it keeps stock's K representation (Hadamard or not, fp32 scales), because on CUDA prefill writes the same pages
@@ -54,13 +54,6 @@ def _dequantized(wk: Any) -> torch.Tensor:
         block = wk.quant_method.quant_config.weight_block_size
         weight = block_quant_dequant(weight, wk.weight_scale_inv, block, torch.bfloat16)
     return weight.to(torch.bfloat16)
-
-
-def merge_all_projections(model: Any) -> None:
-    """`merge_projection` for every indexer of a model, after its weights were loaded."""
-    for module in model.modules():
-        if type(module).__name__ == "Indexer":
-            merge_projection(module)
 
 
 def refuse_weight_update(original: Callable[..., str | None], *model: Any) -> str | None:
@@ -126,11 +119,6 @@ def store_key(indexer: Any, key: torch.Tensor, positions: torch.Tensor, slots: t
         layout=layout,
         page_size=pool.page_size,
     )
-
-
-def project_query(indexer: Any, q_input: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """[T, heads, 128] from q_lora, quantized already or not."""
-    return indexer.wq_b(q_input)[0].view(-1, indexer.n_heads, indexer.head_dim)
 
 
 def quantize_query(
