@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 #: Folders below `ops/`, in the order in which a request meets them.
 OPERATIONS = (
+    "norm_quant",
     "indexer_prep",
     "index_key_cache",
     "mqa_logits",

@@ -10,7 +10,7 @@ import torch
 
 from nsa_backend_plugin.engine import index_cache
 from nsa_backend_plugin.layouts import index_page_bytes, packed_latent_bytes
-from nsa_backend_plugin.ops import concat, indexer_prep, latent_cache, mqa_logits, sparse_mla, topk
+from nsa_backend_plugin.ops import concat, indexer_prep, latent_cache, mqa_logits, norm_quant, sparse_mla, topk
 from nsa_backend_plugin.ops.rotary import apply_rope
 from tests.engine.lane_races import LaneRaces
 
@@ -361,71 +361,78 @@ class BlockFp8Linear:
 
     def __init__(self, rows: int):
         def deepgemm_w8a8_block_fp8_linear_with_fallback(
-            input: torch.Tensor, weight: torch.Tensor, block_size: list[int], weight_scale: torch.Tensor
+            input: torch.Tensor,
+            weight: torch.Tensor,
+            block_size: list[int],
+            weight_scale: torch.Tensor,
+            input_scale: torch.Tensor,
         ) -> torch.Tensor:
             assert block_size == [128, 128]
-            blocks = weight_scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
-            return input @ (weight.float() * blocks).t()
+            x = input.float() * input_scale.repeat_interleave(128, 1)
+            return x @ dequantized(weight, weight_scale).t()
 
         self.quant_method = SimpleNamespace(w8a8_block_fp8_linear=deepgemm_w8a8_block_fp8_linear_with_fallback)
         self.weight = torch.nn.Parameter(torch.randn(rows, 256).to(torch.float8_e4m3fn), requires_grad=False)
         self.weight_scale_inv = torch.nn.Parameter(torch.rand(-(-rows // 128), 2) + 0.5, requires_grad=False)
 
-    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
-        run = self.quant_method.w8a8_block_fp8_linear
-        return run(input=x, weight=self.weight, block_size=[128, 128], weight_scale=self.weight_scale_inv), None
+
+def dequantized(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return weight.float() * scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
 
 
 def a_layer(q_b_proj: Any, wq_b: Any) -> SimpleNamespace:
     indexer = SimpleNamespace(wq_b=wq_b, n_heads=2, head_dim=128)
-    return SimpleNamespace(q_b_proj=q_b_proj, indexer=indexer, num_local_heads=4, qk_head_dim=64)
+    return SimpleNamespace(
+        q_b_proj=q_b_proj, indexer=indexer, num_local_heads=4, qk_head_dim=64, q_a_layernorm=Norm(256)
+    )
 
 
 @pytest.mark.parametrize("kind", ["bf16", "fp8"])
 def test_query_projections_merge_and_follow_an_update(kind: str) -> None:
     layers = [BlockFp8Linear(256), BlockFp8Linear(256)] if kind == "fp8" else [Linear(256, 256), Linear(256, 256)]
     attn = a_layer(*layers)
-    x = torch.randn(5, 256).to(torch.float32 if kind == "fp8" else torch.bfloat16)
-    apart = [layer(x)[0] for layer in layers]
-    query_projection.merge(attn)
+    q_lora = torch.randn(5, 300).to(torch.bfloat16)[:, :256]  # a slice, as it comes
+
+    def expected(layer: Any) -> torch.Tensor:
+        if kind == "bf16":
+            return layer(attn.q_a_layernorm(q_lora))[0]
+        values, scales = norm_quant.rms(q_lora, attn.q_a_layernorm.weight, impl="torch")
+        return (
+            values.float().mul(scales.repeat_interleave(128, 1)) @ dequantized(layer.weight, layer.weight_scale_inv).t()
+        )
+
     for update in (False, True):
         if update:  # as SGLang's loaders write
             for layer in layers:
                 layer.weight.data.copy_(torch.randn(256, 256))
-            apart = [layer(x)[0] for layer in layers]
-            query_projection.merge(attn)  # another backend of the same model: graphs keep the first matrix
-        q, index_query = query_projection.project(attn, x)
-        torch.testing.assert_close(q, apart[0].view(5, 4, 64))
-        torch.testing.assert_close(index_query, apart[1].view(5, 2, 128))
+        before = [layer.weight.float() for layer in layers]
+        query_projection.merge(attn)  # again by another backend of the same model: graphs keep the first matrix
+        assert all(torch.equal(layer.weight.float(), weight) for layer, weight in zip(layers, before, strict=True))
+        q, index_query = query_projection.project(attn, q_lora)
+        torch.testing.assert_close(q, expected(layers[0]).view(5, 4, 64))
+        torch.testing.assert_close(index_query, expected(layers[1]).view(5, 2, 128))
 
 
 def test_query_projections_stay_apart_where_one_gemm_cannot_take_both() -> None:
     biased, packed_scales = BlockFp8Linear(256), BlockFp8Linear(256)
     biased.bias = torch.zeros(256)
     packed_scales.weight_scale_inv = torch.zeros(256, 1, dtype=torch.int32)
-    others = [biased, packed_scales, Linear(256, 256), BlockFp8Linear(192)]
-    for other in others:
+    for other in (biased, packed_scales, Linear(256, 256), BlockFp8Linear(192)):
         attn = a_layer(other, BlockFp8Linear(256))
         query_projection.merge(attn)
-        x = torch.randn(5, 256)
-        q, index_query = query_projection.project(attn, x)
-        assert q is None
-        torch.testing.assert_close(index_query, attn.indexer.wq_b(x)[0].view(5, 2, 128))
+        assert query_projection.project(attn, torch.randn(5, 256)) is None
 
 
-def test_a_wrapped_projection_is_called_itself() -> None:
+def test_wrapped_projections_are_not_bypassed() -> None:
     """As LoRA wraps layers after the model was loaded."""
     attn = a_layer(Linear(256, 256), Linear(256, 256))
     query_projection.merge(attn)
     x = torch.randn(5, 256).to(torch.bfloat16)
-    merged = attn.q_b_proj
-    attn.q_b_proj = SimpleNamespace(weight=merged.weight)
-    assert query_projection.project(attn, x)[0] is None
-    attn.q_b_proj, wq_b = merged, attn.indexer.wq_b
-    attn.indexer.wq_b = lambda x: (wq_b(x)[0] + 1, None)
-    q, index_query = query_projection.project(attn, x)
-    assert q is None
-    torch.testing.assert_close(index_query, wq_b(x)[0].view(5, 2, 128) + 1)
+    assert query_projection.project(attn, x) is not None
+    attn.indexer.wq_b, wq_b = SimpleNamespace(weight=attn.indexer.wq_b.weight), attn.indexer.wq_b
+    assert query_projection.project(attn, x) is None
+    attn.indexer.wq_b, attn.q_b_proj = wq_b, SimpleNamespace(weight=attn.q_b_proj.weight)
+    assert query_projection.project(attn, x) is None
 
 
 def an_indexer(wk: Any, gate: torch.Tensor) -> SimpleNamespace:
@@ -443,8 +450,7 @@ def test_merged_projection_dequantizes_fp8_blocks_and_refuses_updates(monkeypatc
     gpu_indexer.merge_projection(indexer)
     x = torch.randn(3, 256).to(torch.bfloat16)
     key, gate = gpu_indexer.project(indexer, x)
-    dequantized = (quantized.float() * scale.repeat_interleave(128, 1)).to(torch.bfloat16).float()
-    torch.testing.assert_close(key, x.float() @ dequantized.t())
+    torch.testing.assert_close(key, x.float() @ dequantized(quantized, scale).to(torch.bfloat16).float().t())
     torch.testing.assert_close(gate, x.float() @ indexer.weights_proj.weight.float().t())
     assert "wk is torch.float8_e4m3fn" in gpu_indexer.refuse_weight_update(lambda: None)
     assert gpu_indexer.refuse_weight_update(lambda model: "another reason", object()) == "another reason"

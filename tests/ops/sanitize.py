@@ -29,6 +29,7 @@ from nsa_backend_plugin.ops import (
     indexer_prep,
     latent_cache,
     mqa_logits,
+    norm_quant,
     registry,
     sparse_mla,
     topk,
@@ -140,6 +141,7 @@ def latent_calls() -> Iterator[Call]:
                 impl="triton",
             )
             yield f"latent store {kind} {tokens}", call
+    yield "norm", partial(norm_quant.rms, randn(33, 2112)[:, :1536], randn(1536), impl="triton")
     yield "concat q", partial(concat.q_all, randn(5, 12, 512), randn(5, 12, 64), impl="triton")
     yield "concat k", partial(concat.mla_k, randn(5, 128, 128), randn(5, 1, 64), impl="triton")
 

@@ -14,6 +14,7 @@ from nsa_backend_plugin.ops import (
     indexer_prep,
     latent_cache,
     mqa_logits,
+    norm_quant,
     sparse_mla,
     topk,
 )
@@ -75,6 +76,7 @@ VALID = {
         positions=ints(2),
         cos_sin_cache=torch.zeros(9, 64),
     ),
+    norm_quant.rms: lambda: dict(x=torch.zeros(2, 256), weight=torch.zeros(256)),
     concat.q_all: lambda: dict(q_nope=torch.zeros(2, 4, 512), q_rope=torch.zeros(2, 4, 64)),
     concat.mla_k: lambda: dict(k_nope=torch.zeros(2, 4, 128), k_rope=torch.zeros(2, 1, 64)),
     indexer_prep.query: lambda: dict(
@@ -169,6 +171,11 @@ BAD = [
     (latent_cache.store, "cos_sin_cache", torch.zeros(9, 32), "cos_sin_cache.shape[1]=32: expected k_rope's width"),
     (latent_cache.store, "kv_scale", 1.0, "kv_scale=1.0: expected a float with a plain fp8 cache, else None"),
     (latent_cache.store, "q_rope", torch.zeros(2, 4, 64), "expected given with q_all"),
+    (norm_quant.rms, "x", torch.zeros(2, 200), "x.shape[1]=200: expected a multiple of 128"),
+    (norm_quant.rms, "x", ints(2, 256), "x has dtype torch.int32: expected torch.bfloat16 or"),
+    (norm_quant.rms, "x", torch.zeros(256, 2).T, "x has strides (1, 2): expected stride 1"),
+    (norm_quant.rms, "weight", torch.zeros(128), "weight has shape [128]: expected [256]"),
+    (norm_quant.rms, "eps", 0.0, "eps=0.0: expected a positive number"),
     (concat.q_all, "q_rope", torch.zeros(2, 5, 64), "q_rope has shape [2, 5, 64]: expected [2, 4, any]"),
     (concat.q_all, "q_rope", torch.zeros(2, 4, 64).half(), "q_rope has dtype torch.float16: expected torch.float32"),
     (concat.mla_k, "k_rope", torch.zeros(2, 4, 64), "k_rope has shape [2, 4, 64]: expected [2, 1, any]"),

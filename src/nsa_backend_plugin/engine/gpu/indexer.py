@@ -121,6 +121,11 @@ def store_key(indexer: Any, key: torch.Tensor, positions: torch.Tensor, slots: t
     )
 
 
+def project_query(indexer: Any, q_lora: torch.Tensor) -> torch.Tensor:
+    """[T, heads, 128] from the normalized q_lora."""
+    return indexer.wq_b(q_lora)[0].view(-1, indexer.n_heads, indexer.head_dim)
+
+
 def quantize_query(
     indexer: Any, query: torch.Tensor, head_gate: torch.Tensor, positions: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""The two projections of q_lora, q_b_proj and the indexer's wq_b, as one GEMM over one quantization of its input."""
+"""q_b_proj and the indexer's wq_b as one GEMM over one input: q_lora, normalized and for fp8 weights quantized."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from nsa_backend_plugin.ops import norm_quant
+
 _MERGED = "_nsa_plugin_q_b_wq_b"
-_BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -21,10 +22,17 @@ class _Merged:
     scale: torch.Tensor | None
     fp8_linear: Callable[..., torch.Tensor] | None
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, q_lora: torch.Tensor, norm: Any) -> torch.Tensor:
         if self.fp8_linear is None:
-            return x @ self.weight.t()
-        return self.fp8_linear(input=x, weight=self.weight, block_size=[_BLOCK, _BLOCK], weight_scale=self.scale)
+            return norm(q_lora) @ self.weight.t()
+        values, scales = norm_quant.rms(q_lora, norm.weight, eps=norm.variance_epsilon)
+        return self.fp8_linear(
+            input=values,
+            weight=self.weight,
+            block_size=[norm_quant.GROUP] * 2,
+            weight_scale=self.scale,
+            input_scale=scales,
+        )
 
 
 def merge(attn: Any) -> None:
@@ -62,16 +70,22 @@ def _is_block_fp8(projection: Any) -> bool:
         return False
     rows, columns = projection.weight.shape
     scale = projection.weight_scale_inv  # packed as int32 on Blackwell
-    return scale.dtype == torch.float32 and (rows, columns) == (scale.shape[0] * _BLOCK, scale.shape[1] * _BLOCK)
+    return scale.dtype == torch.float32 and (rows, columns) == (
+        scale.shape[0] * norm_quant.GROUP,
+        scale.shape[1] * norm_quant.GROUP,
+    )
 
 
-def project(attn: Any, q_lora: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """(q [T, heads, nope + rope], or None where the layers are not merged; index query [T, index heads, 128])."""
+def project(attn: Any, q_lora: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """(q [T, heads, nope + rope], index query [T, index heads, 128]) of q_lora before its norm.
+
+    None where the layers are not merged, or one was wrapped since, as LoRA does.
+    """
     indexer = attn.indexer
-    merged = getattr(attn.q_b_proj, _MERGED, None)  # a LoRA wrapper of q_b_proj has none
+    merged = getattr(attn.q_b_proj, _MERGED, None)
     if merged is None or merged.wq_b is not indexer.wq_b:
-        return None, indexer.wq_b(q_lora)[0].view(-1, indexer.n_heads, indexer.head_dim)
-    both = merged(q_lora)
+        return None
+    both = merged(q_lora, attn.q_a_layernorm)
     rows = attn.num_local_heads * attn.qk_head_dim
     return (
         both[:, :rows].view(-1, attn.num_local_heads, attn.qk_head_dim),

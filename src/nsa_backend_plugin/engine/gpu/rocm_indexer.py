@@ -53,7 +53,7 @@ def store_and_select(
         return None
     if forward_batch.seq_lens.numel() == 0:  # an idle data-parallel rank
         return torch.full((key.shape[0], indexer.index_topk), -1, dtype=torch.int32, device=key.device)
-    query = indexer.wq_b(q_lora)[0].view(-1, indexer.n_heads, indexer.head_dim)
+    query = steps.project_query(indexer, q_lora)
     if forward_batch.forward_mode.is_decode_or_idle():
         return steps.select_slots(indexer, query, head_gate, positions, backend)
     return _select_prefill(backend, indexer, query, head_gate, positions)

@@ -1,0 +1,93 @@
+"""Triton kernel of the quantizing RMS norm: one program per token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+
+from nsa_backend_plugin.ops import early_launch
+from nsa_backend_plugin.ops.arch import device_arch, launches_early
+from nsa_backend_plugin.ops.early_launch import await_predecessor
+from nsa_backend_plugin.ops.support import Support
+from nsa_backend_plugin.ops.triton_quant import accepts_fp8, arch_fp8_dtype, fp8_constants, scale_from_amax, to_fp8
+from nsa_backend_plugin.ops.triton_support import CompileCase, available, has_e4m3
+
+__all__ = ["accepts_rms", "available", "compile_cases", "rms"]
+
+_WARPS = 4
+
+
+@triton.jit
+def _rms_kernel(
+    x_ptr,  # [tokens, GROUPS * GROUP]
+    weight_ptr,
+    values_ptr,  # bytes, contiguous
+    scales_ptr,  # [GROUPS, scales_stride], a token's scales in a column
+    eps,
+    x_stride,
+    scales_stride,
+    GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,  # power of two, at least GROUPS
+    FP8: tl.constexpr,
+    FP8_MAX: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    group = tl.arange(0, ROWS)
+    inside = (group < GROUPS)[:, None]
+    dim = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    await_predecessor(EARLY)
+    x = tl.load(x_ptr + token * x_stride + dim, mask=inside, other=0.0)
+    weight = tl.load(weight_ptr + dim, mask=inside, other=0.0).to(tl.float32)
+    wide = x.to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(tl.sum(wide * wide, axis=1)) / (GROUPS * GROUP) + eps)
+    normalized = (wide * inverse * weight).to(x.dtype).to(tl.float32)
+    scale = scale_from_amax(tl.max(tl.abs(normalized), axis=1), FP8_MAX, UE8M0=False)
+    tl.store(scales_ptr + group * scales_stride + token, scale, mask=group < GROUPS)
+    quantized = to_fp8(normalized, scale[:, None], FP8, FP8_MAX, UE8M0=False)
+    tl.store(values_ptr + token * (GROUPS * GROUP) + dim, quantized, mask=inside)
+
+
+def accepts_rms(x: torch.Tensor, weight: torch.Tensor, *, values: torch.Tensor, **_: object) -> Support:
+    return accepts_fp8(x.device, values.dtype)
+
+
+def rms(x: torch.Tensor, weight: torch.Tensor, *, eps: float, values: torch.Tensor, scales: torch.Tensor) -> None:
+    tokens, groups = scales.shape
+    if tokens == 0:
+        return
+    _rms_kernel[(tokens,)](
+        x,
+        weight,
+        values.view(torch.uint8),
+        scales,
+        eps,
+        x.stride(0),
+        scales.stride(1),
+        **_constants(groups, x.shape[1] // groups, values.dtype),
+        num_warps=_WARPS,
+        **early_launch.options(device_arch(x.device)),
+    )
+
+
+def _constants(groups: int, group: int, dtype: torch.dtype) -> dict[str, object]:
+    return dict(GROUPS=groups, GROUP=group, ROWS=triton.next_power_of_2(groups), **fp8_constants(dtype))
+
+
+def compile_cases(arch: str) -> Iterator[CompileCase]:
+    if not has_e4m3(arch):
+        return
+    pointers = dict(x_ptr="*bf16", weight_ptr="*bf16", values_ptr="*u8", scales_ptr="*fp32")
+    for width in (1536, 2048):
+        yield CompileCase(
+            f"rms.{width}",
+            _rms_kernel,
+            pointers | dict(eps="fp32", x_stride="i32", scales_stride="i32"),
+            _constants(width // 128, 128, arch_fp8_dtype(arch)) | {"EARLY": launches_early(arch)},
+            num_warps=_WARPS,
+            divisible=(*pointers, "x_stride"),
+        )

@@ -1,0 +1,71 @@
+"""Every implementation of the quantizing RMS norm against the reference in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nsa_backend_plugin.layouts import fp8_max
+from nsa_backend_plugin.ops import norm_quant
+from tests.ops.common import cosine_distance
+from tests.ops.implementations import others, run
+
+IMPLS = ["torch", *others("norm_quant.rms")]
+
+
+def inputs(tokens: int, width: int, device: torch.device, dtype=torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [tokens, width], a slice of wider rows of magnitudes 1e-3 to 1e3; weight [width]."""
+    x = torch.randn(tokens, width + 576, device=device) * 10 ** (6 * torch.rand(tokens, 1, device=device) - 3)
+    return x.to(dtype)[:, :width], torch.rand(width, device=device).to(dtype) + 0.5
+
+
+def normalized(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    x = x.double()
+    return x / torch.sqrt(x.square().mean(-1, keepdim=True) + eps) * weight.double()
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 5, 64])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_values_times_scales_are_the_norm(impl, tokens, device):
+    for width, dtype in [(1536, torch.bfloat16), (128, torch.float16), (2048, torch.bfloat16), (640, torch.float32)]:
+        x, weight = inputs(tokens, width, device, dtype)
+        values, scales = run(norm_quant.rms, impl, x, weight, eps=1e-5)
+        assert values.shape == x.shape
+        assert scales.shape == (tokens, width // 128)
+        if tokens == 0:
+            continue
+        want = normalized(x, weight, 1e-5)
+        limit = fp8_max(values.dtype)
+        amax = want.abs().unflatten(-1, (-1, 128)).amax(-1)
+        torch.testing.assert_close(scales.double(), amax / limit, rtol=0.01, atol=0)  # rounded to bf16 before
+        got = values.double().unflatten(-1, (-1, 128)) * scales.double()[..., None]
+        assert cosine_distance(got.flatten(1), want) < 5e-4
+        assert (got.flatten(1) - want).abs().max() <= amax.max() / 16  # half a unit of e4m3, and bf16's rounding
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_columns_of_scales_are_aligned(impl, device):
+    for tokens in (1, 4, 7):
+        _, scales = run(norm_quant.rms, impl, *inputs(tokens, 512, device))
+        assert scales.stride() == (1, -(-tokens // 4) * 4)
+        assert scales.data_ptr() % 16 == 0
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_zeros_have_the_smallest_scale(impl, device):
+    x, weight = inputs(3, 256, device)
+    x[1] = 0
+    values, scales = run(norm_quant.rms, impl, x, weight)
+    assert not values[1].float().any()
+    torch.testing.assert_close(scales[1], torch.full_like(scales[1], 1e-4 / fp8_max(values.dtype)))
+    assert values[[0, 2]].float().abs().amax(-1).min() == fp8_max(values.dtype)
+
+
+@pytest.mark.parametrize("impl", others("norm_quant.rms"))
+def test_bytes_are_the_references(impl, device):
+    """But for sums in another order, which may turn a rounding."""
+    x, weight = inputs(40, 1536, device)
+    values, scales = run(norm_quant.rms, impl, x, weight)
+    want, want_scales = norm_quant.rms(x, weight, impl="torch")
+    assert (values.view(torch.uint8) == want.view(torch.uint8)).float().mean() > 0.98
+    torch.testing.assert_close(scales, want_scales, rtol=2**-7, atol=0)
