@@ -30,6 +30,8 @@ _MERGE_LANE_SPLITS = 4  # splits that one lane of the merge takes
 #: What a block costs beside its tiles, and a split's merge, in the time of a tile.
 _OVERHEAD_TILES = 4
 _MAX_WAVES = 2  # of blocks, if a token is split
+#: Blocks of the decode up to which the merge starts at once: beside more, its waiting blocks take places from them.
+_MERGE_WAITS_BLOCKS = 64
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,7 @@ def attend(
         heads=heads,
         topk=topk,
         splits=splits,
+        merge_waits=tokens * groups * splits <= _MERGE_WAITS_BLOCKS,
     )
     cuda_jit.launch(
         _decode_kernel(arch, config),
@@ -201,6 +204,7 @@ class _DecodeArguments(ctypes.Structure):
         ("heads", ctypes.c_int),
         ("topk", ctypes.c_int),
         ("splits", ctypes.c_int),
+        ("merge_waits", ctypes.c_int),
     )
 
 

@@ -56,6 +56,7 @@ struct Arguments {
   float scale_log2;  // softmax scale * log2(e)
   float lse_unit;    // `lse` is a base-2 logarithm times this: 1 to be merged, ln(2) for the caller
   int heads, topk, splits;
+  int merge_waits;  // whether the merge may start at once and wait
 };
 
 // Where a thread stands: its warp (and thereby its chunk of the values), its row and column in a matrix fragment.
@@ -353,6 +354,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) packed_deco
     present[stage] = __ballot_sync(~0u, first_slots[stage] >= 0);
   }
 
+  if (a.merge_waits) let_next_kernel_start();
   Queries q;
   load_queries(a, token, first_head, at, q);
   SoftmaxRow row(at);
@@ -395,6 +397,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) packed_deco
     }
     accumulate_values(shared, at, pending, sums);
   }
-  let_next_kernel_start();  // not earlier: its waiting blocks would take places from this kernel's last ones
+  let_next_kernel_start();
   write_result(shared, a, token, split, first_head, at, row, value_peak, sums);
 }
