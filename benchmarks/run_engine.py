@@ -45,6 +45,11 @@ MEASUREMENTS = {
         "served --family=v3 --kv=auto --shapes 1:8192 16:8192 64:8192 "
         "--arms nsa_plugin fa3 'nsa_plugin NSA_PLUGIN_DENSE_MLA_IMPL=triton' triton",
     ),
+    "served-v3-128": (
+        250,
+        "served --family=v3 --kv=auto --heads=128 --shapes 64:8192 "
+        "--arms 'nsa_plugin NSA_PLUGIN_DENSE_MLA_IMPL=triton' triton",
+    ),
     "memory": (200, "served --layers=4 --label=memory --shared=130000 --shapes 64:131072"),
 }
 #: Arguments of the probe that runs under compute-sanitizer.
