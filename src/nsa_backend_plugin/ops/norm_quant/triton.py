@@ -12,12 +12,12 @@ from nsa_backend_plugin.ops import early_launch
 from nsa_backend_plugin.ops.arch import device_arch, launches_early
 from nsa_backend_plugin.ops.early_launch import await_predecessor
 from nsa_backend_plugin.ops.support import Support
-from nsa_backend_plugin.ops.triton_quant import accepts_fp8, arch_fp8_dtype, fp8_constants, scale_from_amax, to_fp8
+from nsa_backend_plugin.ops.triton_quant import accepts_fp8, arch_fp8_dtype, fp8_constants, scale_from_amax
 from nsa_backend_plugin.ops.triton_support import CompileCase, available, has_e4m3
 
 __all__ = ["accepts_rms", "available", "compile_cases", "rms"]
 
-_WARPS = 4
+_WARPS = 8  # 16 groups of 128 values: 8 values a lane, one load
 
 
 @triton.jit
@@ -48,7 +48,8 @@ def _rms_kernel(
     normalized = (wide * inverse * weight).to(x.dtype).to(tl.float32)
     scale = scale_from_amax(tl.max(tl.abs(normalized), axis=1), FP8_MAX, UE8M0=False)
     tl.store(scales_ptr + group * scales_stride + token, scale, mask=group < GROUPS)
-    quantized = to_fp8(normalized, scale[:, None], FP8, FP8_MAX, UE8M0=False)
+    # By the reciprocal: a division for each value would double the kernel's instructions, and cold ones are its time.
+    quantized = tl.clamp(normalized * (1.0 / scale)[:, None], -FP8_MAX, FP8_MAX).to(FP8).to(tl.uint8, bitcast=True)
     tl.store(values_ptr + token * (GROUPS * GROUP) + dim, quantized, mask=inside)
 
 
