@@ -191,6 +191,20 @@ def _sglang_latent_store(problem: Problem) -> Call:
     return call
 
 
+def _sglang_norm_quant(problem: Problem) -> Call:
+    """Two kernels, the norm and the quantization of its result."""
+    from flashinfer.norm import rmsnorm
+    from sglang.kernels.ops.quantization.fp8_kernel import sglang_per_token_group_quant_fp8
+
+    weight = problem.extra["weight"]
+
+    def call(item: torch.Tensor) -> Any:
+        normalized = rmsnorm(item, weight, 1e-6)
+        return sglang_per_token_group_quant_fp8(normalized, 128, column_major_scales=True, scale_tma_aligned=True)
+
+    return call
+
+
 def _sglang_quantize(problem: Problem) -> Call:
     from sglang.kernels.ops.attention.dsa.quant_k_cache import quantize_k_cache
 
@@ -236,6 +250,7 @@ PEERS = {
         Peer("indexer_prep", "sglang_kernels", _sglang_prep, ("sglang",)),
         Peer("index_store", "sglang_fused_store", _sglang_index_store, ("sglang",)),
         Peer("latent_store", "sglang_two_kernels", _sglang_latent_store, ("sglang",)),
+        Peer("norm_quant", "sglang_two_kernels", _sglang_norm_quant, ("sglang", "flashinfer")),
         Peer("latent_quantize", "sglang_quantize", _sglang_quantize, ("sglang",)),
         Peer("concat_k", "sglang_jit", _sglang_concat, ("sglang",)),
         Peer("concat_k", "torch_cat", _torch_cat, gpu=False),

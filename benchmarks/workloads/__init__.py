@@ -21,6 +21,7 @@ WORKLOADS: dict[str, Workload] = {
         caches.INDEX_STORE,
         caches.INDEX_GATHER,
         caches.LATENT_STORE,
+        caches.NORM_QUANT,
         caches.QUANTIZE,
         caches.DEQUANTIZE,
         concat.MLA_K,

@@ -1,4 +1,4 @@
-"""Writers of the caches: indexer preparation, the stores, and the packing of whole rows; and the gather of index keys.
+"""Writers of fp8: indexer preparation, stores, packing of whole rows, the quantizing norm; and the index keys' gather.
 
 The caches hold random rows before the call, so a row that was not written cannot pass the check.
 """
@@ -12,7 +12,7 @@ import torch
 from clock import input_sets
 
 from nsa_backend_plugin.layouts import INDEX_PAGE_SIZE
-from nsa_backend_plugin.ops import index_key_cache, indexer_prep, latent_cache
+from nsa_backend_plugin.ops import index_key_cache, indexer_prep, latent_cache, norm_quant
 from nsa_backend_plugin.ops.index_key_cache import reference as index_reference
 from nsa_backend_plugin.ops.latent_cache import reference as latent_reference
 from workloads import base
@@ -281,6 +281,34 @@ def _rows_problem(params: Mapping[str, Any], device: torch.device, run, check, b
     )
 
 
+def build_norm_quant(params: Mapping[str, Any], device: torch.device) -> Problem:
+    """RMS norm of q_lora, a slice of the projection's output, quantized for the next GEMM."""
+    tokens, width = params["tokens"], params["width"]
+    weight = (torch.rand(width, device=device) + 0.5).to(torch.bfloat16)
+    touched = tokens * width * 3
+    sets = input_sets(touched, tokens * width, device, at_least=params["min_sets"])
+
+    def run(impl: str | None, item: torch.Tensor, poison: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        return norm_quant.rms(item, weight, impl=impl)
+
+    def dequantized(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        return values.float() * scales.repeat_interleave(norm_quant.GROUP, 1)
+
+    def check(out: tuple[torch.Tensor, torch.Tensor], item: torch.Tensor) -> float:
+        return base.cosine_distance(dequantized(*out), dequantized(*run("torch", item, False)))
+
+    return Problem(
+        inputs=[_bf16(tokens, width + base.HEAD_DIM, device=device)[:, :width] for _ in range(sets)],
+        run=run,
+        check=check,
+        bar=base.FP8_BAR,
+        checked=f"all {tokens} rows, dequantized, against torch float32",
+        bytes=touched,
+        flops=0,
+        extra={"weight": weight},
+    )
+
+
 PREP = Workload(
     "indexer_prep",
     ("indexer_prep.query", "indexer_prep.key_store"),
@@ -309,6 +337,7 @@ LATENT_STORE = Workload(
     {"tokens": 64, "kv": "packed", "rope": True, "pool_slots": 1_000_000, "min_sets": 2},
     same_job=("rope",),
 )
+NORM_QUANT = Workload("norm_quant", ("norm_quant.rms",), build_norm_quant, {"tokens": 64, "width": 1536, "min_sets": 2})
 QUANTIZE = Workload("latent_quantize", ("latent_cache.quantize",), build_quantize, {"tokens": 64, "min_sets": 2})
 DEQUANTIZE = Workload(
     "latent_dequantize", ("latent_cache.dequantize",), build_dequantize, {"tokens": 64, "min_sets": 2}

@@ -19,6 +19,9 @@ runs when the backend is created, `gpu` then as well, on a GPU, and `gpu_dsa` th
 public registration function, `append` adds to a list that SGLang shares, `hook` wraps a function, `op` registers a
 module's forward for our platform, `subclass` derives from a class.
 
+Of a DSA model's weights it changes where they lie, on NVIDIA: q_b_proj and the indexer's wq_b become views of one
+matrix, and in bf16 checkpoints its wk and weights_proj of another, so that one GEMM reads each input.
+
 | name | stage | kind | target | why | releases | upstream |
 |---|---|---|---|---|---|---|
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from types import TracebackType
 
@@ -66,6 +67,14 @@ class SideLane(Serial):
         self._main.wait_stream(self._side)
 
 
-def side_lane(side: torch.cuda.Stream | None, tokens: int) -> Serial:
-    """A lane on `side` if the schedule is on and the model has a side stream, else the serial one."""
-    return Serial() if side is None or not enabled(tokens) else SideLane(side)
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Of high priority, unlike the model's: a step waits for this lane's kernels, so theirs are the free places."""
+    return torch.cuda.Stream(device, priority=-1)
+
+
+def side_lane(model_stream: torch.cuda.Stream | None, tokens: int) -> Serial:
+    """A second lane if the schedule is on and the model has a side stream, else the serial one."""
+    if model_stream is None or not enabled(tokens):
+        return Serial()
+    return SideLane(_side_stream(model_stream.device))
