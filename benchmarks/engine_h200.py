@@ -126,7 +126,10 @@ def served(options: argparse.Namespace) -> int:
             rows += _serve_arm(arm, model, args, shapes, options)
             _write(options, "served", {"rows": rows})
     _print_served(rows)
-    return 0
+    unmeasured = [f"{row['arm']} {row['batch']}:{row['context']}" for row in rows if row["step_us"] is None]
+    if unmeasured:  # the requests ended before all of a batch ran
+        print(f"no decode step of the whole batch in the log: {', '.join(unmeasured)}; expected more --tokens")
+    return int(bool(unmeasured))
 
 
 def _serve_arm(
