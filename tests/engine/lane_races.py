@@ -14,7 +14,7 @@ class LaneRaces(TorchDispatchMode):
     """Both modes at once: the lane that the schedule issues to, and a watch over every torch operation.
 
     Raises AssertionError where an operation touches what an operation of the other lane wrote, or writes what it read,
-    without a fork or join between them.
+    without a fork or join between them. Storage is never reused here, so races over reused storage are not seen.
     """
 
     def __init__(self) -> None:

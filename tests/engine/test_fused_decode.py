@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,7 +40,7 @@ def forward_mode(name: str) -> SimpleNamespace:
 
 
 class Norm(torch.nn.Module):
-    variance_epsilon = 1e-6
+    variance_epsilon = 1e-3  # nobody's default
 
     def __init__(self, width: int, bias: bool = False):
         super().__init__()
@@ -48,11 +49,18 @@ class Norm(torch.nn.Module):
             self.bias = torch.nn.Parameter(torch.randn(width), requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return (x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6) * self.weight).to(x.dtype)
+        return (
+            x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.variance_epsilon) * self.weight
+        ).to(x.dtype)
+
+
+class UnquantizedLinearMethod:
+    """SGLang's, by name."""
 
 
 class Linear:
     def __init__(self, outputs: int, inputs: int):
+        self.quant_method = UnquantizedLinearMethod()
         self.weight = (torch.randn(outputs, inputs) * inputs**-0.5).to(torch.bfloat16)
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -167,7 +175,10 @@ class Case:
         )
 
 
-@pytest.fixture(params=[(packed, neox, *mode) for packed in (False, True) for neox in (False, True) for mode in MODES])
+@pytest.fixture(
+    params=[(packed, neox, *mode, True) for packed in (False, True) for neox in (False, True) for mode in MODES]
+    + [(True, True, "decode", 1, False), (False, False, "target_verify", 2, False)]
+)
 def case(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Case:
     return Case(monkeypatch, *request.param)
 
@@ -192,9 +203,12 @@ def expected(case: Case) -> dict[str, torch.Tensor]:
         key = case.hidden.float() @ indexer.wk.weight.float().t()
         gate = case.hidden.float() @ indexer.weights_proj.weight.float().t()
     rope = {"is_neox": neox, "hadamard": neox}
+    eps = indexer.k_norm.variance_epsilon
     cos_sin_cache = attn.rotary_emb.cos_sin_cache
     norm = indexer.k_norm
-    indexer_prep.key_store(key, norm.weight, norm.bias, case.positions, cos_sin_cache, pages, case.slots, **rope)
+    indexer_prep.key_store(
+        key, norm.weight, norm.bias, case.positions, cos_sin_cache, pages, case.slots, eps=eps, **rope
+    )
     query = indexer.wq_b(q_lora)[0].view(case.tokens, INDEX_HEADS, 128)
     q_fp8, weights = indexer_prep.query(
         query,
@@ -366,13 +380,16 @@ class BlockFp8Linear:
             block_size: list[int],
             weight_scale: torch.Tensor,
             input_scale: torch.Tensor,
+            act_scale_ue8m0: bool = False,
         ) -> torch.Tensor:
+            assert not act_scale_ue8m0 or (input_scale.log2() % 1 == 0).all()
             assert block_size == [128, 128]
             x = input.float() * input_scale.repeat_interleave(128, 1)
             return x @ dequantized(weight, weight_scale).t()
 
         self.quant_method = SimpleNamespace(w8a8_block_fp8_linear=deepgemm_w8a8_block_fp8_linear_with_fallback)
         self.weight = torch.nn.Parameter(torch.randn(rows, 256).to(torch.float8_e4m3fn), requires_grad=False)
+        self.orig_dtype = torch.bfloat16
         self.weight_scale_inv = torch.nn.Parameter(torch.rand(-(-rows // 128), 2) + 0.5, requires_grad=False)
 
 
@@ -387,52 +404,95 @@ def a_layer(q_b_proj: Any, wq_b: Any) -> SimpleNamespace:
     )
 
 
-@pytest.mark.parametrize("kind", ["bf16", "fp8"])
+@pytest.mark.parametrize("kind", ["bf16", "fp32", "ue8m0"])
 def test_query_projections_merge_and_follow_an_update(kind: str) -> None:
-    layers = [BlockFp8Linear(256), BlockFp8Linear(256)] if kind == "fp8" else [Linear(256, 256), Linear(256, 256)]
+    """kind: bf16 weights, or fp8 ones with this format of the activation's scales."""
+    layers = [Linear(256, 256), Linear(256, 256)] if kind == "bf16" else [BlockFp8Linear(256), BlockFp8Linear(256)]
+    if kind == "ue8m0":  # as later releases bind it
+        for layer in layers:
+            linear = layer.quant_method.w8a8_block_fp8_linear
+            layer.quant_method.w8a8_block_fp8_linear = functools.partial(linear, act_scale_ue8m0=True)
     attn = a_layer(*layers)
     q_lora = torch.randn(5, 300).to(torch.bfloat16)[:, :256]  # a slice, as it comes
+    norm = attn.q_a_layernorm
 
     def expected(layer: Any) -> torch.Tensor:
         if kind == "bf16":
-            return layer(attn.q_a_layernorm(q_lora))[0]
-        values, scales = norm_quant.rms(q_lora, attn.q_a_layernorm.weight, impl="torch")
-        return (
-            values.float().mul(scales.repeat_interleave(128, 1)) @ dequantized(layer.weight, layer.weight_scale_inv).t()
-        )
+            return layer(norm(q_lora))[0]
+        values, scales = norm_quant.rms(q_lora, norm.weight, eps=norm.variance_epsilon, scale_format=kind, impl="torch")
+        x = values.float() * scales.repeat_interleave(128, 1)
+        return x @ dequantized(layer.weight, layer.weight_scale_inv).t()
 
     for update in (False, True):
         if update:  # as SGLang's loaders write
             for layer in layers:
                 layer.weight.data.copy_(torch.randn(256, 256))
+                if kind != "bf16":
+                    layer.weight_scale_inv.data.copy_(torch.rand(2, 2) + 0.5)
         before = [layer.weight.float() for layer in layers]
         query_projection.merge(attn)  # again by another backend of the same model: graphs keep the first matrix
         assert all(torch.equal(layer.weight.float(), weight) for layer, weight in zip(layers, before, strict=True))
-        q, index_query = query_projection.project(attn, q_lora)
-        torch.testing.assert_close(q, expected(layers[0]).view(5, 4, 64))
+        assert query_projection.merged(attn) is not None
+        index_query, project_q = query_projection.project(attn, q_lora)
+        torch.testing.assert_close(project_q(), expected(layers[0]).view(5, 4, 64))
         torch.testing.assert_close(index_query, expected(layers[1]).view(5, 2, 128))
 
 
+def test_sglangs_own_layers_merge() -> None:
+    """Eligible layers are told by names and types of SGLang's: here are the real ones."""
+    linear = pytest.importorskip("sglang.srt.layers.linear")
+    layers = [linear.ReplicatedLinear(256, 256, bias=False, params_dtype=torch.bfloat16) for _ in range(2)]
+    for layer in layers:
+        layer.weight.data.normal_()
+    attn = a_layer(*layers)
+    query_projection.merge(attn)
+    assert query_projection.merged(attn) is not None
+    q_lora = torch.randn(5, 256).to(torch.bfloat16)
+    index_query, project_q = query_projection.project(attn, q_lora)
+    normalized = attn.q_a_layernorm(q_lora)
+    torch.testing.assert_close(project_q(), layers[0](normalized)[0].view(5, 4, 64))
+    torch.testing.assert_close(index_query, layers[1](normalized)[0].view(5, 2, 128))
+
+
+class LoraWrapper:
+    """As SGLang's: the layer's weight, its own call, no quant_method."""
+
+    def __init__(self, base_layer: Linear):
+        self.base_layer, self.weight = base_layer, base_layer.weight
+
+    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return self.base_layer(x)[0] + 1, None
+
+
 def test_query_projections_stay_apart_where_one_gemm_cannot_take_both() -> None:
-    biased, packed_scales = BlockFp8Linear(256), BlockFp8Linear(256)
+    biased, packed_scales, half = BlockFp8Linear(256), BlockFp8Linear(256), BlockFp8Linear(256)
     biased.bias = torch.zeros(256)
     packed_scales.weight_scale_inv = torch.zeros(256, 1, dtype=torch.int32)
-    for other in (biased, packed_scales, Linear(256, 256), BlockFp8Linear(192)):
+    half.orig_dtype = torch.float16
+    for other in (biased, packed_scales, half, Linear(256, 256), BlockFp8Linear(192)):
         attn = a_layer(other, BlockFp8Linear(256))
         query_projection.merge(attn)
-        assert query_projection.project(attn, torch.randn(5, 256)) is None
+        assert query_projection.merged(attn) is None
 
 
-def test_wrapped_projections_are_not_bypassed() -> None:
-    """As LoRA wraps layers after the model was loaded."""
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("which", ["q_b_proj", "wq_b"])
+def test_lora_is_not_bypassed(which: str, when: str) -> None:
+    """SGLang wraps layers before the backend is created."""
     attn = a_layer(Linear(256, 256), Linear(256, 256))
-    query_projection.merge(attn)
-    x = torch.randn(5, 256).to(torch.bfloat16)
-    assert query_projection.project(attn, x) is not None
-    attn.indexer.wq_b, wq_b = SimpleNamespace(weight=attn.indexer.wq_b.weight), attn.indexer.wq_b
-    assert query_projection.project(attn, x) is None
-    attn.indexer.wq_b, attn.q_b_proj = wq_b, SimpleNamespace(weight=attn.q_b_proj.weight)
-    assert query_projection.project(attn, x) is None
+    owner = attn if which == "q_b_proj" else attn.indexer
+    if when == "after":
+        query_projection.merge(attn)
+        assert query_projection.merged(attn) is not None
+    setattr(owner, which, LoraWrapper(getattr(owner, which)))
+    if when == "before":
+        query_projection.merge(attn)
+    attn.q_b_proj_forward = lambda x: attn.q_b_proj(x)[0].view(-1, 4, 64)
+    q_lora = torch.randn(5, 256).to(torch.bfloat16)
+    normalized = attn.q_a_layernorm(q_lora)
+    index_query, project_q = query_projection.project(attn, q_lora)
+    assert torch.equal(project_q(), attn.q_b_proj(normalized)[0].view(5, 4, 64))
+    assert torch.equal(index_query, attn.indexer.wq_b(normalized)[0].view(5, 2, 128))
 
 
 def an_indexer(wk: Any, gate: torch.Tensor) -> SimpleNamespace:

@@ -176,6 +176,7 @@ BAD = [
     (norm_quant.rms, "x", torch.zeros(256, 2).T, "x has strides (1, 2): expected stride 1"),
     (norm_quant.rms, "weight", torch.zeros(128), "weight has shape [128]: expected [256]"),
     (norm_quant.rms, "eps", 0.0, "eps=0.0: expected a positive number"),
+    (norm_quant.rms, "scale_format", "e8m0", "scale_format='e8m0': expected one of fp32, ue8m0"),
     (concat.q_all, "q_rope", torch.zeros(2, 5, 64), "q_rope has shape [2, 5, 64]: expected [2, 4, any]"),
     (concat.q_all, "q_rope", torch.zeros(2, 4, 64).half(), "q_rope has dtype torch.float16: expected torch.float32"),
     (concat.mla_k, "k_rope", torch.zeros(2, 4, 64), "k_rope has shape [2, 4, 64]: expected [2, 1, any]"),

@@ -44,6 +44,18 @@ def test_values_times_scales_are_the_norm(impl, tokens, device):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_scales_that_are_powers_of_two(impl, device):
+    x, weight = inputs(64, 1536, device)
+    values, scales = run(norm_quant.rms, impl, x, weight, scale_format="ue8m0")
+    _, exact = norm_quant.rms(x, weight, impl="torch")
+    assert torch.equal(scales.frexp().mantissa, torch.full_like(scales, 0.5))
+    assert (scales >= exact * (1 - 2**-7)).all()
+    assert (scales < 2 * exact * (1 + 2**-7)).all()
+    got = values.double() * scales.double().repeat_interleave(128, 1)
+    assert cosine_distance(got, normalized(x, weight, 1e-6)) < 5e-4
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_columns_of_scales_are_aligned(impl, device):
     for tokens in (1, 4, 7):
         _, scales = run(norm_quant.rms, impl, *inputs(tokens, 512, device))

@@ -33,6 +33,11 @@ UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("enable_two_batch_overlap", (False,), "two-batch overlap"),
     ("enable_unified_memory", (False,), "the unified memory pool"),
     ("enable_page_major_kv_layout", (False,), "the page-major KV layout"),
+    (
+        "remote_instance_weight_loader_start_seed_via_transfer_engine",
+        (False,),
+        "other instances that read its weights where they first lay (some are merged afterwards)",
+    ),
 )
 
 

@@ -1,4 +1,4 @@
-"""Quantization to fp8 inside Triton kernels, bit for bit as the references do it. Shared by every triton.py."""
+"""Quantization to fp8 inside Triton kernels, bit for bit as the references do it. Shared by the triton.py files."""
 
 from __future__ import annotations
 

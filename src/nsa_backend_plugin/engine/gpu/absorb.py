@@ -143,16 +143,15 @@ def _prepare(
     lane = side_lane(attn.alt_stream, q_lora.shape[0])
     lane.fork()
     runs_indexer = attn.should_run_indexer(prev_topk_indices)
-    queries = query_projection.project(attn, q_lora) if runs_indexer else None
-    if queries is None:
-        q_lora = attn.q_a_layernorm(q_lora)
     if runs_indexer:
-        index_query = indexer_path.project_query(indexer, q_lora) if queries is None else queries[1]
+        index_query, project_q = query_projection.project(attn, q_lora)
         with lane:
             key, head_gate = indexer_path.project(indexer, hidden_states)
             indexer_path.store_key(indexer, key, positions, forward_batch.out_cache_loc, pool)
         lane.fork()
-    q = attn.q_b_proj_forward(q_lora) if queries is None else queries[0]
+        q = project_q()
+    else:
+        q = attn.q_b_proj_forward(attn.q_a_layernorm(q_lora))
 
     q_all = q.new_empty(q.shape[0], q.shape[1], value_dim + attn.qk_rope_head_dim)
     torch.bmm(q[..., :nope_dim].transpose(0, 1), rocm.key_weight(attn), out=q_all[..., :value_dim].transpose(0, 1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from nsa_backend_plugin.layouts import MIN_AMAX, fp8_max
+from nsa_backend_plugin.ops.index_key_cache.reference import quantize_rows
 from nsa_backend_plugin.ops.support import YES, Support
 
 
@@ -12,10 +12,18 @@ def available(arch: str) -> Support:
     return YES
 
 
-def rms(x: torch.Tensor, weight: torch.Tensor, *, eps: float, values: torch.Tensor, scales: torch.Tensor) -> None:
+def rms(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    eps: float,
+    scale_format: str,
+    values: torch.Tensor,
+    scales: torch.Tensor,
+) -> None:
     wide = x.float()
     normalized = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()
-    groups = normalized.to(x.dtype).float().unflatten(-1, (scales.shape[1], -1))
-    limit = fp8_max(values.dtype)
-    scales.copy_(groups.abs().amax(-1).clamp_min(MIN_AMAX) / limit)
-    values.copy_((groups / scales[..., None]).clamp(-limit, limit).flatten(1).to(values.dtype))
+    groups = normalized.to(x.dtype).unflatten(-1, (scales.shape[1], -1))
+    quantized, scale = quantize_rows(groups, scale_format, values.dtype)
+    values.copy_(quantized.flatten(1))
+    scales.copy_(scale)

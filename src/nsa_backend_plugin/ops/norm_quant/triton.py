@@ -1,13 +1,18 @@
-"""Triton kernel of the quantizing RMS norm: one program per token."""
+"""Triton kernel of the quantizing RMS norm: one program per token.
+
+Its bytes may differ from the reference's by a rounding: sums in another order, products in place of divisions.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 
 import torch
 import triton
 import triton.language as tl
 
+from nsa_backend_plugin.layouts import SCALE_FORMATS
 from nsa_backend_plugin.ops import early_launch
 from nsa_backend_plugin.ops.arch import device_arch, launches_early
 from nsa_backend_plugin.ops.early_launch import await_predecessor
@@ -34,6 +39,7 @@ def _rms_kernel(
     ROWS: tl.constexpr,  # power of two, at least GROUPS
     FP8: tl.constexpr,
     FP8_MAX: tl.constexpr,
+    UE8M0: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
@@ -46,7 +52,7 @@ def _rms_kernel(
     wide = x.to(tl.float32)
     inverse = tl.rsqrt(tl.sum(tl.sum(wide * wide, axis=1)) / (GROUPS * GROUP) + eps)
     normalized = (wide * inverse * weight).to(x.dtype).to(tl.float32)
-    scale = scale_from_amax(tl.max(tl.abs(normalized), axis=1), FP8_MAX, UE8M0=False)
+    scale = scale_from_amax(tl.max(tl.abs(normalized), axis=1), FP8_MAX, UE8M0)
     tl.store(scales_ptr + group * scales_stride + token, scale, mask=group < GROUPS)
     # By the reciprocal: a division for each value would double the kernel's instructions, and cold ones are its time.
     quantized = tl.clamp(normalized * (1.0 / scale)[:, None], -FP8_MAX, FP8_MAX).to(FP8).to(tl.uint8, bitcast=True)
@@ -57,7 +63,15 @@ def accepts_rms(x: torch.Tensor, weight: torch.Tensor, *, values: torch.Tensor, 
     return accepts_fp8(x.device, values.dtype)
 
 
-def rms(x: torch.Tensor, weight: torch.Tensor, *, eps: float, values: torch.Tensor, scales: torch.Tensor) -> None:
+def rms(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    eps: float,
+    scale_format: str,
+    values: torch.Tensor,
+    scales: torch.Tensor,
+) -> None:
     tokens, groups = scales.shape
     if tokens == 0:
         return
@@ -69,26 +83,27 @@ def rms(x: torch.Tensor, weight: torch.Tensor, *, eps: float, values: torch.Tens
         eps,
         x.stride(0),
         scales.stride(1),
-        **_constants(groups, x.shape[1] // groups, values.dtype),
+        **_constants(groups, x.shape[1] // groups, values.dtype, scale_format),
         num_warps=_WARPS,
         **early_launch.options(device_arch(x.device)),
     )
 
 
-def _constants(groups: int, group: int, dtype: torch.dtype) -> dict[str, object]:
-    return dict(GROUPS=groups, GROUP=group, ROWS=triton.next_power_of_2(groups), **fp8_constants(dtype))
+def _constants(groups: int, group: int, dtype: torch.dtype, scale_format: str) -> dict[str, object]:
+    rows = triton.next_power_of_2(groups)
+    return dict(GROUPS=groups, GROUP=group, ROWS=rows, UE8M0=scale_format == "ue8m0", **fp8_constants(dtype))
 
 
 def compile_cases(arch: str) -> Iterator[CompileCase]:
     if not has_e4m3(arch):
         return
     pointers = dict(x_ptr="*bf16", weight_ptr="*bf16", values_ptr="*u8", scales_ptr="*fp32")
-    for width in (1536, 2048):
+    for width, scale_format in product((1536, 2048), SCALE_FORMATS):
         yield CompileCase(
-            f"rms.{width}",
+            f"rms.{width}.{scale_format}",
             _rms_kernel,
             pointers | dict(eps="fp32", x_stride="i32", scales_stride="i32"),
-            _constants(width // 128, 128, arch_fp8_dtype(arch)) | {"EARLY": launches_early(arch)},
+            _constants(width // 128, 128, arch_fp8_dtype(arch), scale_format) | {"EARLY": launches_early(arch)},
             num_warps=_WARPS,
             divisible=(*pointers, "x_stride"),
         )

@@ -30,7 +30,7 @@ _MERGE_LANE_SPLITS = 4  # splits that one lane of the merge takes
 #: What a block costs beside its tiles, and a split's merge, in the time of a tile.
 _OVERHEAD_TILES = 4
 _MAX_WAVES = 2  # of blocks, if a token is split
-#: Blocks of the decode up to which the merge starts at once: beside more, its waiting blocks take places from them.
+#: Blocks of the decode up to which the merge is launched at once: beside more, its waiting blocks take their places.
 _MERGE_WAITS_BLOCKS = 64
 
 
@@ -151,7 +151,7 @@ def attend(
         heads=heads,
         topk=topk,
         splits=splits,
-        merge_waits=tokens * groups * splits <= _MERGE_WAITS_BLOCKS,
+        merge_waits=splits > 1 and tokens * groups * splits <= _MERGE_WAITS_BLOCKS,
     )
     cuda_jit.launch(
         _decode_kernel(arch, config),

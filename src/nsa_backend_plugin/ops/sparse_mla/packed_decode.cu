@@ -56,7 +56,7 @@ struct Arguments {
   float scale_log2;  // softmax scale * log2(e)
   float lse_unit;    // `lse` is a base-2 logarithm times this: 1 to be merged, ln(2) for the caller
   int heads, topk, splits;
-  int merge_waits;  // whether the merge may start at once and wait
+  int merge_waits;  // whether the merge is launched at once, and waits
 };
 
 // Where a thread stands: its warp (and thereby its chunk of the values), its row and column in a matrix fragment.
