@@ -73,6 +73,7 @@ def estimates() -> Iterator[Estimate]:
     yield Estimate(
         "topk.select", f"64 rows of {CONTEXT}, k {TOPK}", 64 * (CONTEXT + TOPK) * 4, 0, False, "none for AMD"
     )
+    yield Estimate("norm_quant.rms", "64 tokens, 1536 values; not served on ROCm", 64 * 1536 * 3, 0, False, "none")
     yield Estimate(
         "indexer_prep.query + key_store",
         f"64 tokens, {INDEX_HEADS} heads",

@@ -6,13 +6,11 @@ Its bytes may differ from the reference's by a rounding: sums in another order, 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import product
 
 import torch
 import triton
 import triton.language as tl
 
-from nsa_backend_plugin.layouts import SCALE_FORMATS
 from nsa_backend_plugin.ops import early_launch
 from nsa_backend_plugin.ops.arch import device_arch, launches_early
 from nsa_backend_plugin.ops.early_launch import await_predecessor
@@ -98,7 +96,7 @@ def compile_cases(arch: str) -> Iterator[CompileCase]:
     if not has_e4m3(arch):
         return
     pointers = dict(x_ptr="*bf16", weight_ptr="*bf16", values_ptr="*u8", scales_ptr="*fp32")
-    for width, scale_format in product((1536, 2048), SCALE_FORMATS):
+    for width, scale_format in ((1536, "fp32"), (1536, "ue8m0"), (2048, "fp32")):
         yield CompileCase(
             f"rms.{width}.{scale_format}",
             _rms_kernel,
