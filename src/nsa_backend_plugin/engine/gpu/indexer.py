@@ -17,6 +17,7 @@ import torch
 from sglang.srt.layers.quantization.fp8_utils import block_quant_dequant
 
 from nsa_backend_plugin.engine import index_cache
+from nsa_backend_plugin.engine.gpu import merged_weights
 from nsa_backend_plugin.ops import indexer_prep, mqa_logits, topk
 from nsa_backend_plugin.ops.arch import device_arch, is_rocm
 
@@ -35,12 +36,12 @@ def merge_projection(indexer: Any) -> None:
     if indexer.use_dsa_indexer_fusion or hasattr(indexer, _MERGED):
         return
     wk, gate = indexer.wk.weight, indexer.weights_proj.weight
-    merged = torch.cat([_dequantized(indexer.wk), gate.detach().to(torch.bfloat16)])
-    setattr(indexer, _MERGED, merged)
     if wk.dtype == gate.dtype == torch.bfloat16:
-        wk.data, gate.data = merged.split([wk.shape[0], gate.shape[0]])
+        merged = merged_weights.joined([wk, gate])
     else:
+        merged = torch.cat([_dequantized(indexer.wk), gate.detach().to(torch.bfloat16)])
         remember_copy("the indexer's wk", wk.dtype)
+    setattr(indexer, _MERGED, merged)
 
 
 def remember_copy(weights: str, dtype: torch.dtype) -> None:

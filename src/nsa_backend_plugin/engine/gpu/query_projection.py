@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from nsa_backend_plugin.engine.gpu import indexer as indexer_path
+from nsa_backend_plugin.engine.gpu import merged_weights
 from nsa_backend_plugin.ops import norm_quant
 
 _MERGED = "_nsa_plugin_q_b_wq_b"
@@ -49,21 +50,11 @@ def merge(attn: Any) -> None:
     scale, fp8_linear = None, None
     if all(_is_block_fp8(p) for p in projections):
         fp8_linear = attn.q_b_proj.quant_method.w8a8_block_fp8_linear
-        scale = _joined(p.weight_scale_inv for p in projections)
+        scale = merged_weights.joined([p.weight_scale_inv for p in projections])
     elif not all(_is_bf16(p) for p in projections):
         return
-    weight = _joined(p.weight for p in projections)
+    weight = merged_weights.joined([p.weight for p in projections])
     setattr(attn.q_b_proj, _MERGED, Merged(attn.indexer.wq_b, weight, scale, fp8_linear))
-
-
-def _joined(parts: Iterable[torch.Tensor]) -> torch.Tensor:
-    """[rows of all, columns]; every part becomes a view of it."""
-    parts = list(parts)
-    sizes = [part.shape[0] for part in parts]
-    joined = torch.empty(sum(sizes), parts[0].shape[1], dtype=parts[0].dtype, device=parts[0].device)
-    for part, view in zip(parts, joined.split(sizes), strict=True):
-        part.data = view.copy_(part)
-    return joined
 
 
 def _is_bf16(projection: Any) -> bool:

@@ -22,15 +22,13 @@ def rotate(
     return hadamard_transform(x) if hadamard else x
 
 
-def normalize(
-    key: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, norm: str, eps: float
-) -> torch.Tensor:
-    """LayerNorm or RMSNorm of key [T, 128] in float32."""
-    key = key.float()
+def normalize(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, norm: str, eps: float) -> torch.Tensor:
+    """LayerNorm or RMSNorm of x [T, N] in float32, as every reference that normalizes takes it."""
+    x = x.float()
     if norm == "layer":
-        key = key - key.mean(dim=-1, keepdim=True)
-    key = key * torch.rsqrt(key.square().mean(dim=-1, keepdim=True) + eps) * weight.float()
-    return key if bias is None else key + bias.float()
+        x = x - x.mean(dim=-1, keepdim=True)
+    x = x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps) * weight.float()
+    return x if bias is None else x + bias.float()
 
 
 def query(

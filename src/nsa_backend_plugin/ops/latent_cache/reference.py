@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from nsa_backend_plugin.layouts import LATENT_TILE, MIN_AMAX, fp8_max
+from nsa_backend_plugin.ops.indexer_prep.reference import normalize
 from nsa_backend_plugin.ops.rotary import apply_rope
 from nsa_backend_plugin.ops.support import YES, Support
 
@@ -63,8 +64,7 @@ def store(
     norm_eps: float,
 ) -> None:
     if norm_weight is not None:
-        x = k_nope.float()
-        k_nope = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm_eps) * norm_weight.float()).to(k_nope.dtype)
+        k_nope = normalize(k_nope, norm_weight, None, "rms", norm_eps).to(k_nope.dtype)
     if positions is not None and cos_sin_cache is not None:
         cos_sin = cos_sin_cache[positions.long()]
         k_rope = apply_rope(k_rope, cos_sin, is_neox).to(k_rope.dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from nsa_backend_plugin.ops.index_key_cache.reference import quantize_rows
+from nsa_backend_plugin.ops.indexer_prep.reference import normalize
 from nsa_backend_plugin.ops.support import YES, Support
 
 
@@ -21,9 +22,7 @@ def rms(
     values: torch.Tensor,
     scales: torch.Tensor,
 ) -> None:
-    wide = x.float()
-    normalized = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()
-    groups = normalized.to(x.dtype).unflatten(-1, (scales.shape[1], -1))
+    groups = normalize(x, weight, None, "rms", eps).to(x.dtype).unflatten(-1, (scales.shape[1], -1))
     quantized, scale = quantize_rows(groups, scale_format, values.dtype)
     values.copy_(quantized.flatten(1))
     scales.copy_(scale)

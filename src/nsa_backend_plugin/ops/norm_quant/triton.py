@@ -52,7 +52,7 @@ def _rms_kernel(
     normalized = (wide * inverse * weight).to(x.dtype).to(tl.float32)
     scale = scale_from_amax(tl.max(tl.abs(normalized), axis=1), FP8_MAX, UE8M0)
     tl.store(scales_ptr + group * scales_stride + token, scale, mask=group < GROUPS)
-    # By the reciprocal: a division for each value would double the kernel's instructions, and cold ones are its time.
+    # By the reciprocal: with a division for each value the kernel has twice the instructions and takes twice the time.
     quantized = tl.clamp(normalized * (1.0 / scale)[:, None], -FP8_MAX, FP8_MAX).to(FP8).to(tl.uint8, bitcast=True)
     tl.store(values_ptr + token * (GROUPS * GROUP) + dim, quantized, mask=inside)
 
