@@ -50,7 +50,7 @@ MEASUREMENTS = {
         "served --family=v3 --kv=auto --heads=128 --shapes 64:8192 "
         "--arms 'nsa_plugin NSA_PLUGIN_DENSE_MLA_IMPL=triton' triton",
     ),
-    "memory": (200, "served --layers=4 --label=memory --shared=130000 --tokens=2000 --shapes 64:131072"),
+    "memory": (260, "served --layers=4 --label=memory --shared=130000 --tokens=2000 --shapes 64:131072"),
 }
 #: Arguments of the probe that runs under compute-sanitizer.
 SANITIZED = (
