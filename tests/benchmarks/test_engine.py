@@ -57,16 +57,19 @@ def test_weights_are_those_of_a_real_checkpoint() -> None:
 
 
 class Log:
-    """A server that logs two decode intervals for every batch of requests."""
+    """A server that logs three decode intervals for every request; the first `apart` requests do not run together."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, apart: int = 0):
         self.log_path = path
+        self.apart = apart
         path.write_text("#running-req: 2, x, gen throughput (token/s): 9999.0\n")
 
     def post(self, path: str, body: dict, timeout: float) -> None:
         assert len(body["input_ids"]) == 5
+        together = 2 if self.apart <= 0 else 1
+        self.apart -= 1
         with self.log_path.open("a") as file:
-            for running, rate in ((1, 5000), (2, 100.0), (2, 250.0)):
+            for running, rate in ((1, 5000), (together, 100.0), (together, 250.0)):
                 file.write(f"Decode batch, #running-req: {running}, #token: 1, gen throughput (token/s): {rate}, x\n")
 
 
@@ -75,6 +78,12 @@ def test_step_comes_from_lines_of_this_batch_only(tmp_path: Path) -> None:
     assert row["tokens_per_second"] == 250.0
     assert row["step_us"] == 8000.0
     assert row["log_lines"] == 3
+
+
+def test_a_batch_that_never_ran_as_a_whole_is_asked_once_more(tmp_path: Path) -> None:
+    row = engine_h200._decode_step(Log(tmp_path / "late", apart=2), 2, 5, 4, shared=0)
+    assert row["step_us"] == 8000.0
+    assert engine_h200._decode_step(Log(tmp_path / "never", apart=9), 2, 5, 4, shared=0)["step_us"] is None
 
 
 def test_prompts_grow_and_the_cache_holds_their_longest_versions() -> None:
