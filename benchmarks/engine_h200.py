@@ -154,7 +154,7 @@ def _prompt(seed: int, context: int, shared: int) -> list[int]:
 def _decode_step(server: Server, batch: int, context: int, tokens: int, shared: int) -> dict[str, Any]:
     """Median decode step that the server logs while exactly `batch` requests run.
 
-    Asked twice if they never do: a kernel that is compiled for one of the prefills delays those behind it.
+    Asked twice if they never do: some may arrive late, or wait for a kernel that is compiled for their prefill.
     """
     step = _try_step(server, batch, context, tokens, shared)
     if step["step_us"] is None:

@@ -31,6 +31,8 @@ ARMS = {
 }
 ARGS = (*COMMON, "--attention-backend=nsa_plugin", "--kv-cache-dtype=fp8_e4m3", "--mem-fraction-static=0.95")
 ARGS = (*ARGS, "--max-total-tokens=300000", "--max-running-requests=32", "--cuda-graph-bs-decode", "1", "4", "16")
+# SGLang turns it on for these models: FlashInfer then compiles its kernel for minutes at the first start.
+ARGS = (*ARGS, "--enforce-disable-flashinfer-allreduce-fusion")
 #: The servers share the GPUs, so that their free memory differs.
 ENV = {"TRITON_INTERPRET": "0", "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"}
 
