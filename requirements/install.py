@@ -23,6 +23,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
+SERVER = "sglang.launch_server, sglang.srt.managers.scheduler"
 _ANNOUNCED = re.compile(r"^\s*(?:Collecting|Downloading|Building wheel for|Installing collected packages:) ?(\S+)")
 
 
@@ -74,11 +75,11 @@ def stamp_of(requirements: Path) -> str:
     return digest.hexdigest()
 
 
-def pip(progress: Progress, python: Path, log: Path, title: str, *arguments: str) -> None:
-    """Run pip, showing the package it works on; raise SystemExit with pip's own words when it fails."""
+def run(progress: Progress, log: Path, title: str, *command: str) -> None:
+    """Run a command, showing the package that pip works on; raise SystemExit with its own words when it fails."""
     progress.begin(title)
-    command = [str(python), "-m", "pip", "install", "--progress-bar", "off", *arguments]
     environment = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1"}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     lines = [f"$ {' '.join(command)}\n"]
     with log.open("a") as file:
         process = subprocess.Popen(
@@ -101,7 +102,7 @@ def pip(progress: Progress, python: Path, log: Path, title: str, *arguments: str
         progress.finish()
         errors = [line for line in lines[:-15] if line.startswith("ERROR")]
         print("".join([*errors, *lines[-15:]]), file=sys.stderr)
-        raise SystemExit(f"{title}: pip failed with exit code {code}; complete output in {log}")
+        raise SystemExit(f"{title}: failed with exit code {code}; complete output in {log}")
 
 
 def install(venv: Path, version: str, dev: bool, plain: bool) -> None:
@@ -116,19 +117,22 @@ def install(venv: Path, version: str, dev: bool, plain: bool) -> None:
     acceptable = [stamps["dev"]] if dev else list(stamps.values())
     if any(path.exists() and path.read_text() == want for path in acceptable):
         return
-    progress = Progress(venv.name, 5, plain)
+    progress = Progress(venv.name, 6, plain)
     python, log = venv / "bin" / "python", venv / "install.log"
+    # pip would compile all of torch, transformers and SGLang, for over a minute; a server imports a quarter of them.
+    pip = (str(python), "-m", "pip", "install", "--no-compile", "--progress-bar", "off")
     ticker = threading.Thread(target=progress.run, daemon=True)
     ticker.start()
     try:
         progress.begin("creating the environment")
         if not python.exists():
             subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
-        pip(progress, python, log, f"requirements of SGLang {version}", "-r", str(requirements))
-        pip(progress, python, log, f"SGLang {version}", "--no-deps", f"sglang=={version}")
+        run(progress, log, f"requirements of SGLang {version}", *pip, "-r", str(requirements))
+        run(progress, log, f"SGLang {version}", *pip, "--no-deps", f"sglang=={version}")
         with alone():
-            pip(progress, python, log, "torchvision stub", "--no-deps", str(HERE / "torchvision-stub"))
-            pip(progress, python, log, "nsa-backend-plugin", "-e", ".[dev]" if dev else ".")
+            run(progress, log, "torchvision stub", *pip, "--no-deps", str(HERE / "torchvision-stub"))
+            run(progress, log, "nsa-backend-plugin", *pip, "-e", ".[dev]" if dev else ".")
+        run(progress, log, "first import", str(python), "-c", f"import {SERVER}")
     finally:
         progress.finish()
     stamps["dev" if dev else "serve"].write_text(want)
