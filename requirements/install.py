@@ -23,7 +23,6 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-SERVER = "sglang.launch_server, sglang.srt.managers.scheduler"
 _ANNOUNCED = re.compile(r"^\s*(?:Collecting|Downloading|Building wheel for|Installing collected packages:) ?(\S+)")
 
 
@@ -79,7 +78,7 @@ def run(progress: Progress, log: Path, title: str, *command: str) -> None:
     """Run a command, showing the package that pip works on; raise SystemExit with its own words when it fails."""
     progress.begin(title)
     environment = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1"}
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # containers often set it; the first import is there to write
     lines = [f"$ {' '.join(command)}\n"]
     with log.open("a") as file:
         process = subprocess.Popen(
@@ -119,7 +118,8 @@ def install(venv: Path, version: str, dev: bool, plain: bool) -> None:
         return
     progress = Progress(venv.name, 6, plain)
     python, log = venv / "bin" / "python", venv / "install.log"
-    # pip would compile all of torch, transformers and SGLang, for over a minute; a server imports a quarter of them.
+    # pip would compile every module of torch, transformers and SGLang, for over a minute; the first import, at the end,
+    # compiles the quarter that a server needs.
     pip = (str(python), "-m", "pip", "install", "--no-compile", "--progress-bar", "off")
     ticker = threading.Thread(target=progress.run, daemon=True)
     ticker.start()
@@ -132,7 +132,8 @@ def install(venv: Path, version: str, dev: bool, plain: bool) -> None:
         with alone():
             run(progress, log, "torchvision stub", *pip, "--no-deps", str(HERE / "torchvision-stub"))
             run(progress, log, "nsa-backend-plugin", *pip, "-e", ".[dev]" if dev else ".")
-        run(progress, log, "first import", str(python), "-c", f"import {SERVER}")
+        server = "import sglang.launch_server, sglang.srt.managers.scheduler"
+        run(progress, log, "first import", str(python), "-c", server)
     finally:
         progress.finish()
     stamps["dev" if dev else "serve"].write_text(want)

@@ -29,10 +29,17 @@ ARMS = {
     "tp2": (24000, ["--tp=2"]),
     "dp2": (27000, ["--tp=2", "--dp=2", "--enable-dp-attention"]),
 }
-ARGS = (*COMMON, "--attention-backend=nsa_plugin", "--kv-cache-dtype=fp8_e4m3", "--mem-fraction-static=0.95")
-ARGS = (*ARGS, "--max-total-tokens=300000", "--max-running-requests=32", "--cuda-graph-bs-decode", "1", "4", "16")
-# SGLang turns it on for these models: FlashInfer then compiles its kernel for minutes at the first start.
-ARGS = (*ARGS, "--enforce-disable-flashinfer-allreduce-fusion")
+ARGS = (
+    *COMMON,
+    "--attention-backend=nsa_plugin",
+    "--kv-cache-dtype=fp8_e4m3",
+    "--mem-fraction-static=0.95",
+    "--max-total-tokens=300000",
+    "--max-running-requests=32",
+    *("--cuda-graph-bs-decode", "1", "4", "16"),
+    # SGLang turns it on for these models: FlashInfer then compiles its kernel for minutes at the first start.
+    "--enforce-disable-flashinfer-allreduce-fusion",
+)
 #: The servers share the GPUs, so that their free memory differs.
 ENV = {"TRITON_INTERPRET": "0", "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"}
 
