@@ -21,6 +21,8 @@ import worker
 ROW_TIMEOUT_S = 180.0
 #: How long past the deadline a row that has started may still take.
 GRACE_S = 20.0
+#: For the last words of a child that died, which a process of its own may keep from ending.
+LAST_WORDS_S = 5.0
 LATE = "stopped by the deadline"
 
 
@@ -32,6 +34,7 @@ class Child:
         self._process: subprocess.Popen[str] | None = None
         self._lines: queue.Queue[str | None] = queue.Queue()
         self._errors: list[str] = []
+        self._reader: threading.Thread | None = None
 
     def __enter__(self) -> Child:
         return self
@@ -80,12 +83,15 @@ class Child:
             )
             self._lines, self._errors = queue.Queue(), []
             threading.Thread(target=_forward, args=(self._process.stdout, self._lines), daemon=True).start()
-            threading.Thread(target=_keep, args=(self._process.stderr, self._errors), daemon=True).start()
+            self._reader = threading.Thread(target=_keep, args=(self._process.stderr, self._errors), daemon=True)
+            self._reader.start()
         return self._process
 
     def _ended(self) -> str | None:
         assert self._process is not None
+        assert self._reader is not None
         code = self._process.wait()
+        self._reader.join(LAST_WORDS_S)
         self._process = None
         if code == worker.CONTEXT_LOST:
             return None

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import backends
 import benchmark
+import child
 import clock
 import configs
 import measure
@@ -214,6 +215,21 @@ def test_a_crashing_row_costs_one_row(tmp_path: Path) -> None:
     assert "out of luck" in results[1].reason
     assert results[4].reason == f"not tried after 2 crashes: {results[3].reason}"
     assert journal.ceilings["read_gbps"] > 0
+
+
+def test_last_words_are_read_to_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine the thread that reads them may come after the child's end."""
+    keep = child._keep
+
+    def late(*arguments: object) -> None:
+        time.sleep(1)
+        keep(*arguments)
+
+    monkeypatch.setattr(child, "_keep", late)
+    script = tmp_path / "dies.py"
+    script.write_text("import sys\nsys.exit('out of luck')\n")
+    with Child(script) as dying:
+        assert dying.run({}, lambda event: None) == "the process ended with code 1: out of luck"
 
 
 def test_a_wrong_backend_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
