@@ -27,10 +27,11 @@ if not torch.cuda.is_available():
 
 import triton
 
-from nsa_backend_plugin.ops import latent_cache, mla_launch
+from nsa_backend_plugin.ops import latent_cache
+from nsa_backend_plugin.ops._triton import mla_launch
+from nsa_backend_plugin.ops._triton.mla_launch import Tile
 from nsa_backend_plugin.ops.arch import device_arch
 from nsa_backend_plugin.ops.dense_mla import reference as dense_reference
-from nsa_backend_plugin.ops.mla_launch import Tile
 from nsa_backend_plugin.ops.sparse_mla import reference as sparse_reference
 
 SCALE = 192**-0.5
@@ -227,7 +228,7 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
-        import nsa_backend_plugin.ops.triton_interpreter  # noqa: F401  (makes it convert floats as GPUs do)
+        import tools.triton_interpreter  # noqa: F401  (makes it convert floats as GPUs do)
     rows: list[dict[str, Any]] = []
     for shape in shapes(options.tiny):
         if options.only in str(shape):

@@ -12,7 +12,7 @@ import torch
 from nsa_backend_plugin.engine import index_cache
 from nsa_backend_plugin.layouts import index_page_bytes, packed_latent_bytes
 from nsa_backend_plugin.ops import concat, indexer_prep, latent_cache, mqa_logits, norm_quant, sparse_mla, topk
-from nsa_backend_plugin.ops.rotary import apply_rope
+from nsa_backend_plugin.ops._torch.rotary import apply_rope
 from tests.engine.lane_races import LaneRaces
 
 pytest.importorskip("sglang", reason="needs SGLang")

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from nsa_backend_plugin.ops import aiter_contract
+from nsa_backend_plugin.ops._torch.rotary import apply_rope
+from nsa_backend_plugin.ops._vendor import aiter_contract
 from nsa_backend_plugin.ops.index_key_cache import reference as index_reference
-from nsa_backend_plugin.ops.rotary import apply_rope
 
 _CALLS = {call.function: call for call in aiter_contract.CALLS}
 _FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)

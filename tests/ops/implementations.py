@@ -6,20 +6,36 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
-from nsa_backend_plugin.ops.registry import Operation
+from nsa_backend_plugin.ops.call import Declined
+from nsa_backend_plugin.ops.dispatch import Operation
+from tests.conftest import HAS_GPU
+
+#: Written here: they must take every call of the tests, but those that a test lists.
+OWN = ("triton", "cuda", "tilelang")
+DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 
 
-def others(operation: str) -> list[str]:
-    """Names of all implementations of "op.function" but the reference."""
-    return [name for name in Operation.all[operation].implementations() if name != "torch"]
+def others(operation: Operation) -> list[str]:
+    """Names of all implementations of a function but the reference, available here or not."""
+    return [name for name in operation.implementations() if name != "torch"]
 
 
-def run(function: Callable, impl: str, *args: Any, **kwargs: Any) -> Any:
-    """Call with a forced implementation; skip where a vendor's declines. Triton must take every call of the tests."""
+def runnable(operation: Operation) -> list[str]:
+    """Names of those that can run here. Never fewer because of a variable in the environment."""
+    return [name for name in operation.available(DEVICE) if name != "torch"]
+
+
+def run(function: Callable, impl: str, *args: Any, may_decline: str = "", **kwargs: Any) -> Any:
+    """Call with a forced implementation; skip where a vendor's declines.
+
+    may_decline: what one of our own may say when it declines this call; without it our own must take the call.
+    """
     try:
         return function(*args, impl=impl, **kwargs)
-    except ValueError as error:
-        if impl != "triton" and "forced implementation cannot run" in str(error):
-            pytest.skip(str(error))
+    except Declined as declined:
+        reason = declined.reasons[impl]
+        if impl not in OWN or (may_decline and may_decline in reason):
+            pytest.skip(f"{impl}: {reason}")
         raise

@@ -35,7 +35,7 @@ from nsa_backend_plugin.ops import (
     topk,
 )
 from nsa_backend_plugin.ops.arch import device_arch, fp8_dtype
-from nsa_backend_plugin.ops.compile_matrix import kernel_modules
+from tools.compile_matrix import kernel_modules
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SCALE = 192**-0.5

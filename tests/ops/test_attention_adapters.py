@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from nsa_backend_plugin.ops import dense_mla, mla_vendor, sparse_mla
+from nsa_backend_plugin.ops import dense_mla, sparse_mla
+from nsa_backend_plugin.ops._vendor import mla
 from nsa_backend_plugin.ops.latent_cache import reference as latent_cache
 from nsa_backend_plugin.ops.sparse_mla.reference import rows, softmax_attention
 from tests.ops import fake_aiter_attention
@@ -320,7 +321,7 @@ def test_flashinfer(monkeypatch: pytest.MonkeyPatch, page_size: int, want_lse: b
 
 
 def test_flashinfer_declines_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mla_vendor, "capturing", lambda tensor: True)
+    monkeypatch.setattr(mla, "capturing", lambda tensor: True)
     with pytest.raises(AssertionError, match="CUDA graph"):
         check_dense("flashinfer", 16, 64)
 
@@ -429,17 +430,17 @@ def test_declines_other_architectures(op: str, name: str, arch: str, reason: str
 def test_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, "sgl_kernel", cutlass_mla_decode=fake_cutlass)
     assert "has no cutlass_mla_get_workspace_size" in adapter("dense_mla", "cutlass").available("sm_100").reason
-    assert "is not installed" in mla_vendor.can_import("no_such_package").reason
+    assert "is not installed" in mla.can_import("no_such_package").reason
 
 
 def test_common_limits() -> None:
     q, kv = torch.zeros(2, 8, DIM, dtype=torch.bfloat16), torch.zeros(64, 1, DIM, dtype=torch.bfloat16)
-    assert mla_vendor.fits(q, kv, VALUE, 64).ok
-    assert "float16" in mla_vendor.fits(q.half(), kv, VALUE).reason
-    assert "value_dim 256" in mla_vendor.fits(q, kv, 256).reason
-    assert "no tokens" in mla_vendor.fits(q[:0], kv, VALUE).reason
-    assert "strides" in mla_vendor.fits(q, torch.zeros(64, 1, 2 * DIM)[..., :DIM], VALUE).reason
-    assert "whole pages of 64" in mla_vendor.fits(q, kv[:63], VALUE, 64).reason
+    assert mla.fits(q, kv, VALUE, 64).ok
+    assert "float16" in mla.fits(q.half(), kv, VALUE).reason
+    assert "value_dim 256" in mla.fits(q, kv, 256).reason
+    assert "no tokens" in mla.fits(q[:0], kv, VALUE).reason
+    assert "strides" in mla.fits(q, torch.zeros(64, 1, 2 * DIM)[..., :DIM], VALUE).reason
+    assert "whole pages of 64" in mla.fits(q, kv[:63], VALUE, 64).reason
 
 
 def test_public_functions_reach_an_adapter(monkeypatch: pytest.MonkeyPatch) -> None:

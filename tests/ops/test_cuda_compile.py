@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nsa_backend_plugin.ops import cuda_jit
+from nsa_backend_plugin.ops._cuda import jit
 from nsa_backend_plugin.ops.sparse_mla import cuda as sparse_mla
 from nsa_backend_plugin.ops.topk import cuda as topk
 from tests.ops.test_cuda_jit import needs_nvrtc
@@ -31,5 +31,5 @@ def test_topk(arch: str) -> None:
     needs_nvrtc(arch)
     variants = [variant for variant in topk._variants(arch) if variant.deterministic]
     for variant in variants if arch == "sm_90" else variants[:1]:
-        support = cuda_jit.compiles(topk._SOURCE, arch, topk._defines(variant))
+        support = jit.compiles(topk._SOURCE, arch, topk._defines(variant))
         assert support.ok, support.reason

@@ -8,7 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nsa_backend_plugin.ops import cuda_jit, sparse_mla
+from nsa_backend_plugin.ops import sparse_mla
+from nsa_backend_plugin.ops._cuda import jit
 from nsa_backend_plugin.ops.arch import device_arch
 from nsa_backend_plugin.ops.latent_cache import reference as latent_cache
 from nsa_backend_plugin.ops.sparse_mla import cuda
@@ -20,7 +21,7 @@ FP8_BAR, LSE_BAR = 2e-4, 1e-4
 
 @pytest.mark.parametrize("arch", sorted(cuda._CONFIGS))
 def test_compiles(arch: str) -> None:
-    toolchain = cuda_jit.available(arch)
+    toolchain = jit.available(arch)
     if not toolchain.ok:
         pytest.skip(toolchain.reason)
     support = cuda.available(arch)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from nsa_backend_plugin.layouts import FP8_DTYPES
-from nsa_backend_plugin.ops import latent_cache, mla_launch, registry, sparse_mla
+from nsa_backend_plugin.ops import latent_cache, registry, sparse_mla
+from nsa_backend_plugin.ops._triton import mla_launch
 from nsa_backend_plugin.ops.arch import fp8_dtype
 from nsa_backend_plugin.ops.sparse_mla import reference
 from tests.conftest import HAS_GPU

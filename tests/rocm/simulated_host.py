@@ -89,7 +89,7 @@ class _AfterImport(importlib.abc.MetaPathFinder):
         self._looking: set[str] = set()
         self._patches = {
             "nsa_backend_plugin.ops.arch": lambda module: _patch_arch(module, arch),
-            "nsa_backend_plugin.ops.triton_support": _patch_triton_support,
+            "nsa_backend_plugin.ops._triton.support": _patch_triton_support,
             "nsa_backend_plugin.ops.registry": _patch_registry,
             "sglang.srt.utils.common": _patch_sglang_utils,
             "sglang.srt.arg_groups.overrides": _patch_overrides,

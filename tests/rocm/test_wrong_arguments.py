@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from nsa_backend_plugin.ops import aiter_contract
+from nsa_backend_plugin.ops._vendor import aiter_contract
 from nsa_backend_plugin.ops.index_key_cache import aiter as index_aiter
 from nsa_backend_plugin.ops.index_key_cache import reference as index_reference
 from nsa_backend_plugin.ops.latent_cache import aiter as latent_aiter

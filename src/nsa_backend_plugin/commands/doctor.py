@@ -200,7 +200,7 @@ def aiter_contract(
     """On a ROCm host with AITER: where its functions do not take what our adapters pass. None elsewhere."""
     if device is None or not device["arch"].startswith("gfx") or not found["aiter"]:
         return None
-    from nsa_backend_plugin.ops import aiter_contract
+    from nsa_backend_plugin.ops._vendor import aiter_contract
 
     mismatches = aiter_contract.check_installed()
     for mismatch in mismatches:

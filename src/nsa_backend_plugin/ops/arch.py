@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 
 import torch
+
+_pretended: str | None = None
 
 
 @functools.cache
@@ -15,17 +19,45 @@ def _gpu_arch(index: int) -> str:
     return f"sm_{major}{minor}"
 
 
+@contextlib.contextmanager
+def pretended(arch: str) -> Iterator[torch.device]:
+    """Within it, tensors on the `meta` device it yields count as tensors of an architecture: for `explain`."""
+    global _pretended
+    before, _pretended = _pretended, arch
+    try:
+        yield torch.device("meta")
+    finally:
+        _pretended = before
+
+
 def device_arch(device: torch.device | str) -> str:
     """Architecture of a torch device: "cpu", "sm_90", "gfx942", ..."""
-    device = torch.device(device)
-    if device.type != "cuda":
-        return device.type
-    return _gpu_arch(torch.cuda.current_device() if device.index is None else device.index)
+    if isinstance(device, str):
+        device = torch.device(device)
+    if device.type == "cuda":
+        return _gpu_arch(torch.cuda.current_device() if device.index is None else device.index)
+    return _pretended if device.type == "meta" and _pretended else device.type
+
+
+def vendor(arch: str) -> str:
+    """ "cuda", "rocm", or the architecture itself ("cpu")."""
+    return "cuda" if is_cuda(arch) else "rocm" if is_rocm(arch) else arch
+
+
+def arch_fp8_dtype(arch: str) -> torch.dtype:
+    """The fp8 flavour of an architecture: e4m3fnuz on gfx942 (bytes not interchangeable), e4m3fn elsewhere."""
+    return torch.float8_e4m3fnuz if arch == "gfx942" else torch.float8_e4m3fn
 
 
 def fp8_dtype(device: torch.device | str) -> torch.dtype:
-    """The fp8 flavour of a device: e4m3fnuz on gfx942 (bytes not interchangeable), e4m3fn elsewhere."""
-    return torch.float8_e4m3fnuz if device_arch(device) == "gfx942" else torch.float8_e4m3fn
+    """The fp8 flavour of a device."""
+    return arch_fp8_dtype(device_arch(device))
+
+
+@functools.cache
+def core_count(device: torch.device) -> int:
+    """Multiprocessors (compute units) of a device; 1 of a CPU, where Triton's interpreter runs."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def is_cuda(arch: str) -> bool:

@@ -96,7 +96,7 @@ def _without_stale(slots: torch.Tensor) -> torch.Tensor:
 def _forward(fault: str, original: Any, *args: Any, k_rope: torch.Tensor, **kwargs: Any) -> Any:
     """The model hands k over rotated: turning it back by the same angles is what forgetting RoPE leaves."""
     if fault == "latent_key_without_rope":
-        from nsa_backend_plugin.ops.rotary import apply_rope
+        from nsa_backend_plugin.ops._torch.rotary import apply_rope
 
         width = k_rope.shape[-1]
         frequency = ROPE_THETA ** (-torch.arange(0, width, 2, dtype=torch.float32) / width)

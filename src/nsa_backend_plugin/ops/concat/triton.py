@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 
 from nsa_backend_plugin.layouts import FP8_DTYPES
+from nsa_backend_plugin.ops._triton.quant import accepts_fp8, arch_fp8_dtype, fp8_constants
+from nsa_backend_plugin.ops._triton.support import CompileCase, available, has_e4m3
 from nsa_backend_plugin.ops.support import YES, Support, no
-from nsa_backend_plugin.ops.triton_quant import accepts_fp8, arch_fp8_dtype, fp8_constants
-from nsa_backend_plugin.ops.triton_support import CompileCase, available, has_e4m3
 
 __all__ = ["accepts_mla_k", "available", "compile_cases", "mla_k", "q_all"]
 

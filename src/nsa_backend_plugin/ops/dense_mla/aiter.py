@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from nsa_backend_plugin.ops import aiter_mla
+from nsa_backend_plugin.ops._vendor import aiter_mla
 from nsa_backend_plugin.ops.support import Support, no
 
 

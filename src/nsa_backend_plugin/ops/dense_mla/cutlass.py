@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from nsa_backend_plugin.ops import mla_vendor
+from nsa_backend_plugin.ops._vendor import mla
 from nsa_backend_plugin.ops.support import Support, no
 
 _ARCHS = ("sm_100", "sm_103")
@@ -14,7 +14,7 @@ _TILE = 128  # tokens; a row of the page table covers a whole number of tiles
 def available(arch: str) -> Support:
     if arch not in _ARCHS:
         return no(f"CUTLASS MLA needs {' or '.join(_ARCHS)}, not {arch}")
-    return mla_vendor.can_import("sgl_kernel", "cutlass_mla_decode", "cutlass_mla_get_workspace_size")
+    return mla.can_import("sgl_kernel", "cutlass_mla_decode", "cutlass_mla_get_workspace_size")
 
 
 def accepts_decode(
@@ -37,7 +37,7 @@ def accepts_decode(
         return no(f"block_table of {block_table.shape[1]} pages of {page_size}: only whole tiles of {_TILE} tokens")
     if not block_table.is_contiguous():
         return no(f"block_table has strides {block_table.stride()}: only contiguous")
-    return mla_vendor.fits(q, kv, value_dim, page_size)
+    return mla.fits(q, kv, value_dim, page_size)
 
 
 def decode(
@@ -70,4 +70,4 @@ def decode(
         softmax_scale,
         splits,
     )
-    mla_vendor.write(out, None, vendor_out, None, seq_lens == 0)
+    mla.write(out, None, vendor_out, None, seq_lens == 0)

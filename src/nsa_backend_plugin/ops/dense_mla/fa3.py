@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from nsa_backend_plugin.ops import mla_vendor
+from nsa_backend_plugin.ops._vendor import mla
 from nsa_backend_plugin.ops.support import Support, no
 
 _PAGE_SIZES = (1, 64)
@@ -17,7 +17,7 @@ _MAX_HEADS = 64
 def available(arch: str) -> Support:
     if arch != "sm_90":
         return no(f"FlashAttention 3 with a latent value part needs sm_90, not {arch}")
-    return mla_vendor.can_import("sgl_kernel.flash_attn", "flash_attn_with_kvcache")
+    return mla.can_import("sgl_kernel.flash_attn", "flash_attn_with_kvcache")
 
 
 def accepts_decode(
@@ -38,7 +38,7 @@ def accepts_decode(
         return no(f"page_size {page_size}: only {' and '.join(map(str, _PAGE_SIZES))}")
     if q.shape[1] > _MAX_HEADS:
         return no(f"{q.shape[1]} heads: at most {_MAX_HEADS}, it would read the last page past its length")
-    return mla_vendor.fits(q, kv, value_dim, page_size)
+    return mla.fits(q, kv, value_dim, page_size)
 
 
 def decode(
@@ -56,4 +56,4 @@ def decode(
     workspace: torch.Tensor | None,
 ) -> None:
     splits = num_kv_splits or 0  # 0: FA3's own choice
-    mla_vendor.fa3_decode(q, kv, block_table, seq_lens, softmax_scale, page_size, value_dim, splits, out, lse)
+    mla.fa3_decode(q, kv, block_table, seq_lens, softmax_scale, page_size, value_dim, splits, out, lse)

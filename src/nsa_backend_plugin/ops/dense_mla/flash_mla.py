@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from nsa_backend_plugin.ops import mla_vendor
+from nsa_backend_plugin.ops._vendor import mla
 from nsa_backend_plugin.ops.support import YES, Support, no
 
 _PAGE = 64
@@ -20,8 +20,8 @@ _NAMES = ("flash_mla_with_kvcache", "get_mla_metadata")
 def available(arch: str) -> Support:
     if arch != "sm_90":
         return no(f"FlashMLA's dense decode needs sm_90, not {arch}")
-    sgl_kernel = mla_vendor.can_import("sgl_kernel.flash_mla", *_NAMES)
-    flash_mla = mla_vendor.can_import("flash_mla", *_NAMES)
+    sgl_kernel = mla.can_import("sgl_kernel.flash_mla", *_NAMES)
+    flash_mla = mla.can_import("flash_mla", *_NAMES)
     return YES if sgl_kernel.ok or flash_mla.ok else no(f"{sgl_kernel.reason}; {flash_mla.reason}")
 
 
@@ -45,7 +45,7 @@ def accepts_decode(
         return no("num_kv_splits is given: its scheduler chooses the splits")
     if not block_table.is_contiguous():
         return no(f"block_table has strides {block_table.stride()}: only contiguous")
-    return mla_vendor.fits(q, kv, value_dim, page_size)
+    return mla.fits(q, kv, value_dim, page_size)
 
 
 def decode(
@@ -72,7 +72,7 @@ def decode(
         softmax_scale=softmax_scale,
         causal=False,
     )
-    if mla_vendor.can_import("sgl_kernel.flash_mla", *_NAMES).ok:
+    if mla.can_import("sgl_kernel.flash_mla", *_NAMES).ok:
         from sgl_kernel.flash_mla import flash_mla_with_kvcache, get_mla_metadata
 
         metadata, splits = get_mla_metadata(seq_lens, heads, 1, is_fp8_kvcache=False)
@@ -84,4 +84,4 @@ def decode(
 
         metadata, _ = get_mla_metadata()
         vendor_out, vendor_lse = flash_mla_with_kvcache(**arguments, tile_scheduler_metadata=metadata, use_legacy=True)
-    mla_vendor.write(out, lse, vendor_out[:, 0], vendor_lse[:, :, 0], seq_lens == 0)
+    mla.write(out, lse, vendor_out[:, 0], vendor_lse[:, :, 0], seq_lens == 0)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from nsa_backend_plugin.layouts import ROPE_DIM
-from nsa_backend_plugin.ops import mla_vendor
+from nsa_backend_plugin.ops._vendor import mla
 from nsa_backend_plugin.ops.arch import device_arch, is_cuda
 from nsa_backend_plugin.ops.support import Support, no
 
@@ -24,7 +24,7 @@ def available(arch: str) -> Support:
         return no(f"FlashInfer needs an NVIDIA GPU, not {arch}")
     if int(arch[3:]) < 80:
         return no(f"FlashInfer needs sm_80 or newer, not {arch}")
-    return mla_vendor.can_import("flashinfer.mla", "BatchMLAPagedAttentionWrapper")
+    return mla.can_import("flashinfer.mla", "BatchMLAPagedAttentionWrapper")
 
 
 def accepts_decode(
@@ -41,11 +41,11 @@ def accepts_decode(
     lse: torch.Tensor | None,
     workspace: torch.Tensor | None,
 ) -> Support:
-    if mla_vendor.capturing(q):
+    if mla.capturing(q):
         return no("plan reads the lengths on the host, which a CUDA graph cannot capture")
     if num_kv_splits is not None:
         return no("num_kv_splits is given: its plan chooses the splits")
-    return mla_vendor.fits(q, kv, value_dim, page_size)
+    return mla.fits(q, kv, value_dim, page_size)
 
 
 def decode(
@@ -92,7 +92,7 @@ def decode(
         return_lse=lse is not None,
     )
     vendor_out, vendor_lse = result if lse is not None else (result, None)
-    mla_vendor.write(out, lse, vendor_out, vendor_lse, seq_lens == 0, mla_vendor.BASE_2)
+    mla.write(out, lse, vendor_out, vendor_lse, seq_lens == 0, mla.BASE_2)
 
 
 @functools.cache

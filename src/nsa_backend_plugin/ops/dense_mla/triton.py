@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from nsa_backend_plugin.ops import mla_launch, triton_support
+from nsa_backend_plugin.ops._triton import mla_launch, support
 from nsa_backend_plugin.ops.arch import device_arch
 from nsa_backend_plugin.ops.support import Support, no
 
-available = triton_support.available_for_large_tiles
+available = support.available_for_large_tiles
 
 
 def accepts_decode(
@@ -68,5 +68,5 @@ def decode(
     )
 
 
-def compile_cases(arch: str) -> list[triton_support.CompileCase]:
+def compile_cases(arch: str) -> list[support.CompileCase]:
     return mla_launch.compile_cases(arch, ["pages"], [1, 64])

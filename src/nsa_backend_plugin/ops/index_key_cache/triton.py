@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 
 from nsa_backend_plugin.layouts import INDEX_DIM, INDEX_LAYOUTS, INDEX_PAGE_SIZE, SCALE_FORMATS
+from nsa_backend_plugin.ops._triton.quant import accepts_fp8, arch_fp8_dtype, fp8_constants, scale_from_amax, to_fp8
+from nsa_backend_plugin.ops._triton.support import CompileCase, available, has_e4m3
 from nsa_backend_plugin.ops.support import Support
-from nsa_backend_plugin.ops.triton_quant import accepts_fp8, arch_fp8_dtype, fp8_constants, scale_from_amax, to_fp8
-from nsa_backend_plugin.ops.triton_support import CompileCase, available, has_e4m3
 
 __all__ = ["accepts_store", "available", "compile_cases", "gather", "store", "store_rows"]
 

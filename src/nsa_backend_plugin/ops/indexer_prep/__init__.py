@@ -10,10 +10,10 @@ import torch
 
 from nsa_backend_plugin.layouts import FP8_DTYPES, INDEX_DIM, INDEX_PAGE_SIZE, SCALE_FORMATS
 from nsa_backend_plugin.ops import checks
+from nsa_backend_plugin.ops._torch.rotary import check_rope
 from nsa_backend_plugin.ops.arch import fp8_dtype as device_fp8_dtype
 from nsa_backend_plugin.ops.index_key_cache import check_cache
 from nsa_backend_plugin.ops.registry import Operation
-from nsa_backend_plugin.ops.rotary import check_rope
 
 _query = Operation("indexer_prep", "query")
 _key_store = Operation("indexer_prep", "key_store")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from nsa_backend_plugin.ops._torch.rotary import apply_leading_rope
+from nsa_backend_plugin.ops._torch.rotary import hadamard as hadamard_transform
 from nsa_backend_plugin.ops.index_key_cache import reference as index_key_cache
-from nsa_backend_plugin.ops.rotary import apply_leading_rope
-from nsa_backend_plugin.ops.rotary import hadamard as hadamard_transform
 from nsa_backend_plugin.ops.support import YES, Support
 
 

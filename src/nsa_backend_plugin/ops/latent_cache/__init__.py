@@ -6,8 +6,8 @@ import torch
 
 from nsa_backend_plugin.layouts import LATENT_DIM, LATENT_TILE, packed_latent_bytes
 from nsa_backend_plugin.ops import checks
+from nsa_backend_plugin.ops._torch.rotary import check_rope
 from nsa_backend_plugin.ops.registry import Operation
-from nsa_backend_plugin.ops.rotary import check_rope
 from nsa_backend_plugin.ops.sparse_mla import kv_kind
 
 _quantize = Operation("latent_cache", "quantize")

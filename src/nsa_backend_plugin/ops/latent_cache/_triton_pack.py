@@ -10,12 +10,12 @@ import triton
 import triton.language as tl
 
 from nsa_backend_plugin.layouts import LATENT_DIM, LATENT_TILE, ROPE_DIM, packed_latent_bytes
-from nsa_backend_plugin.ops import early_launch
+from nsa_backend_plugin.ops._triton import early_launch
+from nsa_backend_plugin.ops._triton.early_launch import await_predecessor
+from nsa_backend_plugin.ops._triton.quant import accepts_fp8, arch_fp8_dtype, fp8_constants, scale_from_amax, to_fp8
+from nsa_backend_plugin.ops._triton.support import CompileCase, has_e4m3
 from nsa_backend_plugin.ops.arch import device_arch, launches_early
-from nsa_backend_plugin.ops.early_launch import await_predecessor
 from nsa_backend_plugin.ops.support import Support, no
-from nsa_backend_plugin.ops.triton_quant import accepts_fp8, arch_fp8_dtype, fp8_constants, scale_from_amax, to_fp8
-from nsa_backend_plugin.ops.triton_support import CompileCase, has_e4m3
 
 PACKED_FP8 = torch.float8_e4m3fn
 

@@ -10,13 +10,13 @@ import triton
 import triton.language as tl
 
 from nsa_backend_plugin.layouts import FP8_DTYPES, LATENT_DIM, LATENT_TILE, ROPE_DIM, packed_latent_bytes
-from nsa_backend_plugin.ops import early_launch
+from nsa_backend_plugin.ops._triton import early_launch
+from nsa_backend_plugin.ops._triton.early_launch import await_predecessor
+from nsa_backend_plugin.ops._triton.quant import accepts_fp8, arch_fp8_dtype, fp8_constants, to_fp8
+from nsa_backend_plugin.ops._triton.support import CompileCase, has_e4m3
 from nsa_backend_plugin.ops.arch import device_arch, launches_early
-from nsa_backend_plugin.ops.early_launch import await_predecessor
 from nsa_backend_plugin.ops.latent_cache._triton_pack import PACKED_FP8, is_power_of_two, pack_values
 from nsa_backend_plugin.ops.support import YES, Support, no
-from nsa_backend_plugin.ops.triton_quant import accepts_fp8, arch_fp8_dtype, fp8_constants, to_fp8
-from nsa_backend_plugin.ops.triton_support import CompileCase, has_e4m3
 
 _HEADS_PER_PROGRAM = 16
 # The products of a rotation must round separately, as torch's do: a fused multiply-add would change cache bytes.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from nsa_backend_plugin.layouts import LATENT_TILE, MIN_AMAX, fp8_max
+from nsa_backend_plugin.ops._torch.rotary import apply_rope
 from nsa_backend_plugin.ops.indexer_prep.reference import normalize
-from nsa_backend_plugin.ops.rotary import apply_rope
 from nsa_backend_plugin.ops.support import YES, Support
 
 _FP8 = torch.float8_e4m3fn  # the packed layout exists on CUDA only

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from nsa_backend_plugin.ops._triton.support import CompileCase, available
 from nsa_backend_plugin.ops.latent_cache import _triton_pack, _triton_store
 from nsa_backend_plugin.ops.latent_cache._triton_pack import accepts_dequantize, accepts_quantize, dequantize, quantize
 from nsa_backend_plugin.ops.latent_cache._triton_store import accepts_store, store
-from nsa_backend_plugin.ops.triton_support import CompileCase, available
 
 __all__ = [
     "accepts_dequantize",

@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 
 from nsa_backend_plugin.layouts import INDEX_DIM, INDEX_PAGE_SIZE
-from nsa_backend_plugin.ops import early_launch, triton_support
+from nsa_backend_plugin.ops._triton import early_launch, support
+from nsa_backend_plugin.ops._triton.early_launch import await_predecessor
 from nsa_backend_plugin.ops.arch import device_arch, is_cuda, is_rocm, launches_early
-from nsa_backend_plugin.ops.early_launch import await_predecessor
 from nsa_backend_plugin.ops.mqa_logits import new_logits
 from nsa_backend_plugin.ops.mqa_logits.reference import row_lengths
 from nsa_backend_plugin.ops.support import YES, Support, no
@@ -31,8 +31,8 @@ _WARP_GROUP_MMA = ("sm_90", "sm_100", "sm_103")  # fp8 operands come from shared
 
 
 def available(arch: str) -> Support:
-    support = triton_support.available(arch)
-    if support.ok and not triton_support.has_e4m3(arch):
+    support = support.available(arch)
+    if support.ok and not support.has_e4m3(arch):
         return no(f"{arch} has no e4m3 arithmetic")
     return support
 
@@ -390,14 +390,14 @@ def _fill_outside(out: torch.Tensor, row_start: torch.Tensor | None, row_end: to
     )
 
 
-def compile_cases(arch: str) -> Iterator[triton_support.CompileCase]:
+def compile_cases(arch: str) -> Iterator[support.CompileCase]:
     fp8 = "*fp8e4b8" if arch == "gfx942" else "*fp8e4nv"
     pointers = {"q": fp8, "weights": "*fp32", "out": "*fp32"}
     for heads in (8, 32, 64, 128):
         for next_n in (1, 2, 4):
             config = _config(arch, "paged", next_n, heads)
             for layout in ("row_major", "preshuffled") if next_n == 1 else ("row_major",):
-                yield triton_support.CompileCase(
+                yield support.CompileCase(
                     name=f"paged {layout} {heads} heads next_n {next_n}",
                     kernel=_paged_kernel,
                     signature={
@@ -427,7 +427,7 @@ def compile_cases(arch: str) -> Iterator[triton_support.CompileCase]:
                     divisible=("q", "cache", "cache_scale", "weights", "context_lens", "block_table", "out"),
                 )
         config = _config(arch, "ragged", 4096, heads)
-        yield triton_support.CompileCase(
+        yield support.CompileCase(
             name=f"ragged {heads} heads",
             kernel=_ragged_kernel,
             signature={
@@ -449,7 +449,7 @@ def compile_cases(arch: str) -> Iterator[triton_support.CompileCase]:
             num_stages=config.num_stages,
             divisible=("q", "k", "k_scale", "weights", "row_start", "row_end", "out"),
         )
-    yield triton_support.CompileCase(
+    yield support.CompileCase(
         name="fill outside",
         kernel=_fill_outside_kernel,
         signature={

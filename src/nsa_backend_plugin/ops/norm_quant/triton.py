@@ -11,12 +11,12 @@ import torch
 import triton
 import triton.language as tl
 
-from nsa_backend_plugin.ops import early_launch
+from nsa_backend_plugin.ops._triton import early_launch
+from nsa_backend_plugin.ops._triton.early_launch import await_predecessor
+from nsa_backend_plugin.ops._triton.quant import accepts_fp8, arch_fp8_dtype, fp8_constants, scale_from_amax
+from nsa_backend_plugin.ops._triton.support import CompileCase, available, has_e4m3
 from nsa_backend_plugin.ops.arch import device_arch, launches_early
-from nsa_backend_plugin.ops.early_launch import await_predecessor
 from nsa_backend_plugin.ops.support import Support
-from nsa_backend_plugin.ops.triton_quant import accepts_fp8, arch_fp8_dtype, fp8_constants, scale_from_amax
-from nsa_backend_plugin.ops.triton_support import CompileCase, available, has_e4m3
 
 __all__ = ["accepts_rms", "available", "compile_cases", "rms"]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from nsa_backend_plugin.layouts import FP8_DTYPES
-from nsa_backend_plugin.ops import aiter_mla
+from nsa_backend_plugin.ops._vendor import aiter_mla
 from nsa_backend_plugin.ops.support import Support, no
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from nsa_backend_plugin.layouts import LATENT_DIM, ROPE_DIM
-from nsa_backend_plugin.ops import checks, cuda_jit
+from nsa_backend_plugin.ops import checks
+from nsa_backend_plugin.ops._cuda import jit
 from nsa_backend_plugin.ops.arch import device_arch, launches_early
 from nsa_backend_plugin.ops.support import YES, Support, no
 
@@ -73,8 +74,8 @@ _CONFIGS = {
 def available(arch: str) -> Support:
     if arch not in _CONFIGS:
         return no(f"packed fp8 decode in CUDA C++ needs {', '.join(sorted(_CONFIGS))}, not {arch}")
-    verdicts = [cuda_jit.compiles(_DECODE, arch, config.defines) for config in _CONFIGS[arch]]
-    verdicts.append(cuda_jit.compiles(_MERGE, arch))
+    verdicts = [jit.compiles(_DECODE, arch, config.defines) for config in _CONFIGS[arch]]
+    verdicts.append(jit.compiles(_MERGE, arch))
     return next((verdict for verdict in verdicts if not verdict.ok), YES)
 
 
@@ -153,7 +154,7 @@ def attend(
         splits=splits,
         merge_waits=splits > 1 and tokens * groups * splits <= _MERGE_WAITS_BLOCKS,
     )
-    cuda_jit.launch(
+    jit.launch(
         _decode_kernel(arch, config),
         (groups, splits, tokens),
         (_DECODE_THREADS, 1, 1),
@@ -179,7 +180,7 @@ def _merge(
         splits=splits,
         lane_bits=lane_bits,
     )
-    cuda_jit.launch(
+    jit.launch(
         _merge_kernel(arch),
         (1 << lane_bits, heads, tokens),
         (value_dim // 8, 1, 1),
@@ -222,13 +223,13 @@ class _MergeArguments(ctypes.Structure):
 
 
 @functools.cache
-def _decode_kernel(arch: str, config: Config) -> cuda_jit.Kernel:
-    return cuda_jit.load(_DECODE, ["packed_decode"], arch, config.defines)["packed_decode"]
+def _decode_kernel(arch: str, config: Config) -> jit.Kernel:
+    return jit.load(_DECODE, ["packed_decode"], arch, config.defines)["packed_decode"]
 
 
 @functools.cache
-def _merge_kernel(arch: str) -> cuda_jit.Kernel:
-    return cuda_jit.load(_MERGE, ["packed_merge"], arch)["packed_merge"]
+def _merge_kernel(arch: str) -> jit.Kernel:
+    return jit.load(_MERGE, ["packed_merge"], arch)["packed_merge"]
 
 
 def _groups(heads: int) -> int:

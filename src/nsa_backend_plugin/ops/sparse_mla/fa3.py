@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import torch
 
-from nsa_backend_plugin.ops import mla_vendor
+from nsa_backend_plugin.ops._vendor import mla
 from nsa_backend_plugin.ops.support import Support, no
 
 
 def available(arch: str) -> Support:
     if arch != "sm_90":
         return no(f"FlashAttention 3 with a latent value part needs sm_90, not {arch}")
-    return mla_vendor.can_import("sgl_kernel.flash_attn", "flash_attn_with_kvcache")
+    return mla.can_import("sgl_kernel.flash_attn", "flash_attn_with_kvcache")
 
 
 def accepts_attend(
@@ -35,7 +35,7 @@ def accepts_attend(
         return no(f"kv is {kind} ({kv.dtype}): only bfloat16 rows")
     if indices.shape[1] == 0:
         return no("top-k 0")
-    return mla_vendor.fits(q, kv, value_dim)
+    return mla.fits(q, kv, value_dim)
 
 
 def attend(
@@ -51,5 +51,5 @@ def attend(
     lse: torch.Tensor | None,
     workspace: torch.Tensor | None,
 ) -> None:
-    page_table, lengths = mla_vendor.compact(indices)
-    mla_vendor.fa3_decode(q, kv, page_table, lengths, softmax_scale, 1, value_dim, 0, out, lse)
+    page_table, lengths = mla.compact(indices)
+    mla.fa3_decode(q, kv, page_table, lengths, softmax_scale, 1, value_dim, 0, out, lse)

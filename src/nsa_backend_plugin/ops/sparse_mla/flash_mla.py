@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from nsa_backend_plugin.ops import mla_vendor
+from nsa_backend_plugin.ops._vendor import mla
 from nsa_backend_plugin.ops.arch import device_arch
 from nsa_backend_plugin.ops.support import YES, Support, no
 
@@ -23,8 +23,8 @@ _NAMES = ("flash_mla_with_kvcache", "flash_mla_sparse_fwd", "get_mla_metadata")
 def available(arch: str) -> Support:
     if arch not in _ARCHS:
         return no(f"FlashMLA needs {', '.join(_ARCHS)}, not {arch}")
-    sgl_kernel = mla_vendor.can_import("sgl_kernel.flash_mla", *_NAMES)
-    flash_mla = mla_vendor.can_import("flash_mla", *_NAMES)
+    sgl_kernel = mla.can_import("sgl_kernel.flash_mla", *_NAMES)
+    flash_mla = mla.can_import("flash_mla", *_NAMES)
     return YES if sgl_kernel.ok or flash_mla.ok else no(f"{sgl_kernel.reason}; {flash_mla.reason}")
 
 
@@ -47,7 +47,7 @@ def accepts_attend(
         return no(f"kv is {kv.dtype}: only bfloat16 and packed rows")
     if indices.shape[1] == 0 or indices.shape[1] % 128:
         return no(f"top-k {indices.shape[1]}: only multiples of 128")
-    return mla_vendor.fits(q, kv, value_dim, _PAGE if kind == "packed" else 1)
+    return mla.fits(q, kv, value_dim, _PAGE if kind == "packed" else 1)
 
 
 def attend(
@@ -64,10 +64,10 @@ def attend(
     workspace: torch.Tensor | None,
 ) -> None:
     heads = q.shape[1]
-    padded = mla_vendor.pad_heads(q, 64 if heads <= 64 else 128)
+    padded = mla.pad_heads(q, 64 if heads <= 64 else 128)
     run = _decode_packed if kind == "packed" else _prefill_bf16
     vendor_out, vendor_lse, unit = run(padded, kv, indices, softmax_scale, value_dim)
-    mla_vendor.write(out, lse, vendor_out[:, :heads], vendor_lse[:, :heads], (indices < 0).all(dim=1), unit)
+    mla.write(out, lse, vendor_out[:, :heads], vendor_lse[:, :heads], (indices < 0).all(dim=1), unit)
 
 
 def _decode_packed(
@@ -84,7 +84,7 @@ def _decode_packed(
         is_fp8_kvcache=True,
         indices=indices.unsqueeze(1),
     )
-    if mla_vendor.can_import("sgl_kernel.flash_mla", *_NAMES).ok:
+    if mla.can_import("sgl_kernel.flash_mla", *_NAMES).ok:
         from sgl_kernel.flash_mla import flash_mla_with_kvcache, get_mla_metadata
 
         lengths = torch.full((tokens,), topk, dtype=torch.int32, device=q.device)
@@ -114,11 +114,11 @@ def _decode_packed(
 def _prefill_bf16(
     q: torch.Tensor, kv: torch.Tensor, indices: torch.Tensor, softmax_scale: float, value_dim: int
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
-    if mla_vendor.can_import("sgl_kernel.flash_mla", *_NAMES).ok:
+    if mla.can_import("sgl_kernel.flash_mla", *_NAMES).ok:
         from sgl_kernel.flash_mla import flash_mla_sparse_fwd
 
         vendor_out, _, vendor_lse = flash_mla_sparse_fwd(q, kv, indices.unsqueeze(1), softmax_scale, value_dim)
-        return vendor_out, vendor_lse, mla_vendor.BASE_2
+        return vendor_out, vendor_lse, mla.BASE_2
     from flash_mla import flash_mla_sparse_fwd
 
     legacy = device_arch(q.device) == "sm_90"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from nsa_backend_plugin.layouts import FP8_DTYPES, LATENT_DIM, ROPE_DIM
-from nsa_backend_plugin.ops import mla_vendor
+from nsa_backend_plugin.ops._vendor import mla
 from nsa_backend_plugin.ops.arch import device_arch, is_cuda
 from nsa_backend_plugin.ops.support import Support, no
 
@@ -28,7 +28,7 @@ _NO_SCORE = -1e30  # start of the running maximum: finite, so that -inf - max is
 def available(arch: str) -> Support:
     if arch not in _ARCHS:
         return no(f"TileLang sparse decode needs {', '.join(_ARCHS)}, not {arch}")
-    return mla_vendor.can_import("tilelang", "compile")
+    return mla.can_import("tilelang", "compile")
 
 
 def accepts_attend(
@@ -48,7 +48,7 @@ def accepts_attend(
         return no(f"kv is {kind} ({kv.dtype}): only bfloat16 and plain fp8 rows")
     if indices.shape[1] == 0:
         return no("top-k 0")
-    return mla_vendor.fits(q, kv, value_dim)
+    return mla.fits(q, kv, value_dim)
 
 
 def attend(
@@ -68,7 +68,7 @@ def attend(
     unit = 1.0 if kv_scale is None else float(kv_scale)
     arch = device_arch(q.device)
     block = head_block(heads, arch)
-    padded = mla_vendor.pad_heads(q, -(-heads // block) * block)
+    padded = mla.pad_heads(q, -(-heads // block) * block)
     splits = _split_count(tokens * padded.shape[1] // block, indices.shape[1])
 
     result, result_lse = _results(tokens, None, padded.shape[1], torch.bfloat16, q.device)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from nsa_backend_plugin.ops import mla_launch, triton_support
+from nsa_backend_plugin.ops._triton import mla_launch, support
 from nsa_backend_plugin.ops.arch import device_arch
 from nsa_backend_plugin.ops.support import Support
 
-available = triton_support.available_for_large_tiles
+available = support.available_for_large_tiles
 
 
 def accepts_attend(
@@ -61,8 +61,8 @@ def attend(
     )
 
 
-def compile_cases(arch: str) -> list[triton_support.CompileCase]:
+def compile_cases(arch: str) -> list[support.CompileCase]:
     kinds = ["bf16"]
-    if triton_support.has_e4m3(arch):
+    if support.has_e4m3(arch):
         kinds += ["fp8"] if arch == "gfx942" else ["packed", "fp8"]
     return mla_launch.compile_cases(arch, kinds, [0])

@@ -2,14 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
 
 from nsa_backend_plugin.ops import checks
-from nsa_backend_plugin.ops.registry import Operation
+from nsa_backend_plugin.ops.arch import device_arch
+from nsa_backend_plugin.ops.call import Call, Fact, Step
+from nsa_backend_plugin.ops.dispatch import operation
 
-_select = Operation("topk", "select")
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Select(Call[torch.Tensor]):
+    """The arguments of `select`; out [R, k] int32 is there always."""
+
+    logits: torch.Tensor
+    lengths: torch.Tensor
+    k: int
+    row_starts: torch.Tensor | None
+    page_table: torch.Tensor | None
+    page_rows: torch.Tensor | None
+    page_size: int
+    deterministic: bool
+    out: torch.Tensor
+
+    def facts(self) -> Mapping[str, Fact]:
+        rows, columns = self.logits.shape
+        return {
+            "rows": rows,
+            "columns": columns,
+            "k": self.k,
+            "deterministic": self.deterministic,
+            "paged": self.page_table is not None,
+        }
 
 
+@operation
 def select(
     logits: torch.Tensor,
     lengths: torch.Tensor,
@@ -21,8 +50,9 @@ def select(
     page_size: int = 1,
     deterministic: bool = False,
     out: torch.Tensor | None = None,
+    step: Step | None = None,
     impl: str | None = None,
-) -> torch.Tensor:
+) -> Select:
     """Indices of the k largest logits of each row, among its own candidates, -1 padded.
 
     logits: [R, N] fp32, row stride free; only candidate columns are read. lengths: [R] int32 candidates per row.
@@ -62,19 +92,13 @@ def select(
     else:
         checks.tensor("out", out, (rows, k), torch.int32, logits.device)
         checks.contiguous("out", out)
-    _select(
-        impl,
-        logits.device,
-        {
-            "rows": rows,
-            "columns": columns,
-            "k": k,
-            "deterministic": deterministic,
-            "paged": page_table is not None,
-        },
-        logits,
-        lengths,
-        k,
+    return Select(
+        arch=device_arch(logits.device),
+        step=step or Step(),
+        impl=impl,
+        logits=logits,
+        lengths=lengths,
+        k=k,
         row_starts=row_starts,
         page_table=page_table,
         page_rows=page_rows,
@@ -82,4 +106,3 @@ def select(
         deterministic=deterministic,
         out=out,
     )
-    return out

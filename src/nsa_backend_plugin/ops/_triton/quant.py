@@ -9,32 +9,26 @@ import triton
 import triton.language as tl
 
 from nsa_backend_plugin.layouts import MIN_AMAX, fp8_max
-from nsa_backend_plugin.ops import arch as device_archs
-from nsa_backend_plugin.ops.support import YES, Support, no
-from nsa_backend_plugin.ops.triton_support import has_e4m3
+from nsa_backend_plugin.ops._triton.support import has_e4m3
+from nsa_backend_plugin.ops.arch import arch_fp8_dtype
+from nsa_backend_plugin.ops.call import Reason
 
 _MIN_AMAX = tl.constexpr(MIN_AMAX)
 
 
-def accepts_fp8(device: torch.device, dtype: torch.dtype) -> Support:
-    """Whether kernels on this device can convert to an fp8 flavour. The interpreter converts to both."""
-    arch = device_archs.device_arch(device)
+def declines_fp8(arch: str, dtype: torch.dtype) -> Reason:
+    """Why kernels of an architecture cannot convert to an fp8 flavour. The interpreter converts to both."""
     if not has_e4m3(arch):
-        return no(f"{arch} has no e4m3 conversion")
-    if arch != "cpu" and dtype != device_archs.fp8_dtype(device):
-        return no(f"{arch} converts to {device_archs.fp8_dtype(device)}, not to {dtype}")
-    return YES
+        return f"{arch} has no e4m3 conversion"
+    if arch != "cpu" and dtype != arch_fp8_dtype(arch):
+        return f"{arch} converts to {arch_fp8_dtype(arch)}, not to {dtype}"
+    return None
 
 
 def fp8_constants(dtype: torch.dtype) -> dict[str, Any]:
     """The FP8 and FP8_MAX compile-time arguments of a kernel."""
     name = {torch.float8_e4m3fn: tl.float8e4nv, torch.float8_e4m3fnuz: tl.float8e4b8}[dtype]
     return {"FP8": name, "FP8_MAX": fp8_max(dtype)}
-
-
-def arch_fp8_dtype(arch: str) -> torch.dtype:
-    """The fp8 flavour that kernels of an architecture write; for compile cases, where there is no device."""
-    return torch.float8_e4m3fnuz if arch == "gfx942" else torch.float8_e4m3fn
 
 
 @triton.jit

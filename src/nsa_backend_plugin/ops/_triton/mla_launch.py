@@ -15,9 +15,10 @@ import torch
 import triton
 
 from nsa_backend_plugin.layouts import LATENT_DIM, LATENT_TILE, ROPE_DIM
-from nsa_backend_plugin.ops import checks, early_launch, triton_support
+from nsa_backend_plugin.ops import checks
+from nsa_backend_plugin.ops._triton import early_launch, support
+from nsa_backend_plugin.ops._triton.mla_kernels import attend_kernel, combine_kernel
 from nsa_backend_plugin.ops.arch import device_arch, is_cuda, is_rocm, launches_early
-from nsa_backend_plugin.ops.mla_kernels import attend_kernel, combine_kernel
 from nsa_backend_plugin.ops.support import YES, Support, no
 
 #: No row of up to 16 heads is cut into more parts; with more heads, which have more to merge, half as many.
@@ -157,7 +158,7 @@ def accepts(q: torch.Tensor, kv: torch.Tensor, kind: str, value_dim: int) -> Sup
         return YES if kv.dtype == q.dtype else no(f"kv is {kv.dtype} but q is {q.dtype}")
     if q.dtype != torch.bfloat16:
         return no(f"q is {q.dtype}: fp8 rows are widened to bfloat16, whose range they need")
-    if not triton_support.has_e4m3(arch):
+    if not support.has_e4m3(arch):
         return no(f"{arch} has no e4m3 conversion")
     if kind == "packed":
         if arch == "gfx942":
@@ -278,7 +279,7 @@ def _power_of_two_part(value: int) -> int:
     return value & -value
 
 
-def compile_cases(arch: str, kinds: Iterable[str], page_sizes: Iterable[int]) -> list[triton_support.CompileCase]:
+def compile_cases(arch: str, kinds: Iterable[str], page_sizes: Iterable[int]) -> list[support.CompileCase]:
     """Every tile that `tile` can select on an architecture, split and not, and the combine kernel."""
     fp8 = "*fp8e4b8" if arch == "gfx942" else "*fp8e4nv"
     kv_type = {"bf16": "*bf16", "pages": "*bf16", "packed": "*u8", "fp8": fp8}
@@ -291,7 +292,7 @@ def compile_cases(arch: str, kinds: Iterable[str], page_sizes: Iterable[int]) ->
                 for split in (True, False):
                     constexprs = _constexprs(heads, LATENT_DIM, ROPE_DIM, kind, page_size, config, split, True)
                     cases.append(
-                        triton_support.CompileCase(
+                        support.CompileCase(
                             name=f"{rows_of} heads={heads} page={page_size} split={split} {config}",
                             kernel=attend_kernel,
                             signature={
@@ -322,7 +323,7 @@ def compile_cases(arch: str, kinds: Iterable[str], page_sizes: Iterable[int]) ->
     for rows, splits in ((1, MAX_SPLITS), (8, 16), (8, MAX_SPLITS), (128, 2)):
         constexprs, warps = _combine_config(rows, 16, LATENT_DIM, splits, True)
         cases.append(
-            triton_support.CompileCase(
+            support.CompileCase(
                 name=f"combine rows={rows} splits={splits}",
                 kernel=combine_kernel,
                 signature={

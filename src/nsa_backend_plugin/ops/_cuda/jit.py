@@ -7,8 +7,8 @@ releases and its launch offers no programmatic dependent launch; tvm-ffi builds 
 A source is one `.cu` file, free of toolkit headers (NVRTC ships none), whose kernels are `extern "C" __global__`.
 Variants are made with defines, one cubin each. It may include `.cuh` files of its own folder.
 
-    kernels = cuda_jit.load(Path(__file__).with_name("decode.cu"), ["decode"], "sm_90", {"HEADS": 16})
-    cuda_jit.launch(kernels["decode"], grid=(tokens, 1, 1), block=(128, 1, 1), args=(q, out, tokens, scale),
+    kernels = jit.load(Path(__file__).with_name("decode.cu"), ["decode"], "sm_90", {"HEADS": 16})
+    jit.launch(kernels["decode"], grid=(tokens, 1, 1), block=(128, 1, 1), args=(q, out, tokens, scale),
                     shared_bytes=98304)
 
 Compiled cubins are kept in memory and in $XDG_CACHE_HOME/nsa_backend_plugin/cubin (default ~/.cache), keyed by source,
@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 
-from nsa_backend_plugin.ops.support import YES, Support, no
+from nsa_backend_plugin.ops.call import Reason
 
 logger = logging.getLogger(__name__)
 
@@ -54,40 +54,40 @@ class Kernel:
 
 
 @functools.cache
-def available(arch: str) -> Support:
-    """Whether CUDA C++ can be compiled here for an architecture such as "sm_90"."""
+def available(arch: str) -> Reason:
+    """Why CUDA C++ cannot be compiled here for an architecture such as "sm_90"."""
     if not arch.startswith("sm_"):
-        return no(f"CUDA C++ needs an NVIDIA GPU, not {arch}")
+        return f"CUDA C++ needs an NVIDIA GPU, not {arch}"
     try:
         if importlib.util.find_spec("cuda.bindings.nvrtc") is None:
-            return no("cuda-bindings (cuda-python) is not installed")
+            return "cuda-bindings (cuda-python) is not installed"
     except ModuleNotFoundError:
-        return no("cuda-bindings (cuda-python) is not installed")
+        return "cuda-bindings (cuda-python) is not installed"
     try:
         from cuda.bindings import nvrtc
 
         supported = _check(nvrtc.nvrtcGetSupportedArchs(), nvrtc)
     except Exception as error:  # cuda.bindings raises RuntimeError or its pathfinder's own types for a missing library
-        return no(f"NVRTC cannot be loaded: {error}")
+        return f"NVRTC cannot be loaded: {error}"
     if int(arch[3:]) not in supported:
-        return no(f"NVRTC {_nvrtc_version()} has no target {arch}")
-    return YES
+        return f"NVRTC {_nvrtc_version()} has no target {arch}"
+    return None
 
 
 @functools.cache
-def _compiles(source: Path, arch: str, defines: _Defines) -> Support:
-    support = available(arch)
-    if not support.ok:
-        return support
+def _compiles(source: Path, arch: str, defines: _Defines) -> Reason:
+    reason = available(arch)
+    if reason is not None:
+        return reason
     try:
         _cubin(source, arch, defines)
     except CompileError as error:
-        return no(f"{source.name} does not compile: {error}")
-    return YES
+        return f"{source.name} does not compile: {error}"
+    return None
 
 
-def compiles(source: Path, arch: str, defines: Mapping[str, object] | None = None) -> Support:
-    """Whether a source compiles here, without loading it: what an implementation's `available` returns."""
+def compiles(source: Path, arch: str, defines: Mapping[str, object] | None = None) -> Reason:
+    """Why a source does not compile here, without loading it: what an implementation's `available` returns."""
     return _compiles(source, arch, _freeze(defines))
 
 
@@ -227,6 +227,7 @@ def _cubin(source: Path, arch: str, defines: _Defines) -> bytes:
 
 def _write(path: Path, data: bytes) -> None:
     """Write through a temporary name, so that a process beside this one never reads half a file."""
+    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent)
@@ -234,6 +235,8 @@ def _write(path: Path, data: bytes) -> None:
             file.write(data)
         os.replace(temporary, path)
     except OSError as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
         logger.warning("cannot cache %s, it is compiled again in every process: %s", path, error)
 
 

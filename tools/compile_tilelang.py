@@ -1,7 +1,7 @@
 """Lower every TileLang kernel to the device source of GPUs that are not here, on a machine without a GPU.
 
-    python -m nsa_backend_plugin.ops.compile_tilelang [--targets gfx942 gfx950 | sm_90] [--sources DIR]
-    python -m nsa_backend_plugin.ops.compile_tilelang --write-table docs/tilelang_table.csv
+    python -m tools.compile_tilelang [--targets gfx942 gfx950 | sm_90] [--sources DIR]
+    python -m tools.compile_tilelang --write-table docs/tilelang_table.csv
 
 TileLang schedules, places tiles in shared memory, picks matrix instructions and writes HIP or CUDA C++ without a device
 or a vendor's compiler; registers and spills are known only after hipcc or nvcc. Exits 1 when a kernel does not lower,
@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from nsa_backend_plugin.ops.arch import is_cuda
-from nsa_backend_plugin.ops.compile_matrix import hardware
 from nsa_backend_plugin.ops.sparse_mla import tilelang as sparse_mla
+from tools.compile_matrix import hardware
 
 DEFAULT_TARGETS = ("gfx942", "gfx950")
 _COLUMNS = ("target", "kernel", "threads", "shared_bytes", "matrix_instructions")

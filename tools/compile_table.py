@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from nsa_backend_plugin.ops.compile_matrix import Result
+    from tools.compile_matrix import Result
 
 _COLUMNS = (
     "target",

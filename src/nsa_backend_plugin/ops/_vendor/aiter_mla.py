@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from nsa_backend_plugin.layouts import FP8_DTYPES
-from nsa_backend_plugin.ops import mla_vendor
+from nsa_backend_plugin.ops._vendor import mla
 from nsa_backend_plugin.ops.support import Support, no
 
 ARCHS = ("gfx942", "gfx950")
@@ -27,15 +27,15 @@ _PLAN = ("get_mla_metadata_info_v1", "get_mla_metadata_v1")
 def available(arch: str) -> Support:
     if arch not in ARCHS:
         return no(f"AITER's MLA decode needs {' or '.join(ARCHS)}, not {arch}")
-    package = mla_vendor.can_import("aiter", *_PLAN)
-    return mla_vendor.can_import("aiter.mla", "mla_decode_fwd") if package.ok else package
+    package = mla.can_import("aiter", *_PLAN)
+    return mla.can_import("aiter.mla", "mla_decode_fwd") if package.ok else package
 
 
 def fits(q: torch.Tensor, kv: torch.Tensor, value_dim: int) -> Support:
     size = kv.numel() * kv.element_size()
     if size > _MAX_BYTES:  # its offsets into the cache have 32 bits and wrap without a word (aiter 2768, 5765)
         return no(f"kv of {size} bytes: at most 4 GiB only")
-    return mla_vendor.fits(q, kv, value_dim)
+    return mla.fits(q, kv, value_dim)
 
 
 def ragged(values: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,7 +67,7 @@ def decode(
     from aiter.mla import mla_decode_fwd
 
     rows, heads, dim = q.shape
-    padded = mla_vendor.pad_heads(q, -(-heads // 16) * 16)
+    padded = mla.pad_heads(q, -(-heads // 16) * 16)
     query_starts = torch.arange(rows + 1, dtype=torch.int32, device=q.device)
     last_page_lens = torch.ones(rows, dtype=torch.int32, device=q.device)
     vendor_out = q.new_empty(rows, padded.shape[1], out.shape[-1])
@@ -88,7 +88,7 @@ def decode(
         sm_scale=softmax_scale,
         **extra,
     )
-    mla_vendor.write(out, None, vendor_out[:, :heads], None, starts[1:] == starts[:-1])
+    mla.write(out, None, vendor_out[:, :heads], None, starts[1:] == starts[:-1])
 
 
 def _plan(

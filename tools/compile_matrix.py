@@ -1,8 +1,8 @@
 """Compile every Triton kernel in every configuration of the tuning tables, on a machine without a GPU.
 
-    python -m nsa_backend_plugin.ops.compile_matrix [--targets sm_90 gfx942 | all] [--ops concat] [--json FILE]
-    python -m nsa_backend_plugin.ops.compile_matrix --targets all --write-table docs/compile_table.csv
-    python -m nsa_backend_plugin.ops.compile_matrix --targets sm_80 --sample --check-table docs/compile_table.csv
+    python -m tools.compile_matrix [--targets sm_90 gfx942 | all] [--ops concat] [--json FILE]
+    python -m tools.compile_matrix --targets all --write-table docs/compile_table.csv
+    python -m tools.compile_matrix --targets sm_80 --sample --check-table docs/compile_table.csv
 
 Prints registers, spills, shared memory, matrix instructions and an occupancy estimate of each `CompileCase`; exits 1
 when a kernel does not compile, spills, or needs more shared memory than the target has. Triton caches compiled
@@ -30,10 +30,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from nsa_backend_plugin import settings
-from nsa_backend_plugin.ops import compile_table
+from nsa_backend_plugin.ops._triton.support import CompileCase, interpreted
 from nsa_backend_plugin.ops.arch import is_cuda
 from nsa_backend_plugin.ops.registry import implementation_names
-from nsa_backend_plugin.ops.triton_support import CompileCase, interpreted
+from tools import compile_table
 
 DEFAULT_TARGETS = ("sm_90", "sm_100", "gfx942", "gfx950")
 #: `--targets all`: also what the kernels claim without being tuned for it.
@@ -215,7 +215,7 @@ def _one_process_per_target(arguments: argparse.Namespace) -> int:
     for name, path in (("--check-table", arguments.check_table), ("--write-table", arguments.write_table)):
         flags += [name, str(path)] if path else []
     flags += ["--sample"] if arguments.sample else []
-    module = [sys.executable, "-m", "nsa_backend_plugin.ops.compile_matrix"]
+    module = [sys.executable, "-m", "tools.compile_matrix"]
     return max(subprocess.run([*module, "--targets", t, *flags], check=False).returncode for t in arguments.targets)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nsa_backend_plugin.ops.arch import is_rocm
-from nsa_backend_plugin.ops.support import YES, Support, no
+from nsa_backend_plugin.ops.call import Reason
 
 
 @functools.cache
@@ -20,21 +20,19 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def available(arch: str) -> Support:
-    """Support of a plain Triton kernel on an architecture."""
+def available(arch: str) -> Reason:
+    """Why a plain Triton kernel cannot run on an architecture."""
     if importlib.util.find_spec("triton") is None:
-        return no("triton is not installed")
+        return "triton is not installed"
     if arch == "cpu":
-        return YES if interpreted() else no("Triton needs a GPU (TRITON_INTERPRET=1 runs it on a CPU, slowly)")
-    if arch.startswith(("sm_", "gfx")):
-        return YES
-    return no(f"Triton has no target for {arch}")
+        return None if interpreted() else "Triton needs a GPU (TRITON_INTERPRET=1 runs it on a CPU, slowly)"
+    return None if arch.startswith(("sm_", "gfx")) else f"Triton has no target for {arch}"
 
 
-def available_for_large_tiles(arch: str) -> Support:
-    """Support of a kernel that holds more in registers than an RDNA lane has (256, in waves of 32): it would spill."""
+def available_for_large_tiles(arch: str) -> Reason:
+    """As `available`, of a kernel that holds more in registers than an RDNA lane has (256, in waves of 32)."""
     if is_rocm(arch) and not arch.startswith("gfx9"):
-        return no(f"{arch}: its tiles need the registers of CDNA (gfx9)")
+        return f"{arch}: its tiles need the registers of CDNA (gfx9), and would spill"
     return available(arch)
 
 
