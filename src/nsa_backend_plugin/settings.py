@@ -9,18 +9,11 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-#: Folders below `ops/`, in the order in which a request meets them.
-OPERATIONS = (
-    "norm_quant",
-    "indexer_prep",
-    "index_key_cache",
-    "mqa_logits",
-    "topk",
-    "latent_cache",
-    "concat",
-    "sparse_mla",
-    "dense_mla",
+#: The operations: folders below `ops/`; one with an underscore holds what several of them share.
+OPERATIONS = tuple(
+    sorted(p.parent.name for p in (Path(__file__).parent / "ops").glob("*/__init__.py") if p.parent.name[0] != "_")
 )
 
 _TRUE = ("1", "true", "yes", "on")

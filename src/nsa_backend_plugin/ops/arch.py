@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 
 _pretended: str | None = None
+_KNOWN: dict[torch.device | str, str] = {torch.device("cpu"): "cpu"}
 
 
 @functools.cache
@@ -32,11 +33,17 @@ def pretended(arch: str) -> Iterator[torch.device]:
 
 def device_arch(device: torch.device | str) -> str:
     """Architecture of a torch device: "cpu", "sm_90", "gfx942", ..."""
-    if isinstance(device, str):
-        device = torch.device(device)
-    if device.type == "cuda":
-        return _gpu_arch(torch.cuda.current_device() if device.index is None else device.index)
-    return _pretended if device.type == "meta" and _pretended else device.type
+    known = _KNOWN.get(device)  # asked by every call of an operation
+    if known is not None:
+        return known
+    device = torch.device(device)
+    if device.type == "meta":
+        return _pretended or device.type
+    if device.type != "cuda":
+        return device.type
+    if device.index is None:
+        return _gpu_arch(torch.cuda.current_device())
+    return _KNOWN.setdefault(device, _gpu_arch(device.index))
 
 
 def vendor(arch: str) -> str:
