@@ -63,8 +63,13 @@ def fp8_dtype(device: torch.device | str) -> torch.dtype:
 
 @functools.cache
 def core_count(device: torch.device) -> int:
-    """Multiprocessors (compute units) of a device; 1 of a CPU, where Triton's interpreter runs."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    """Multiprocessors (compute units) of a device, of `meta` those of the GPU that it stands for.
+
+    1 without a GPU: of a CPU, where Triton's interpreter runs.
+    """
+    if device.type == "cpu" or not torch.cuda.is_available():
+        return 1
+    return torch.cuda.get_device_properties(None if device.type == "meta" else device).multi_processor_count
 
 
 def is_cuda(arch: str) -> bool:
