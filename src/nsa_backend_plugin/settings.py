@@ -24,8 +24,8 @@ _FALSE = ("0", "false", "no", "off")
 class Setting:
     """One variable.
 
-    kind: "bool", "choice" (one of `choices`) or "names" (comma-separated implementation names, first that can
-    run wins; the valid names are checked by the registry, which knows the files).
+    kind: "bool", "choice" (one of `choices`), "path", or "names" (comma-separated names of implementations, first that
+    can run wins, or of functions; the dispatcher checks them, which knows the files).
     """
 
     name: str
@@ -46,6 +46,8 @@ class Setting:
             if value in self.choices:
                 return value
             raise ValueError(f"{self.name}={raw!r}: expected one of {', '.join(self.choices)}")
+        if self.kind == "path":
+            return value
         return tuple(part.strip() for part in value.split(",") if part.strip())
 
 
@@ -90,6 +92,19 @@ _TABLE = (
         "Run the indexer on a second stream beside the query and latent projections. `auto` follows the "
         "measurement of the architecture.",
         ("auto", "0", "1"),
+    ),
+    Setting(
+        "NSA_PLUGIN_WITNESS",
+        "names",
+        "",
+        "Functions to watch, such as `sparse_mla.attend`: the torch reference runs beside every 64th call on a few "
+        "rows, and a call that differs is logged and saved. Start with `--disable-cuda-graph`.",
+    ),
+    Setting(
+        "NSA_PLUGIN_WITNESS_DIR",
+        "path",
+        "nsa_plugin_witness",
+        "Folder for the calls that the witness saves; `nsa-plugin replay FILE` repeats one.",
     ),
     *(
         Setting(
@@ -138,7 +153,7 @@ def markdown() -> str:
         "| name | values | default | meaning |",
         "|---|---|---|---|",
     ]
-    kinds = {"bool": "0, 1", "names": "implementation names"}
+    kinds = {"bool": "0, 1", "names": "names", "path": "a folder"}
     for s in _TABLE:
         values = kinds.get(s.kind) or ", ".join(s.choices)
         lines.append(f"| `{s.name}` | {values} | {s.default or 'empty'} | {s.meaning} |")

@@ -18,6 +18,7 @@ import importlib
 import logging
 import os
 import pkgutil
+import typing
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import ModuleType
@@ -26,7 +27,7 @@ from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 import torch
 
 from nsa_backend_plugin import settings
-from nsa_backend_plugin.ops import preferences
+from nsa_backend_plugin.ops import preferences, witness
 from nsa_backend_plugin.ops.arch import device_arch
 from nsa_backend_plugin.ops.call import Call, Declined, Reason, capturing
 
@@ -141,8 +142,11 @@ class Operation(Generic[P, R]):
         self.name = f"{self.op}.{self.function}"
         #: The checked arguments as an object, without running it.
         self.call = build
+        #: Its class.
+        self.call_type: type[Call[R]] = typing.get_type_hints(build)["return"]
         self._variable = settings.impl_variable(self.op)
         self._forced: str | None = None  # the variable's value; read once, because a look-up costs a microsecond
+        self._witness: witness.Witness | None = None
         self._plans: dict[tuple[str | None, str, int], _Plan] = {}
         self._heard: set[tuple[str, str]] = set()
 
@@ -164,7 +168,10 @@ class Operation(Generic[P, R]):
             if reason is None:
                 if (name, "runs") not in self._heard:
                     self._say_first_use(name, call, plan)
-                return run(call)
+                result = run(call)
+                if self._witness is not None:
+                    self._witness.look(name, call, result)
+                return result
             reasons = reasons or {}
             reasons[name] = reason
             if (name, "declines") not in self._heard:
@@ -215,7 +222,7 @@ class Operation(Generic[P, R]):
     def _plan(self, call: Call[R]) -> _Plan:
         """The order for a call: cached, because a layer asks ten times."""
         if self._forced is None:
-            self._forced = os.environ.get(self._variable, "").strip()
+            self._read_settings()
         free = call.impl is None and not self._forced
         row = preferences.applying(self.name, call.arch, call.facts) if free else -1
         key = (call.impl, call.arch, row)
@@ -223,6 +230,12 @@ class Operation(Generic[P, R]):
         if plan is None:
             plan = self._plans[key] = self._make_plan(*key)
         return plan
+
+    def _read_settings(self) -> None:
+        self._forced = os.environ.get(self._variable, "").strip()
+        if self.name in witness.watched():
+            reference = _load(self.op, "torch")
+            self._witness = witness.Witness(self.name, getattr(reference, self.function))
 
     def _make_plan(self, impl: str | None, arch: str, row: int) -> _Plan:
         names, why, forced = self._order(impl, arch, row)
@@ -302,9 +315,13 @@ def _forced_names(op: str) -> list[str]:
 
 
 def validate_forced() -> None:
-    """Check the names in all NSA_PLUGIN_<OP>_IMPL variables."""
+    """Check the names in all NSA_PLUGIN_<OP>_IMPL variables, and in NSA_PLUGIN_WITNESS."""
     for op in settings.OPERATIONS:
         _forced_names(op)
+    valid = [operation.name for operation in operations()]
+    for name in witness.watched():
+        if name not in valid:
+            raise ValueError(f"NSA_PLUGIN_WITNESS={name!r}: expected some of {', '.join(valid)}")
 
 
 def require_forced(device: torch.device | str) -> None:
@@ -322,6 +339,6 @@ def forget() -> None:
     for cached in (implementation_names, _load, _unavailable, preferences.rows):
         cached.cache_clear()
     for op in operations():
-        op._forced = None
+        op._forced = op._witness = None
         op._plans.clear()
         op._heard.clear()
