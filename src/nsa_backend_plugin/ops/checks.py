@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from nsa_backend_plugin.layouts import FP8_DTYPES, packed_latent_bytes
+
 INT_DTYPES = (torch.int32, torch.int64)
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -58,6 +60,20 @@ def choice(name: str, value: object, allowed: Sequence[object]) -> None:
 def positive(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name}={value!r}: expected a positive int")
+
+
+def kv_kind(kv: torch.Tensor, query_dim: int, value_dim: int, name: str = "kv") -> str:
+    """Kind of a latent cache: "bf16" (any float type), "fp8" (plain, one scalar scale) or "packed" (656-byte rows)."""
+    if kv.dtype in FLOAT_DTYPES and kv.shape[-1] == query_dim:
+        return "bf16"
+    if kv.dtype in FP8_DTYPES and kv.shape[-1] == query_dim:
+        return "fp8"
+    if kv.dtype in (torch.uint8, torch.float8_e4m3fn) and kv.shape[-1] == packed_latent_bytes(query_dim, value_dim):
+        return "packed"
+    raise ValueError(
+        f"{name} has shape {list(kv.shape)} and dtype {kv.dtype}: expected [slots, 1, {query_dim}] bf16, fp16, fp32 or "
+        f"fp8, or [slots, 1, {packed_latent_bytes(query_dim, value_dim)}] packed uint8 or e4m3fn"
+    )
 
 
 def index_range(name: str, value: torch.Tensor, low: int, high: int) -> None:
