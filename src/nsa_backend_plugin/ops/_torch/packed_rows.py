@@ -30,4 +30,5 @@ def unpack(
 
 def _typed(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Bytes [N, n] as values of another type. A copy: the bytes may lie at an address that does not suit the type."""
-    return data.clone(memory_format=torch.contiguous_format).view(dtype)
+    rows, width = data.shape
+    return data.flatten().clone().view(dtype).view(rows, width // dtype.itemsize)
