@@ -118,7 +118,7 @@ def mla_k(
     k_nope: [T, H, 128], any strides with a contiguous last dimension (a slice of kv_b_proj's output).
     k_rope: [T, 1, 64], same dtype. dtype: of the result (None = k_nope's; fp8 saturates, without a scale).
     out: contiguous [T, H, nope+rope] to write into. Raises ValueError for bad shapes, dtypes, strides or devices.
-    Source: vLLM (benchmarks/kernels/benchmark_mla_k_concat.py: a copy into the result in place of a cat); SGLang concat_mla_k.
+    Source: vLLM's copy into the result in place of a cat (its benchmark_mla_k_concat.py); SGLang concat_mla_k.
     """
     checks.tensor("k_nope", k_nope, (None, None, None), _DTYPES)
     tokens, heads, nope = k_nope.shape
