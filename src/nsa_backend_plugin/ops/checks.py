@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -58,6 +59,22 @@ def choice(name: str, value: object, allowed: Sequence[object]) -> None:
 def positive(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name}={value!r}: expected a positive int")
+
+
+def finite(name: str, value: object) -> None:
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name}={value!r}: expected a finite number")
+
+
+def used_pages(name: str, block_table: torch.Tensor, lengths: torch.Tensor, page_size: int, pages: int) -> None:
+    """Check 0 <= page < pages of the entries that lengths [B] or [B, n] reach; those behind may be anything.
+
+    Only on CPU.
+    """
+    if block_table.device.type == "cpu" and lengths.numel():
+        longest = lengths.reshape(block_table.shape[0], -1).amax(1)
+        used = torch.arange(block_table.shape[1]) * page_size < longest[:, None]
+        index_range(name, block_table[used], 0, pages)
 
 
 def index_range(name: str, value: torch.Tensor, low: int, high: int) -> None:
