@@ -23,6 +23,8 @@ MIN_AMAX = 1e-4
 LATENT_DIM = 512
 ROPE_DIM = 64
 LATENT_TILE = 128
+#: Of packed rows on every architecture: their bytes are FlashMLA's.
+PACKED_FP8 = torch.float8_e4m3fn
 
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
 
@@ -60,6 +62,11 @@ def index_value_offsets(layout: str, page_size: int = INDEX_PAGE_SIZE, dim: int 
     )
 
 
+def packed_rope_offset(value_dim: int = LATENT_DIM, tile_size: int = LATENT_TILE) -> int:
+    """Byte offset of the RoPE part inside a packed fp8 latent row: behind the values and their scales."""
+    return value_dim + 4 * (value_dim // tile_size)
+
+
 def packed_latent_bytes(dim: int, value_dim: int = LATENT_DIM, tile_size: int = LATENT_TILE, itemsize: int = 2) -> int:
-    """Bytes of one packed fp8 latent row of `dim` values (656 for dim 576)."""
-    return value_dim + 4 * (value_dim // tile_size) + itemsize * (dim - value_dim)
+    """Bytes of one packed fp8 latent row of `dim` values (656 for dim 576); itemsize: of a RoPE value."""
+    return packed_rope_offset(value_dim, tile_size) + itemsize * (dim - value_dim)

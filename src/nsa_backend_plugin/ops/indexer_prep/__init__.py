@@ -187,7 +187,7 @@ def key_store(
     checks.require(cos_sin_cache.shape[1] <= INDEX_DIM, "cos_sin_cache.shape[1]", cos_sin_cache.shape[1], "at most 128")
     checks.tensor("slots", slots, (key.shape[0],), checks.INT_DTYPES, cache.device)
     checks.index_range("slots", slots, -(2**62), cache.shape[0] * page_size)
-    checks.require(isinstance(eps, float | int) and eps > 0, "eps", eps, "a positive number")
+    checks.positive_number("eps", eps)
     checks.choice("is_neox", is_neox, (False, True))
     checks.choice("hadamard", hadamard, (False, True))
     checks.choice("scale_format", scale_format, SCALE_FORMATS)

@@ -8,7 +8,6 @@ from nsa_backend_plugin.layouts import LATENT_DIM, LATENT_TILE, packed_latent_by
 from nsa_backend_plugin.ops import checks
 from nsa_backend_plugin.ops._torch.rotary import check_rope
 from nsa_backend_plugin.ops.registry import Operation
-from nsa_backend_plugin.ops.sparse_mla import kv_kind
 
 _quantize = Operation("latent_cache", "quantize")
 _dequantize = Operation("latent_cache", "dequantize")
@@ -112,7 +111,7 @@ def store(
     checks.inner_contiguous("k_nope", k_nope)
     checks.inner_contiguous("k_rope", k_rope)
     checks.require(isinstance(cache, torch.Tensor) and cache.dim() == 3, "cache", cache, "[slots, 1, bytes]")
-    kind = kv_kind(cache, value_dim + k_rope.shape[1], value_dim, "cache")
+    kind = checks.kv_kind(cache, value_dim + k_rope.shape[1], value_dim, "cache")
     checks.contiguous("cache", cache)
     checks.require(
         (kv_scale is not None) == (kind == "fp8"),

@@ -4,38 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from nsa_backend_plugin.layouts import LATENT_TILE, MIN_AMAX, fp8_max
+from nsa_backend_plugin.layouts import fp8_max
+from nsa_backend_plugin.ops._torch.norm import normalize
+from nsa_backend_plugin.ops._torch.packed_rows import pack, unpack
 from nsa_backend_plugin.ops._torch.rotary import apply_rope
-from nsa_backend_plugin.ops.indexer_prep.reference import normalize
 from nsa_backend_plugin.ops.support import YES, Support
-
-_FP8 = torch.float8_e4m3fn  # the packed layout exists on CUDA only
 
 
 def available(arch: str) -> Support:
     return YES
-
-
-def pack(kv: torch.Tensor, value_dim: int, tile_size: int = LATENT_TILE) -> torch.Tensor:
-    """[N, d] -> uint8 [N, bytes]: fp8 values | fp32 scales | unquantized RoPE part."""
-    tiles = kv[:, :value_dim].float().unflatten(1, (-1, tile_size))
-    limit = fp8_max(_FP8)
-    amax = tiles.abs().amax(dim=-1).clamp_min(MIN_AMAX)
-    scale = amax / torch.full_like(amax, limit)  # a tensor: CUDA would multiply by the reciprocal of a number
-    values = (tiles / scale[..., None]).clamp(-limit, limit).to(_FP8).flatten(1)
-    parts = [values, scale, kv[:, value_dim:].contiguous()]
-    return torch.cat([p.view(torch.uint8) for p in parts], dim=1)
-
-
-def unpack(
-    packed: torch.Tensor, value_dim: int, tile_size: int = LATENT_TILE, rope_dtype=torch.bfloat16
-) -> torch.Tensor:
-    """uint8 [N, bytes] -> float32 [N, d]."""
-    scale_end = value_dim + 4 * (value_dim // tile_size)
-    values = packed[:, :value_dim].contiguous().view(_FP8).float().unflatten(1, (-1, tile_size))
-    scale = packed[:, value_dim:scale_end].contiguous().view(torch.float32)
-    rope = packed[:, scale_end:].contiguous().view(rope_dtype).float()
-    return torch.cat([(values * scale[..., None]).flatten(1), rope], dim=1)
 
 
 def quantize(kv: torch.Tensor, *, value_dim: int, tile_size: int, out: torch.Tensor) -> None:

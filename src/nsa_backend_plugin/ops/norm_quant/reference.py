@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from nsa_backend_plugin.ops.index_key_cache.reference import quantize_rows
-from nsa_backend_plugin.ops.indexer_prep.reference import normalize
+from nsa_backend_plugin.ops._torch.norm import normalize
+from nsa_backend_plugin.ops._torch.quant import quantize_rows
 from nsa_backend_plugin.ops.support import YES, Support
 
 
