@@ -91,6 +91,22 @@ def kv_kind(kv: torch.Tensor, query_dim: int, value_dim: int, name: str = "kv") 
     )
 
 
+def finite(name: str, value: object) -> None:
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name}={value!r}: expected a finite number")
+
+
+def used_pages(name: str, block_table: torch.Tensor, lengths: torch.Tensor, page_size: int, pages: int) -> None:
+    """Check 0 <= page < pages of the entries that lengths [B] or [B, n] reach; those behind may be anything.
+
+    Only on CPU.
+    """
+    if block_table.device.type == "cpu" and lengths.numel():
+        longest = lengths.reshape(block_table.shape[0], -1).amax(1)
+        used = torch.arange(block_table.shape[1]) * page_size < longest[:, None]
+        index_range(name, block_table[used], 0, pages)
+
+
 def index_range(name: str, value: torch.Tensor, low: int, high: int) -> None:
     """Check low <= value < high. Only on CPU: on a GPU the check would stall the stream on every call."""
     if not value.is_cpu or value.numel() == 0:
