@@ -4,25 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from nsa_backend_plugin.layouts import FP8_DTYPES, LATENT_DIM, packed_latent_bytes
+from nsa_backend_plugin.layouts import LATENT_DIM
 from nsa_backend_plugin.ops import checks
+from nsa_backend_plugin.ops.checks import kv_kind as kv_kind
 from nsa_backend_plugin.ops.registry import Operation
 
 _attend = Operation("sparse_mla", "attend")
-
-
-def kv_kind(kv: torch.Tensor, query_dim: int, value_dim: int, name: str = "kv") -> str:
-    """Kind of a latent cache: "bf16" (any float type), "fp8" (plain, one scalar scale) or "packed" (656-byte rows)."""
-    if kv.dtype in checks.FLOAT_DTYPES and kv.shape[-1] == query_dim:
-        return "bf16"
-    if kv.dtype in FP8_DTYPES and kv.shape[-1] == query_dim:
-        return "fp8"
-    if kv.dtype in (torch.uint8, torch.float8_e4m3fn) and kv.shape[-1] == packed_latent_bytes(query_dim, value_dim):
-        return "packed"
-    raise ValueError(
-        f"{name} has shape {list(kv.shape)} and dtype {kv.dtype}: expected [slots, 1, {query_dim}] bf16, fp16, fp32 or "
-        f"fp8, or [slots, 1, {packed_latent_bytes(query_dim, value_dim)}] packed uint8 or e4m3fn"
-    )
 
 
 def attend(
