@@ -76,7 +76,7 @@ def _plan(options: argparse.Namespace) -> Plan:
     from nsa_backend_plugin.accuracy.runs import Plan
 
     for name in ("concurrency", "max_tokens", "timeout", "start_timeout"):
-        if getattr(options, name) <= 0:
+        if not getattr(options, name) > 0:  # nan is not either
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: expected more than 0")
     if not 0 <= options.min_accuracy <= 1:
         raise ValueError(f"--min-accuracy {options.min_accuracy}: expected a share, 0 to 1")

@@ -64,7 +64,7 @@ def _checked(options: argparse.Namespace) -> list[Arm]:
     """The arms. Raises ValueError for whatever would make a run fail or lose its result."""
     arms = parse_arms(options.arms)
     parse_shapes(options.shapes)
-    if options.timeout <= 0:
+    if not options.timeout > 0:  # nan is not either
         raise ValueError(f"--timeout {options.timeout:g}: expected more than 0")
     if options.json:
         check_writable("--json", options.json)
