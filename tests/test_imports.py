@@ -75,3 +75,16 @@ def test_entry_points_import_is_light():
 
 def test_command_help_is_light():
     assert modules_after("from nsa_backend_plugin import cli; cli.build_parser(cli.command_names())").isdisjoint(HEAVY)
+
+
+def test_operations_import_on_first_use():
+    code = "from nsa_backend_plugin import ops; assert 'sparse_mla' in dir(ops)"
+    assert modules_after(code).isdisjoint(HEAVY)
+    assert "torch" in modules_after(f"{code}; assert callable(ops.sparse_mla.attend) and callable(ops.topk.select)")
+
+
+def test_ops_has_no_other_attributes():
+    from nsa_backend_plugin import ops
+
+    with pytest.raises(AttributeError, match="'sparse_mlaa'"):
+        ops.sparse_mlaa  # noqa: B018

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from nsa_backend_plugin.accuracy.arms import kernel_lines, parse_arms
 from nsa_backend_plugin.accuracy.ask import Answer, AskError, answer_all
 from nsa_backend_plugin.accuracy.compare import accuracy, compare, mcnemar
 from nsa_backend_plugin.accuracy.questions import last_number, load_items
+from nsa_backend_plugin.arms import kernel_lines, parse_arms
 from tests.accuracy.conftest import FakeServer
 
 

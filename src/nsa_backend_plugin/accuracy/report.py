@@ -9,7 +9,7 @@ from dataclasses import asdict
 from itertools import combinations
 from typing import Any
 
-from nsa_backend_plugin.accuracy import environment
+from nsa_backend_plugin import environment
 from nsa_backend_plugin.accuracy.compare import CONFIDENCE, accuracy, compare, mcnemar
 from nsa_backend_plugin.accuracy.runs import Run
 from nsa_backend_plugin.accuracy.sgl_eval import ChatAnswer
