@@ -14,7 +14,7 @@ import pytest
 
 from nsa_backend_plugin import cli, serving, settings
 from nsa_backend_plugin.commands import demo, doctor, hooks
-from nsa_backend_plugin.ops import registry
+from nsa_backend_plugin.ops import dispatch
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -106,10 +106,12 @@ def test_doctor_reports_everything_and_finds_nothing_wrong():
     assert report["versions"]["torch"]
     assert report["device"]["arch"]
     assert report["device"]["fp8"].startswith("float8_e4m3")
-    assert [row["operation"] for row in report["operations"]] == [o.name for o in registry.operations()]
+    said = {row["operation"] for row in report["operations"]}
+    assert {"topk.select", "sparse_mla.attend", "dense_mla.decode", "mqa_logits.paged", "mqa_logits.ragged"} < said
     for row in report["operations"]:
-        assert sum(i["chosen"] for i in row["implementations"]) == 1
-        assert all(i["ok"] or i["reason"] for i in row["implementations"])
+        assert row["chosen"]
+        assert row["served"]
+        assert all(row["declined"].values())
     assert [row["name"] for row in report["settings"]] == list(settings.SETTINGS)
     assert all(row["exists"] for row in report["hooks"] if row["needed"])
     assert len(report["hooks"]) > 5
@@ -191,10 +193,13 @@ def test_doctor_refuses_an_unsupported_release(monkeypatch):
 
 
 def test_doctor_reports_a_forced_implementation_that_cannot_run(monkeypatch):
-    monkeypatch.setattr(registry, "_available", lambda op, name, arch: registry.Support(False, "no such engine"))
+    monkeypatch.setattr(dispatch, "_unavailable", lambda op, name, arch: "no such engine")
+    dispatch.forget_plans()
     problems = doctor.Problems()
     rows = doctor.operations("cpu", problems)
-    assert len(problems) == len(rows) == len(registry.operations())
+    monkeypatch.undo()
+    dispatch.forget()
+    assert len(problems) == len(rows) > 8
     assert "no such engine" in problems[0]["problem"]
 
 
@@ -311,12 +316,12 @@ def test_demo_counts_right_answers(capsys):
 def test_demo_shows_the_servers_own_kernel_lines(tmp_path, capsys):
     log = tmp_path / "server.log"
     log.write_text(
-        "[t] nsa_plugin op topk.select: torch (x declined)\nnoise: no\n[t] nsa_plugin op concat.q_all: torch\n"
+        "[t] nsa_plugin op topk.select: torch runs k=1 (x)\nnoise: no\n[t] nsa_plugin op concat.q_all: torch runs (x)\n"
     )
     demo.print_kernels(log)
     assert capsys.readouterr().out.split("\n")[2:4] == [
-        "    topk.select: torch (x declined)",
-        "    concat.q_all: torch",
+        "    topk.select: torch runs k=1 (x)",
+        "    concat.q_all: torch runs (x)",
     ]
 
 

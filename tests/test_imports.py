@@ -53,8 +53,8 @@ def test_ops_import_without_sglang():
     """With sglang barred, every operation and its implementations import and report."""
     code = (
         "import sys; sys.modules['sglang'] = None\n"
-        "from nsa_backend_plugin.ops import registry\n"
-        "assert len(registry.report('cpu')) >= 8\n"
+        "from nsa_backend_plugin.runtime import served\n"
+        "assert len(served.report(served.examples('cpu')['DeepSeek-V3.2, 16 heads'], served.TYPICAL, 'cpu')) >= 8\n"
         "del sys.modules['sglang']"
     )
     assert "sglang" not in modules_after(code)

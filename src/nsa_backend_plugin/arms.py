@@ -63,7 +63,7 @@ def parse_shapes(texts: Sequence[str]) -> list[tuple[int, int]]:
 
 
 def kernel_lines(log: Path) -> list[str]:
-    """The lines `operation: implementation (why not the others)` that our backend wrote into a server's log."""
-    pattern = re.compile(rf"(?:{'|'.join(OPERATIONS)})\.\w+: .*")
+    """`operation: implementation runs ...`, what our backend logged when an implementation first ran."""
+    pattern = re.compile(rf"(?:{'|'.join(OPERATIONS)})\.\w+: \w+ runs .*")
     found = (pattern.search(line) for line in log.read_text(errors="replace").splitlines())
     return list(dict.fromkeys(match.group(0) for match in found if match))

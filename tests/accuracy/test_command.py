@@ -15,7 +15,7 @@ from nsa_backend_plugin.accuracy import runs
 from nsa_backend_plugin.serving import ServerError
 from tests.accuracy.conftest import FakeServer
 
-KERNELS = "[t] nsa_plugin op topk.select: torch (triton no GPU)\n[t] nsa_plugin op sparse_mla.attend: triton (x)\n"
+KERNELS = "[t] nsa_plugin op topk.select: torch runs k=1 (x)\n[t] nsa_plugin op sparse_mla.attend: triton runs (x)\n"
 
 
 class FakeLaunch:

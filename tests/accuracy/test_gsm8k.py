@@ -198,6 +198,8 @@ def test_arms() -> None:
 def test_kernel_lines(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text(
-        "[x] nsa_plugin op topk.select: torch (triton no)\nother\n[x] nsa_plugin op topk.select: torch (triton no)\n"
+        "[x] nsa_plugin op topk.select: cuda for rows=1 (x); triton comes later\n"
+        "[x] nsa_plugin op topk.select: cuda declines k=9000: at most 4096\n"
+        "[x] nsa_plugin op topk.select: torch runs k=9000 (x)\nother\n[y] nsa_plugin op topk.select: torch runs k=9000 (x)\n"
     )
-    assert kernel_lines(log) == ["topk.select: torch (triton no)"]
+    assert kernel_lines(log) == ["topk.select: torch runs k=9000 (x)"]

@@ -270,8 +270,7 @@ def test_table_names_known_operations_and_files_with_a_source():
 
 def test_no_implementation_at_all(folder, monkeypatch):
     monkeypatch.setattr(dispatch, "_unavailable", lambda *a: "not today")
-    for operation in dispatch.operations():
-        operation._plans.clear()
+    dispatch.forget_plans()
     with pytest.raises(Declined, match=r"topk\.select: no implementation can run \(.*torch: not today"):
         select()
 

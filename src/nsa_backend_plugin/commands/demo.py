@@ -145,7 +145,7 @@ def ask_all(server: Any, questions: list[Question]) -> int:
 
 
 def print_kernels(log_path: Path) -> None:
-    """The engine logs one line per operation when the backend is built; show the running server's own."""
+    """An implementation's first use is a line of the log; show the running server's own."""
     from nsa_backend_plugin.arms import kernel_lines
 
     print("\nkernels in use:")

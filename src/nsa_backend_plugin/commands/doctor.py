@@ -208,31 +208,32 @@ def settings_in_force(problems: Problems) -> list[dict[str, str]]:
     return rows
 
 
-def operations(device: str, problems: Problems) -> list[dict[str, Any]]:
-    """Every operation's implementations in order of preference, chosen or declined and why."""
+def operations(arch: str, problems: Problems) -> list[dict[str, Any]]:
+    """What runs each function for the calls that typical models make: chosen or declined, and why."""
     from nsa_backend_plugin.engine import kernels
-    from nsa_backend_plugin.ops import registry
+    from nsa_backend_plugin.runtime import served
 
     kernels.register()
-    rows = []
-    for operation in registry.operations():
+    rows: list[dict[str, Any]] = []
+    for model_name, model in served.examples(arch).items():
         try:
-            candidates = operation.candidates(device)
+            explained = list(served.explanations(model, served.TYPICAL, arch))
         except ValueError as error:  # a forced name that does not exist, or a setting reported above
-            problems.add(f"{operation.name}: {error}", "correct or unset the variable")
+            problems.add(str(error), "correct or unset the variable")
             continue
-        rows.append(
-            {
-                "operation": operation.name,
-                "implementations": [
-                    {"name": c.name, "ok": c.support.ok, "reason": c.support.reason, "chosen": c.chosen}
-                    for c in candidates
-                ],
+        for step, e in explained:
+            row = {
+                "operation": e.operation,
+                "chosen": e.chosen,
+                "why": e.why,
+                "declined": {v.name: v.reason for v in e.verdicts if v.reason is not None},
             }
-        )
-        if not any(c.chosen for c in candidates):
-            reasons = "; ".join(f"{c.name}: {c.support.reason}" for c in candidates)
-            problems.add(f"{operation.name}: no implementation can run ({reasons})", "force none, or one that can run")
+            same = next((r for r in rows if all(r[key] == value for key, value in row.items())), None)
+            if same is None:
+                rows.append(same := {**row, "served": []})
+                if e.chosen is None:
+                    problems.add(f"no implementation runs {e}", "force none, or one that can run")
+            same["served"].append(f"{model_name}, {step}")
     return rows
 
 
@@ -292,12 +293,11 @@ def render(report: Mapping[str, Any]) -> str:
     for e in report["entry_points"]:
         verdict = "loaded by SGLang" if e["loaded"] else f"not loaded: {e['reason']}"
         lines.append(f"  {e['group']}: {e['name']}: {verdict}")
-    lines += ["", "operations (* = chosen)"]
+    lines += ["", "operations"]
     for o in report["operations"]:
-        lines.append(f"  {o['operation']}")
-        for i in o["implementations"]:
-            verdict = "ok" if i["ok"] else f"declined: {i['reason']}"
-            lines.append(f"    {'*' if i['chosen'] else ' '} {i['name']}: {verdict}")
+        lines.append(f"  {o['operation']}: {o['chosen'] or 'none'} ({o['why']})")
+        lines.append(f"    for {'; '.join(o['served'])}")
+        lines += [f"    {name}: {reason}" for name, reason in o["declined"].items()]
     lines += ["", "settings"]
     lines += [f"  {s['name']}={s['value']} ({s['source']})" for s in report["settings"]]
     lines += ["", "hooks"]

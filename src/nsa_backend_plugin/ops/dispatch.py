@@ -338,6 +338,11 @@ def forget() -> None:
     """Drop what is cached about implementations, preferences and forced names: files or the environment changed."""
     for cached in (implementation_names, _load, _unavailable, preferences.rows):
         cached.cache_clear()
+    forget_plans()
+
+
+def forget_plans() -> None:
+    """Drop the choices alone."""
     for op in operations():
         op._forced = op._witness = None
         op._plans.clear()

@@ -15,7 +15,6 @@ import torch
 from nsa_backend_plugin.layouts import (
     INDEX_DIM,
     LATENT_DIM,
-    LATENT_TILE,
     ROPE_DIM,
     index_page_bytes,
     packed_latent_bytes,
@@ -31,7 +30,7 @@ from nsa_backend_plugin.ops import (
     sparse_mla,
     topk,
 )
-from nsa_backend_plugin.ops.arch import arch_fp8_dtype, pretended
+from nsa_backend_plugin.ops.arch import arch_fp8_dtype, is_cuda, is_rocm, pretended
 from nsa_backend_plugin.ops.call import Call
 from nsa_backend_plugin.ops.dispatch import Explanation, Operation
 
@@ -72,8 +71,21 @@ class Step:
         return f"{kind} {self.requests} x {self.queries} over {self.context}"
 
 
-#: For a report without a model at hand.
+#: For a report without a model at hand: what people serve, and how.
 TYPICAL = (Step(1, 8192), Step(64, 8192), Step(1, 8192, 4096, prefill=True))
+
+
+def examples(arch: str) -> dict[str, Model]:
+    """Models of a report without one at hand, by a name that says what they are."""
+    kv, layout = ("packed", "row_major") if is_cuda(arch) else ("bf16", "preshuffled" if is_rocm(arch) else "row_major")
+    return {
+        "DeepSeek-V3.2, 16 heads": Model(16, index_heads=64, kv=kv, layout=layout),
+        "DeepSeek-V3.2, 128 heads": Model(128, index_heads=64, kv=kv, layout=layout),
+        "DeepSeek-V3, 16 heads": Model(16),
+        "DeepSeek-V3, 128 heads": Model(128),
+    }
+
+
 _Made = tuple[Operation, Call]
 
 
@@ -224,9 +236,7 @@ def _sparse(model: Model, step: Step, arch: str, device: torch.device) -> Iterat
     )
     yield (
         sparse_mla.attend,
-        sparse_mla.attend.call(
-            q_all, cache, make(tokens, model.index_topk, dtype=torch.int32), 1.0, kv_scale=kv_scale
-        ),
+        sparse_mla.attend.call(q_all, cache, make(tokens, model.index_topk, dtype=torch.int32), 1.0, kv_scale=kv_scale),
     )
 
 
