@@ -200,6 +200,7 @@ def test_kernel_lines(tmp_path: Path) -> None:
     log.write_text(
         "[x] nsa_plugin op topk.select: cuda for rows=1 (x); triton comes later\n"
         "[x] nsa_plugin op topk.select: cuda declines k=9000: at most 4096\n"
-        "[x] nsa_plugin op topk.select: torch runs k=9000 (x)\nother\n[y] nsa_plugin op topk.select: torch runs k=9000 (x)\n"
+        "[x] nsa_plugin op topk.select: torch runs k=9000 (x)\nother\n"
+        "[y] nsa_plugin op topk.select: torch runs k=9000 (x)\n"
     )
     assert kernel_lines(log) == ["topk.select: torch runs k=9000 (x)"]

@@ -180,7 +180,7 @@ EXAMPLES = {"dsa": "DeepSeek-V3.2, 16 heads", "mla": "DeepSeek-V3, 16 heads"}
 
 
 def test_start_up_reports_every_operation(served):
-    server, _, _ = served
+    server, kind, _ = served
     log = server.log_path.read_text()
     for line in served_calls.report(served_calls.examples("cpu")[EXAMPLES[kind]], served_calls.TYPICAL, "cpu"):
         assert f"nsa_plugin op {line.split(':')[0]}: torch for " in log

@@ -120,6 +120,8 @@ class _AfterImport(importlib.abc.MetaPathFinder):
 
 
 def _patch_arch(module: types.ModuleType, arch: str) -> None:
+    import torch
+
     module._KNOWN[torch.device("cpu")] = arch
 
 

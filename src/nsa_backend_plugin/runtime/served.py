@@ -108,7 +108,7 @@ def report(model: Model, steps: Iterable[Step], arch: str) -> list[str]:
     for step, explained in explanations(model, steps, arch):
         found.setdefault(explained.operation, []).append((step, explained))
     lines = []
-    for operation, rows in found.items():
+    for rows in found.values():
         if len({explained.chosen for _, explained in rows}) == 1:
             lines.append(str(rows[0][1]))
         else:
