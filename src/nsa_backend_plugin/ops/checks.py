@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
+
+from nsa_backend_plugin.layouts import FP8_DTYPES, packed_latent_bytes
 
 INT_DTYPES = (torch.int32, torch.int64)
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -34,9 +37,14 @@ def tensor(
     ):
         want = ", ".join("any" if s is None else str(s) for s in shape)
         raise ValueError(f"{name} has shape {list(actual)}: expected [{want}]")
-    if device is not None and value.device != device:
-        raise ValueError(f"{name} is on device {value.device}: expected {device}")
+    if device is not None:
+        on_device(name, value, device)
     return value
+
+
+def on_device(name: str, value: torch.Tensor, device: torch.device) -> None:
+    if value.device != device:
+        raise ValueError(f"{name} is on device {value.device}: expected {device}")
 
 
 def inner_contiguous(name: str, value: torch.Tensor) -> None:
@@ -58,6 +66,49 @@ def choice(name: str, value: object, allowed: Sequence[object]) -> None:
 def positive(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name}={value!r}: expected a positive int")
+
+
+def finite(name: str, value: object) -> None:
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name}={value!r}: expected a finite number")
+
+
+def kv_kind(kv: torch.Tensor, query_dim: int, value_dim: int, name: str = "kv") -> str:
+    """Kind of a latent cache: "bf16" (any float type), "fp8" (plain, one scalar scale) or "packed" (656-byte rows)."""
+    if kv.dtype in FLOAT_DTYPES and kv.shape[-1] == query_dim:
+        return "bf16"
+    if kv.dtype in FP8_DTYPES and kv.shape[-1] == query_dim:
+        return "fp8"
+    if kv.dtype in (torch.uint8, torch.float8_e4m3fn) and kv.shape[-1] == packed_latent_bytes(query_dim, value_dim):
+        return "packed"
+    raise ValueError(
+        f"{name} has shape {list(kv.shape)} and dtype {kv.dtype}: expected [slots, 1, {query_dim}] bf16, fp16, fp32 or "
+        f"fp8, or [slots, 1, {packed_latent_bytes(query_dim, value_dim)}] packed uint8 or e4m3fn"
+    )
+
+
+def scratch(workspace: torch.Tensor | None, device: torch.device) -> None:
+    """The form of a caller's workspace; `workspace` checks its size, which only the implementation knows."""
+    if workspace is not None:
+        tensor("workspace", workspace, (None,), torch.uint8, device)
+        contiguous("workspace", workspace)
+        aligned = workspace.data_ptr() % 16 == 0
+        require(aligned, "workspace.data_ptr()", workspace.data_ptr(), "16-byte alignment")
+
+
+def workspace(given: torch.Tensor | None, needed: int, device: torch.device) -> torch.Tensor:
+    """The caller's workspace, if it has the bytes that are needed; a new one where the caller has none."""
+    if given is None:
+        return torch.empty(needed, dtype=torch.uint8, device=device)
+    require(given.numel() >= needed, "workspace.numel()", given.numel(), f"at least {needed} bytes")
+    return given
+
+
+def used_pages(name: str, block_table: torch.Tensor, lengths: torch.Tensor, page_size: int, pages: int) -> None:
+    """Check 0 <= page < pages of the entries that lengths [B] reach; those behind may be anything. Only on CPU."""
+    if block_table.device.type == "cpu":
+        used = torch.arange(block_table.shape[1]) * page_size < lengths[:, None]
+        index_range(name, block_table[used], 0, pages)
 
 
 def index_range(name: str, value: torch.Tensor, low: int, high: int) -> None:

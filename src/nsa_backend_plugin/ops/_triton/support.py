@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from nsa_backend_plugin.ops.arch import is_rocm
+import torch
+
+from nsa_backend_plugin.ops.arch import arch_fp8_dtype, is_rocm
 from nsa_backend_plugin.ops.call import Reason
 
 
@@ -41,6 +43,11 @@ def has_e4m3(arch: str) -> bool:
     if arch.startswith("sm_"):
         return int(arch[3:]) >= 89
     return arch == "cpu" or arch.startswith(("gfx94", "gfx95", "gfx12"))
+
+
+def fp8_pointer(arch: str) -> str:
+    """Type, in a compile case's signature, of a pointer to an architecture's fp8 flavour."""
+    return {torch.float8_e4m3fn: "*fp8e4nv", torch.float8_e4m3fnuz: "*fp8e4b8"}[arch_fp8_dtype(arch)]
 
 
 @dataclass(frozen=True)

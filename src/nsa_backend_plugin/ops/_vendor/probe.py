@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import inspect
 
 from nsa_backend_plugin.ops.call import Reason
 
@@ -21,3 +22,11 @@ def missing(module: str, *names: str) -> Reason:
         return f"{module} cannot be imported: {error}"
     absent = [name for name in names if not hasattr(loaded, name)]
     return f"{module} has no {', '.join(absent)}" if absent else None
+
+
+@functools.cache
+def missing_parameters(module: str, function: str, *parameters: str) -> Reason:
+    """Which of the parameters a function, which `missing` found, does not take yet."""
+    known = inspect.signature(getattr(importlib.import_module(module), function)).parameters
+    absent = [name for name in parameters if name not in known]
+    return f"{module}.{function} does not take {', '.join(absent)}" if absent else None
