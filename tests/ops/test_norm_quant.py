@@ -7,7 +7,7 @@ import torch
 
 from nsa_backend_plugin.layouts import fp8_max
 from nsa_backend_plugin.ops import norm_quant
-from tests.ops.common import cosine_distance
+from tests.ops.common import assert_close
 from tests.ops.implementations import others, run
 
 IMPLS = ["torch", *others("norm_quant.rms")]
@@ -39,7 +39,7 @@ def test_values_times_scales_are_the_norm(impl, tokens, device):
         amax = want.abs().unflatten(-1, (-1, 128)).amax(-1)
         torch.testing.assert_close(scales.double(), amax / limit, rtol=0.01, atol=0)  # rounded to bf16 before
         got = values.double().unflatten(-1, (-1, 128)) * scales.double()[..., None]
-        assert cosine_distance(got.flatten(1), want) < 5e-4
+        assert_close(got.flatten(1), want, 5e-4)
         assert (got.flatten(1) - want).abs().max() <= amax.max() / 16  # half a unit of e4m3, and bf16's rounding
 
 
@@ -52,7 +52,7 @@ def test_scales_that_are_powers_of_two(impl, device):
     assert (scales >= exact * (1 - 2**-7)).all()
     assert (scales < 2 * exact * (1 + 2**-7)).all()
     got = values.double() * scales.double().repeat_interleave(128, 1)
-    assert cosine_distance(got, normalized(x, weight, 1e-6)) < 5e-4
+    assert_close(got, normalized(x, weight, 1e-6), 5e-4)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
