@@ -58,7 +58,7 @@ TABLE: tuple[Preference, ...] = (
     Preference("mqa_logits.ragged", "sm_90", ("deep_gemm", "triton"), _RUN),
     Preference("topk.select", "sm_90", ("cuda", "triton"), _RUN),
     Preference("dense_mla.decode", "sm_90", ("fa3", "triton"), _RUN, {"heads": (17, 32), "batch": (32, _ANY_MORE)}),
-    # First fa3, also where the operation's adapter declines it: serving then leaves the step to SGLang's own call.
+    # With more than 64 heads, fa3 takes calls with the promise `kv_is_finite` only: serving gives it.
     Preference(
         "dense_mla.decode", "sm_90", ("fa3", "flash_mla", "triton"), _RUN, {"heads": (33, 128), "batch": (8, _ANY_MORE)}
     ),
