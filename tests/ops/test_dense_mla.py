@@ -13,8 +13,8 @@ from nsa_backend_plugin.ops.dense_mla import reference
 from nsa_backend_plugin.ops.dense_mla import triton as dense_triton
 from tests.conftest import HAS_GPU
 from tests.ops.common import assert_close, permuted_block_table, poison, slots_of
-from tests.ops.implementations import runnable
 from tests.ops.implementations import run as or_skip
+from tests.ops.implementations import runnable
 
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 QUERY_DIM = 576
