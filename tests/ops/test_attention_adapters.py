@@ -18,10 +18,10 @@ import torch
 
 from nsa_backend_plugin.ops import dense_mla, sparse_mla
 from nsa_backend_plugin.ops._torch.mla import softmax_attention
+from nsa_backend_plugin.ops._torch.packed_rows import pack
 from nsa_backend_plugin.ops._vendor import flash_mla as vendor_flash_mla
 from nsa_backend_plugin.ops._vendor import mla, probe
 from nsa_backend_plugin.ops.call import Step
-from nsa_backend_plugin.ops.latent_cache import reference as latent_cache
 from nsa_backend_plugin.ops.sparse_mla.reference import rows
 from tests.ops import fake_aiter_attention
 from tests.ops.common import assert_close, permuted_block_table, poison
@@ -81,7 +81,7 @@ def sparse_inputs(kind: str, heads: int, topk: int = 128) -> tuple[torch.Tensor,
     q = torch.randn(tokens, heads, DIM).bfloat16()
     kv = torch.randn(slots, DIM).bfloat16()
     if kind == "packed":
-        kv = latent_cache.pack(kv, VALUE)
+        kv = pack(kv, VALUE)
     indices = torch.stack([torch.randperm(slots)[:topk] for _ in range(tokens)]).int()
     indices[0, ::3] = -1
     indices[1] = -1

@@ -8,9 +8,9 @@ import torch
 from nsa_backend_plugin.layouts import fp8_max
 from nsa_backend_plugin.ops import norm_quant
 from tests.ops.common import assert_close
-from tests.ops.implementations import others, run
+from tests.ops.implementations import run, runnable
 
-IMPLS = ["torch", *others("norm_quant.rms")]
+IMPLS = ["torch", *runnable(norm_quant.rms)]
 
 
 def inputs(tokens: int, width: int, device: torch.device, dtype=torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,7 +73,7 @@ def test_zeros_have_the_smallest_scale(impl, device):
     assert values[[0, 2]].float().abs().amax(-1).min() == fp8_max(values.dtype)
 
 
-@pytest.mark.parametrize("impl", others("norm_quant.rms"))
+@pytest.mark.parametrize("impl", runnable(norm_quant.rms))
 def test_bytes_are_the_references(impl, device):
     """But for sums in another order, which may turn a rounding."""
     x, weight = inputs(40, 1536, device)

@@ -25,7 +25,6 @@ ROPE_THETA = 10000.0  # of the model under test
 
 def install() -> None:
     from nsa_backend_plugin.engine.cpu.backend import NsaPluginCpuBackend
-    from nsa_backend_plugin.ops.index_key_cache import reference as index_key_cache
     from nsa_backend_plugin.ops.indexer_prep import reference as indexer_prep
     from nsa_backend_plugin.ops.latent_cache import reference as latent_cache
     from nsa_backend_plugin.ops.sparse_mla import reference as sparse_mla
@@ -35,7 +34,7 @@ def install() -> None:
     _wrap(sparse_mla, "attend", _attend)
     _wrap(indexer_prep, "rotate", _rotate)
     _wrap(latent_cache, "store", _store_latent)
-    _wrap(index_key_cache, "write", _write_index_keys)
+    _wrap(indexer_prep, "write", _write_index_keys)
     _wrap(NsaPluginCpuBackend, "forward_decode", _forward)
     _wrap(NsaPluginCpuBackend, "forward_extend", _forward)
 

@@ -12,7 +12,7 @@ import torch
 from sglang.srt.layers.attention.flashattention_backend import FlashAttentionBackend, FlashAttentionMultiStepBackend
 from sglang.srt.runtime_context import get_parallel
 
-from nsa_backend_plugin.engine import query
+from nsa_backend_plugin.engine import query, unknown
 from nsa_backend_plugin.engine.gpu import prefill, scratch
 from nsa_backend_plugin.ops import dense_mla
 from nsa_backend_plugin.ops.call import Step
@@ -47,8 +47,7 @@ class NsaPluginMLABackend(FlashAttentionBackend):
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         super().init_cuda_graph_state(max_bs, max_num_tokens)
-        size = dense_mla.workspace_bytes(max_bs, self.num_q_heads, self.device)
-        self.decode_workspace = scratch.reserve("dense attention", size, self.device)
+        self.decode_workspace = scratch.reserve("dense attention", self._workspace_bytes(max_bs), self.device)
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         self.step = Step()
@@ -75,8 +74,9 @@ class NsaPluginMLABackend(FlashAttentionBackend):
         save_kv_cache: bool = True,
         q_rope: torch.Tensor | None = None,
         k_rope: torch.Tensor | None = None,
-        **kwargs: Any,
+        **keywords: Any,
     ) -> torch.Tensor:
+        unknown.refuse("the attention backend", keywords)
         metadata = self.forward_metadata
         if k is not None and save_kv_cache:
             self.token_to_kv_pool.set_mla_kv_buffer(layer, forward_batch.out_cache_loc, k, k_rope)
@@ -91,10 +91,20 @@ class NsaPluginMLABackend(FlashAttentionBackend):
             value_dim=layer.v_head_dim,
             rows_have_keys=True,  # SGLang pads batches with lengths of 1
             kv_is_finite=True,  # its pool starts as zeros, and holds keys of older requests later
-            workspace=self.decode_workspace if torch.cuda.is_current_stream_capturing() else None,
+            workspace=self._workspace(q_all.shape[0]),
             step=self.step,
         )
+        assert isinstance(out, torch.Tensor)
         return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)
+
+    def _workspace(self, batch: int) -> torch.Tensor | None:
+        """None lets the operation allocate: eager steps."""
+        if self.decode_workspace is None or not torch.cuda.is_current_stream_capturing():
+            return None
+        return self.decode_workspace if self._workspace_bytes(batch) <= self.decode_workspace.numel() else None
+
+    def _workspace_bytes(self, batch: int) -> int:
+        return dense_mla.workspace_bytes(batch, self.num_q_heads, self.device)
 
 
 class NsaPluginMLADraftSteps(FlashAttentionMultiStepBackend):

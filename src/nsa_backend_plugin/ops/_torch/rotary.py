@@ -39,10 +39,18 @@ def apply_leading_rope(x: torch.Tensor, cos_sin: torch.Tensor, is_neox: bool) ->
     return torch.cat([apply_rope(x[..., :rope_dim], cos_sin, is_neox), x[..., rope_dim:].float()], dim=-1)
 
 
-def hadamard(x: torch.Tensor) -> torch.Tensor:
+def apply_hadamard(x: torch.Tensor) -> torch.Tensor:
     """Orthonormal Walsh-Hadamard transform (Sylvester order) of the last dimension, in float32."""
     n = x.shape[-1]
     matrix = torch.ones(1, 1, device=x.device)
     while matrix.shape[0] < n:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0)
     return x.float() @ matrix * n**-0.5
+
+
+def rotate(
+    x: torch.Tensor, positions: torch.Tensor, cos_sin_cache: torch.Tensor, is_neox: bool, hadamard: bool
+) -> torch.Tensor:
+    """The indexer's rotation of x [T, ..., 128]: RoPE on the leading dimensions, then Hadamard if asked, in float32."""
+    x = apply_leading_rope(x, cos_sin_cache[positions.long()], is_neox)
+    return apply_hadamard(x) if hadamard else x

@@ -7,7 +7,6 @@ which is never stored.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,12 +15,13 @@ import triton
 import triton.language as tl
 
 from nsa_backend_plugin.layouts import INDEX_DIM, INDEX_PAGE_SIZE
+from nsa_backend_plugin.ops._torch.logits import row_lengths
 from nsa_backend_plugin.ops._triton import early_launch, support
 from nsa_backend_plugin.ops._triton.early_launch import await_predecessor
-from nsa_backend_plugin.ops.arch import device_arch, is_cuda, is_rocm, launches_early
-from nsa_backend_plugin.ops.mqa_logits import new_logits
-from nsa_backend_plugin.ops.mqa_logits.reference import row_lengths
-from nsa_backend_plugin.ops.support import YES, Support, no
+from nsa_backend_plugin.ops._triton.index_pages import scale_offset, value_offsets
+from nsa_backend_plugin.ops.arch import core_count, is_cuda, is_rocm, launches_early
+from nsa_backend_plugin.ops.call import Reason
+from nsa_backend_plugin.ops.mqa_logits import Paged, Ragged
 
 MAX_BATCH = 4096  # every paged program holds the tile counts of the whole batch in registers
 MAX_HEADS = 128
@@ -30,11 +30,8 @@ _FILL_BLOCK = 1024
 _WARP_GROUP_MMA = ("sm_90", "sm_100", "sm_103")  # fp8 operands come from shared memory
 
 
-def available(arch: str) -> Support:
-    support = support.available(arch)
-    if support.ok and not support.has_e4m3(arch):
-        return no(f"{arch} has no e4m3 arithmetic")
-    return support
+def available(arch: str) -> Reason:
+    return support.available(arch) or (None if support.has_e4m3(arch) else f"{arch} has no e4m3 arithmetic")
 
 
 @triton.jit
@@ -114,11 +111,7 @@ def _paged_kernel(
     queries = tl.minimum(NEXT_N - first_query, QUERIES)
     j = tl.arange(0, QUERIES)
     token = tl.arange(0, TILE)
-    dim = tl.arange(0, D)
-    if PRESHUFFLED:
-        in_tile = ((token // 16) * (16 * D) + (token % 16) * 16)[:, None] + ((dim // 16) * 256 + dim % 16)[None, :]
-    else:
-        in_tile = token[:, None] * D + dim[None, :]
+    in_tile = value_offsets(token, PRESHUFFLED)
 
     while tile < last:
         row = tl.sum((tiles_up_to <= tile).to(tl.int32), 0)
@@ -146,7 +139,7 @@ def _paged_kernel(
             page_begin = cache + page.to(tl.int64) * PAGE_BYTES
             tile_begin = page_begin + in_page * D
             k = _load_in_memory_order(tile_begin, TILE, D) if LINEAR else tl.load(tile_begin + in_tile)
-            scale = cache_scale + page.to(tl.int64) * (PAGE_BYTES // 4) + PAGE_SIZE * D // 4
+            scale = cache_scale + page.to(tl.int64) * (PAGE_BYTES // 4) + scale_offset(0, PAGE_SIZE, D) // 4
             k_scale = tl.load(scale + in_page + token)
             logits = _tile_logits(k, values, weight, k_scale, TILE, QUERIES, HEADS)
             position = i * TILE + token
@@ -251,70 +244,51 @@ def _loads_in_memory_order(arch: str) -> bool:
     return not is_rocm(arch) and arch != "sm_89"
 
 
-@functools.cache
-def _cores(device: torch.device) -> int:
-    """Multiprocessors or compute units of a device; the interpreter gets a few programs."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+def declines_paged(call: Paged) -> Reason:
+    batch, _, heads, _ = call.q.shape
+    if batch > MAX_BATCH:
+        return f"batch {batch}: at most {MAX_BATCH}"
+    return _declines(heads, q=call.q, cache=call.cache)
 
 
-def accepts_paged(q: torch.Tensor, cache: torch.Tensor, *args: object, **kwargs: object) -> Support:
-    if q.shape[2] > MAX_HEADS:
-        return no(f"{q.shape[2]} heads: at most {MAX_HEADS}")
-    if q.shape[0] > MAX_BATCH:
-        return no(f"batch {q.shape[0]}: at most {MAX_BATCH}")
-    return _aligned(q=q, cache=cache)
+def declines_ragged(call: Ragged) -> Reason:
+    return _declines(call.q.shape[1], q=call.q, k=call.k)
 
 
-def accepts_ragged(q: torch.Tensor, k: torch.Tensor, *args: object, **kwargs: object) -> Support:
-    if q.shape[1] > MAX_HEADS:
-        return no(f"{q.shape[1]} heads: at most {MAX_HEADS}")
-    return _aligned(q=q, k=k)
-
-
-def _aligned(**tensors: torch.Tensor) -> Support:
+def _declines(heads: int, **tensors: torch.Tensor) -> Reason:
+    if heads > MAX_HEADS:
+        return f"{heads} heads: at most {MAX_HEADS}"
     for name, tensor in tensors.items():
         if tensor.data_ptr() % 16:
-            return no(f"{name} does not start at a 16-byte boundary")
-    return YES
+            return f"{name} does not start at a 16-byte boundary"
+    return None
 
 
-def paged(
-    q: torch.Tensor,
-    cache: torch.Tensor,
-    weights: torch.Tensor,
-    context_lens: torch.Tensor,
-    block_table: torch.Tensor,
-    max_context_len: int,
-    *,
-    layout: str,
-    page_size: int,
-    clean: bool,
-    out: torch.Tensor | None,
-) -> torch.Tensor:
-    batch, next_n, heads, dim = q.shape
-    out = new_logits(out, batch * next_n, max_context_len, q.device)
-    if batch * next_n * heads == 0:
+def paged(call: Paged) -> torch.Tensor:
+    batch, next_n, heads, dim = call.q.shape
+    out = call.output()
+    if batch * next_n == 0:
         return out
-    config = _config(device_arch(q.device), "paged", next_n, heads, page_size)
+    config = _config(call.arch, "paged", next_n, heads, call.page_size)
     groups = triton.cdiv(next_n, config.queries)
-    programs = max(1, _cores(q.device) * config.programs_per_core // groups)
+    programs = max(1, core_count(out.device) * config.programs_per_core // groups)
     _paged_kernel[(programs, groups)](
-        q,
-        cache.view(q.dtype),
-        cache.view(torch.float32),
-        weights.contiguous(),
-        context_lens.contiguous(),
-        block_table,
+        call.q,
+        call.cache.view(call.q.dtype),
+        call.cache.view(torch.float32),
+        call.weights.contiguous(),
+        call.context_lens.contiguous(),
+        call.block_table,
         out,
         batch,
         heads,
-        block_table.stride(0),
+        call.block_table.stride(0),
         out.stride(0),
         NEXT_N=next_n,
-        LENS_PER_QUERY=context_lens.dim() == 2,
-        PRESHUFFLED=layout == "preshuffled",
-        LINEAR=layout == "preshuffled" and _loads_in_memory_order(device_arch(q.device)),
-        PAGE_SIZE=page_size,
+        LENS_PER_QUERY=call.context_lens.dim() == 2,
+        PRESHUFFLED=call.layout == "preshuffled",
+        LINEAR=call.layout == "preshuffled" and _loads_in_memory_order(call.arch),
+        PAGE_SIZE=call.page_size,
         D=dim,
         TILE=config.tile,
         QUERIES=config.queries,
@@ -323,41 +297,32 @@ def paged(
         STAGES=config.num_stages,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        **early_launch.options(device_arch(q.device)),
+        **early_launch.options(call.arch),
     )
-    if clean:
-        _fill_outside(out, None, row_lengths(context_lens, next_n).reshape(-1))
+    if call.clean:
+        _fill_outside(out, None, row_lengths(call.context_lens, next_n).reshape(-1))
     return out
 
 
-def ragged(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    k_scale: torch.Tensor,
-    weights: torch.Tensor,
-    row_start: torch.Tensor,
-    row_end: torch.Tensor,
-    *,
-    clean: bool,
-    out: torch.Tensor | None,
-) -> torch.Tensor:
-    tokens, heads, dim = q.shape
-    keys = k.shape[0]
-    out = new_logits(out, tokens, keys, q.device)
-    if tokens * keys * heads == 0:
+def ragged(call: Ragged) -> torch.Tensor:
+    tokens, heads, dim = call.q.shape
+    keys = call.k.shape[0]
+    out = call.output()
+    if tokens * keys == 0:
         return out
-    config = _config(device_arch(q.device), "ragged", tokens, heads)
+    config = _config(call.arch, "ragged", tokens, heads)
     blocks = triton.cdiv(tokens, config.queries)
     tiles = triton.cdiv(keys, config.tile)
-    splits = max(1, min(tiles, _cores(q.device) * config.programs_per_core // blocks))
+    splits = max(1, min(tiles, core_count(out.device) * config.programs_per_core // blocks))
     tiles_per_program = triton.cdiv(tiles, splits)
+    start, end = call.row_start.contiguous(), call.row_end.contiguous()
     _ragged_kernel[(blocks, triton.cdiv(tiles, tiles_per_program))](
-        q,
-        k,
-        k_scale.contiguous(),
-        weights.contiguous(),
-        row_start.contiguous(),
-        row_end.contiguous(),
+        call.q,
+        call.k,
+        call.k_scale.contiguous(),
+        call.weights.contiguous(),
+        start,
+        end,
         out,
         tokens,
         keys,
@@ -372,8 +337,8 @@ def ragged(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    if clean:
-        _fill_outside(out, row_start.contiguous(), row_end.contiguous())
+    if call.clean:
+        _fill_outside(out, start, end)
     return out
 
 
@@ -391,7 +356,7 @@ def _fill_outside(out: torch.Tensor, row_start: torch.Tensor | None, row_end: to
 
 
 def compile_cases(arch: str) -> Iterator[support.CompileCase]:
-    fp8 = "*fp8e4b8" if arch == "gfx942" else "*fp8e4nv"
+    fp8 = support.fp8_pointer(arch)
     pointers = {"q": fp8, "weights": "*fp32", "out": "*fp32"}
     for heads in (8, 32, 64, 128):
         for next_n in (1, 2, 4):

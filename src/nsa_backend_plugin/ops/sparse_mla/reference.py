@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from nsa_backend_plugin.ops._torch.mla import Result, result, softmax_attention
+from nsa_backend_plugin.ops._torch.packed_rows import unpack
 from nsa_backend_plugin.ops.call import Reason
-from nsa_backend_plugin.ops.latent_cache import reference as latent_cache
 from nsa_backend_plugin.ops.sparse_mla import Attend
 
 
@@ -18,7 +18,7 @@ def rows(kv: torch.Tensor, slots: torch.Tensor, kind: str, kv_scale: float | Non
     """Latent rows of the given slots [K], dequantized to float32 [K, query_dim]."""
     picked = kv[slots.long(), 0]
     if kind == "packed":
-        return latent_cache.unpack(picked.view(torch.uint8), value_dim)
+        return unpack(picked.view(torch.uint8), value_dim)
     return picked.float() * (1.0 if kv_scale is None else kv_scale)
 
 
