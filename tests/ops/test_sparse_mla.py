@@ -223,7 +223,9 @@ def test_triton_declines_with_a_reason() -> None:
         sparse_mla.attend(**{**arguments, "q": arguments["q"].half()}, impl="triton")
 
 
-@pytest.mark.parametrize("arch, cores", [("sm_80", 108), ("sm_90", 132), ("sm_90", 78), ("gfx942", 304), ("cpu", 1)])
+@pytest.mark.parametrize(
+    "arch, cores", [("sm_80", 108), ("sm_90", 132), ("sm_90", 78), ("gfx942", 304), ("sm_120", 188)]
+)
 def test_workspace_suffices_for_every_smaller_call(arch: str, cores: int) -> None:
     limit = mla_launch.workspace_bytes(cores, 200, 48, 512)
     config = mla_launch.tile(arch, "bf16", 48)

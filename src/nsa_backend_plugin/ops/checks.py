@@ -42,11 +42,6 @@ def tensor(
     return value
 
 
-def on_device(name: str, value: torch.Tensor, device: torch.device) -> None:
-    if value.device != device:
-        raise ValueError(f"{name} is on device {value.device}: expected {device}")
-
-
 def _fits(actual: Sequence[int], shape: Sequence[int | None]) -> bool:
     if len(actual) != len(shape):
         return False
@@ -54,6 +49,11 @@ def _fits(actual: Sequence[int], shape: Sequence[int | None]) -> bool:
         if want is not None and want != actual[place]:
             return False
     return True
+
+
+def on_device(name: str, value: torch.Tensor, device: torch.device) -> None:
+    if value.device != device:
+        raise ValueError(f"{name} is on device {value.device}: expected {device}")
 
 
 def inner_contiguous(name: str, value: torch.Tensor) -> None:
@@ -82,6 +82,11 @@ def positive_number(name: str, value: object) -> None:
         raise ValueError(f"{name}={value!r}: expected a positive number")
 
 
+def finite(name: str, value: object) -> None:
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name}={value!r}: expected a finite number")
+
+
 def kv_kind(kv: torch.Tensor, query_dim: int, value_dim: int, name: str = "kv") -> str:
     """Kind of a latent cache: "bf16" (any float type), "fp8" (plain, one scalar scale) or "packed" (656-byte rows)."""
     if kv.dtype in FLOAT_DTYPES and kv.shape[-1] == query_dim:
@@ -94,11 +99,6 @@ def kv_kind(kv: torch.Tensor, query_dim: int, value_dim: int, name: str = "kv") 
         f"{name} has shape {list(kv.shape)} and dtype {kv.dtype}: expected [slots, 1, {query_dim}] bf16, fp16, fp32 or "
         f"fp8, or [slots, 1, {packed_latent_bytes(query_dim, value_dim)}] packed uint8 or e4m3fn"
     )
-
-
-def finite(name: str, value: object) -> None:
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{name}={value!r}: expected a finite number")
 
 
 def scratch(workspace: torch.Tensor | None, device: torch.device) -> None:

@@ -219,7 +219,7 @@ def _sparse(model: Model, step: Step, arch: str, device: torch.device) -> Iterat
     q_all = make(tokens, heads, LATENT_DIM + ROPE_DIM)
     latent = make(tokens, LATENT_DIM + ROPE_DIM)
     query = make(tokens, heads, NOPE_DIM + ROPE_DIM)
-    fused = {"q_rope": query[..., NOPE_DIM:], "q_all": q_all, "norm_weight": make(LATENT_DIM)}
+    fused = not step.prefill
     yield (
         latent_cache.store,
         latent_cache.store.call(
@@ -231,7 +231,9 @@ def _sparse(model: Model, step: Step, arch: str, device: torch.device) -> Iterat
             cos_sin_cache=rope,
             is_neox=False,
             kv_scale=kv_scale,
-            **({} if step.prefill else fused),
+            q_rope=query[..., NOPE_DIM:] if fused else None,
+            q_all=q_all if fused else None,
+            norm_weight=make(LATENT_DIM) if fused else None,
         ),
     )
     yield (

@@ -76,8 +76,8 @@ class NsaPluginMLABackend(FlashAttentionBackend):
         k_rope: torch.Tensor | None = None,
         **keywords: Any,
     ) -> torch.Tensor:
-        unknown.refuse("the attention backend", keywords)
         metadata = self.forward_metadata
+        unknown.refuse("the attention backend", keywords)
         if k is not None and save_kv_cache:
             self.token_to_kv_pool.set_mla_kv_buffer(layer, forward_batch.out_cache_loc, k, k_rope)
         q_all = query.absorbed(q, q_rope, layer)
