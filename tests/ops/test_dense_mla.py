@@ -205,6 +205,15 @@ def test_graph_of_layers_that_share_a_step(impl: str, heads: int) -> None:
             compare(got, expected(layer))
 
 
+@pytest.mark.parametrize("page_size", [1, 64])
+def test_some_rows_of_a_call_are_a_call(page_size: int) -> None:
+    call = dense_mla.decode.call(**inputs([65, 0, 3, 130], 3, page_size), return_lse=True)
+    some = torch.tensor([2, 1, 3], device=DEVICE)
+    assert call.row_count() == 4
+    for got, whole in zip(reference.decode(call.of_rows(some)), reference.decode(call), strict=True):
+        assert torch.equal(got, whole[some])
+
+
 def test_triton_declines_too_many_splits() -> None:
     with pytest.raises(ValueError, match="num_kv_splits=257: at most 256"):
         dense_mla.decode(**inputs([5], 8), num_kv_splits=257, impl="triton")

@@ -366,6 +366,17 @@ def test_graph_replay_with_other_indices(impl: str, kind: str) -> None:
         compare((out, lse), expected(arguments), BARS[kind])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_some_rows_of_a_call_are_a_call(kind: str) -> None:
+    arguments = inputs(5, 3, 40, kind)
+    call = sparse_mla.attend.call(**arguments, return_lse=True)
+    some = torch.tensor([4, 1], device=DEVICE)
+    assert call.row_count() == 5
+    assert call.of_rows(some).kv.shape[0] < arguments["kv"].shape[0] + 64
+    for got, whole in zip(reference.attend(call.of_rows(some)), reference.attend(call), strict=True):
+        assert torch.equal(got, whole[some])
+
+
 def test_kinds_are_recognised() -> None:
     for kind in KINDS:
         arguments = inputs(1, 1, 1, kind)
