@@ -32,7 +32,7 @@ from triton.compiler import ASTSource
 from nsa_backend_plugin import settings
 from nsa_backend_plugin.ops._triton.support import CompileCase, interpreted
 from nsa_backend_plugin.ops.arch import is_cuda
-from nsa_backend_plugin.ops.registry import implementation_names
+from nsa_backend_plugin.ops.dispatch import implementation_names
 from tools import compile_table
 
 DEFAULT_TARGETS = ("sm_90", "sm_100", "gfx942", "gfx950")
@@ -184,7 +184,7 @@ def all_cases(targets: Sequence[str], modules: Mapping[str, ModuleType]) -> Iter
     """(target, operation, case): every case of every module for every target that the module's kernels support."""
     for arch in targets:
         for op, module in modules.items():
-            if module.available(arch).ok:
+            if module.available(arch) is None:
                 yield from ((arch, op, case) for case in module.compile_cases(arch))
 
 
