@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from sglang.srt.model_executor.forward_context import get_attn_backend, get_token_to_kv_pool
 
-from nsa_backend_plugin.engine import index_cache
+from nsa_backend_plugin.engine import hooks, index_cache
 from nsa_backend_plugin.engine.cpu.metadata import TokenRows
 from nsa_backend_plugin.ops import indexer_prep, mqa_logits, topk
 from nsa_backend_plugin.ops.indexer_prep import reference as float_prep
@@ -42,6 +42,7 @@ def forward(
     x: [T, hidden], q_lora: [T, q_lora_rank]. The keys of x are written to `forward_batch.out_cache_loc` first.
     return_indices False only writes.
     """
+    hooks.fired("indexer")
     pool = get_token_to_kv_pool()
     rope = _rope(indexer, positions)
     key = indexer.wk(x)[0]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from sglang.srt.layers.quantization.fp8_utils import block_quant_dequant
 
-from nsa_backend_plugin.engine import index_cache
+from nsa_backend_plugin.engine import hooks, index_cache
 from nsa_backend_plugin.engine.gpu import merged_weights
 from nsa_backend_plugin.ops import indexer_prep, mqa_logits, topk
 from nsa_backend_plugin.ops.arch import device_arch, is_rocm
@@ -61,6 +61,7 @@ def refuse_weight_update(original: Callable[..., str | None], *model: Any) -> st
     """AROUND hook of SGLang's list of reasons against a weight update: None, or why it is refused."""
     reason = original(*model)
     if reason is None and _copied:
+        hooks.fired("weight_updates")
         reason = (
             f"Online weight updates are not supported by nsa_plugin while {', '.join(sorted(_copied))}: "
             "a bf16 copy would keep serving the old weights. Serve a bf16 checkpoint to update weights online."

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from sglang.srt.model_executor.forward_context import get_attn_backend
 
-from nsa_backend_plugin.engine import index_cache
+from nsa_backend_plugin.engine import hooks, index_cache
 from nsa_backend_plugin.engine.gpu import indexer as steps
 from nsa_backend_plugin.ops import index_key_cache, mqa_logits, topk
 
@@ -28,6 +28,7 @@ def forward(original: Callable[..., Any], indexer: Any, *args: Any, **kwargs: An
     backend = get_attn_backend()
     if not isinstance(backend, NsaPluginDSABackend):
         return original(indexer, *args, **kwargs)
+    hooks.fired("rocm_indexer")
     return store_and_select(backend, indexer, *args, **kwargs)
 
 
