@@ -242,9 +242,7 @@ def test_one_step_equals_the_unfused_pieces(case: Case) -> None:
 def pad(case: Case, rows: int) -> None:
     """Rows behind the batch's own, as SGLang appends them for data parallelism, which write to a slot of nobody's."""
     unused = int(case.page_table[1 * case.tokens // len(LENGTHS), 0]) * 64 + 63  # past the second request's end
-    case.hidden, case.qkv = (
-        torch.cat([t, torch.randn(rows, t.shape[1]).to(t.dtype)]) for t in (case.hidden, case.qkv)
-    )
+    case.hidden, case.qkv = (torch.cat([t, torch.randn(rows, t.shape[1]).to(t.dtype)]) for t in (case.hidden, case.qkv))
     case.positions = torch.cat([case.positions, case.positions.new_zeros(rows)])
     case.batch.out_cache_loc = torch.cat([case.slots, case.slots.new_full((rows,), unused)])
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from sglang.srt.model_executor.forward_context import get_attn_backend
 
-from nsa_backend_plugin.engine import index_cache, linear, unknown
+from nsa_backend_plugin.engine import hooks, index_cache, linear, unknown
 from nsa_backend_plugin.engine.gpu import rocm
 from nsa_backend_plugin.ops import exact_indexer, index_key_cache, indexer_prep, mqa_logits, topk
 from nsa_backend_plugin.ops.call import Step
@@ -68,6 +68,7 @@ def forward(
     x: [T, hidden], or SGLang's (fp8, scale, bf16) of a fused norm. q_lora: [T, q_lora_rank], normalized. The keys of x
     are written to `forward_batch.out_cache_loc` first; return_indices False only writes.
     """
+    hooks.fired("rocm_indexer" if rocm.on_rocm() else "indexer")
     unknown.refuse("the indexer", keywords)
     backend = get_attn_backend()
     pool = backend.token_to_kv_pool

@@ -35,6 +35,7 @@ from sglang.srt.models.deepseek_common.attention_forward_methods.forward_mla imp
     maybe_capture_indexer_topk,
 )
 
+from nsa_backend_plugin.engine import hooks
 from nsa_backend_plugin.engine import indexer as indexer_path
 from nsa_backend_plugin.engine.gpu import query_projection, rocm
 from nsa_backend_plugin.engine.gpu.dsa_backend import NsaPluginDSABackend, plain_fp8_scale
@@ -83,6 +84,7 @@ def prepare_absorbed(
         _log_once(reason)
         return None
     q_all, slots = _prepare(attn, backend, positions, hidden_states, forward_batch, prev_topk_indices, per_request)
+    hooks.fired("fused_decode")
     value_dim = attn.kv_lora_rank
     # k None tells the backend that the latent row is in the cache already.
     return (

@@ -13,7 +13,7 @@ import torch
 from sglang.srt.layers.attention.dsa_backend import DeepseekSparseAttnBackend, DeepseekSparseAttnMultiStepBackend
 
 from nsa_backend_plugin import BACKEND_NAME
-from nsa_backend_plugin.engine import hooks, index_cache, query, unknown
+from nsa_backend_plugin.engine import index_cache, query, unknown
 from nsa_backend_plugin.engine.gpu import rocm, scratch
 from nsa_backend_plugin.engine.indexer import Rows
 from nsa_backend_plugin.layouts import FP8_DTYPES, LATENT_DIM, ROPE_DIM
@@ -120,7 +120,6 @@ class NsaPluginDSABackend(DeepseekSparseAttnBackend):
         """Called by an SGLang with the patch `fused_decode`, in place of the hook of that name."""
         from nsa_backend_plugin.engine.gpu import absorb  # which imports this module
 
-        hooks.fired("fused_decode", "patch")
         return absorb.prepare_absorbed(self, *arguments)
 
     def forward_decode(
