@@ -223,7 +223,7 @@ LEDGER: tuple[Hook, ...] = (
         kind="hook",
         stage="gpu_dsa",
         handler="merging:updating",
-        why="merged weights that are copies (dequantized from fp8) are rebuilt after an update of weights from any source",
+        why="merged weights that are copies (dequantized from fp8) are rebuilt after an update from any source",
         upstream="no extension point",
         patch_point="sglang.srt.managers.scheduler_components.weight_updater.UPDATE_WRAPPERS",
     ),
