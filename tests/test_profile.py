@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -178,3 +179,12 @@ def test_a_trace_without_kernels_says_so() -> None:
     """`--device cpu` on a machine with a GPU."""
     with pytest.raises(RuntimeError, match="no GPU kernel in the trace"):
         layer_profile.trace_kernels(lambda: None)
+
+
+@pytest.mark.parametrize("name", ["tp_size", "pp_size"])
+def test_more_ranks_than_this_process_are_refused(name) -> None:
+    args = SimpleNamespace(tp_size=1, pp_size=1)
+    layer_profile.check_one_rank(args)
+    setattr(args, name, 8)
+    with pytest.raises(SystemExit, match=f"{name} 8: expected 1"):
+        layer_profile.check_one_rank(args)
