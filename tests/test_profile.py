@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -158,6 +159,20 @@ def test_bad_arguments_measure_nothing(measured, capsys, arguments, message) -> 
     assert run_profile(*arguments) == 2
     assert message in capsys.readouterr().err
     assert calls(measured) == []
+
+
+def test_a_full_disk_names_the_file(measured, capsys) -> None:
+    """No file can be longer than this one."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, before[1]))
+    try:
+        assert run_profile("--arms", "dsa", "fa3", "triton", "--json", str(measured / "rows.json")) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    captured = capsys.readouterr()
+    assert f"File too large: '{measured / 'rows.json'}'" in captured.err
+    assert "attention us" in captured.out, "what was measured is on the screen"
+    assert not (measured / "rows.json").exists()
 
 
 def test_every_arm_needs_a_model(measured, capsys) -> None:
