@@ -34,9 +34,16 @@ def device_arch(device: torch.device | str) -> str:
     """Architecture of a torch device: "cpu", "sm_90", "gfx942", ..."""
     if isinstance(device, str):
         device = torch.device(device)
+    if device.index is None and device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+    return _arch(device, _pretended)
+
+
+@functools.cache
+def _arch(device: torch.device, pretended: str | None) -> str:
     if device.type == "cuda":
-        return _gpu_arch(torch.cuda.current_device() if device.index is None else device.index)
-    return _pretended if device.type == "meta" and _pretended else device.type
+        return _gpu_arch(device.index)
+    return pretended if device.type == "meta" and pretended else device.type
 
 
 def vendor(arch: str) -> str:
