@@ -177,7 +177,9 @@ class Announcements:
             return f"{verb.lower()} {name}"
         left = sorted(self.sizes.keys() - self.done, key=self.sizes.__getitem__, reverse=True)
         have = sum(self.sizes[name] for name in self.sizes.keys() & self.done)
-        return f"{have:.1f} of {sum(self.sizes.values()):.1f} GB, {len(left)} downloads under way: {', '.join(left[:3])}"
+        return (
+            f"{have:.1f} of {sum(self.sizes.values()):.1f} GB, {len(left)} downloads under way: {', '.join(left[:3])}"
+        )
 
 
 @contextlib.contextmanager
@@ -237,7 +239,13 @@ class Installer:
     def output(self, *command: str) -> str:
         """What a short command prints, both streams; raises CalledProcessError."""
         return subprocess.run(
-            command, cwd=ROOT, env=self.environment, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            command,
+            cwd=ROOT,
+            env=self.environment,
+            check=True,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         ).stdout
 
     def run(self, title: str, *command: str) -> None:
@@ -296,7 +304,13 @@ class Installer:
         output = ("--output-file", str(self.lock), "--upgrade", "--quiet", "--no-header", "--no-annotate")
         self.run("choosing versions", uv, "pip", "compile", *python, str(self.requirements), *dev, *output)
         self.check_disk(uv)
-        install = (uv, "pip", "install", *python, "--no-deps")  # the list is complete, but for what SGLang calls its own
+        install = (
+            uv,
+            "pip",
+            "install",
+            *python,
+            "--no-deps",
+        )  # the list is complete, but for what SGLang calls its own
         self.run(f"SGLang {self.version}", *install, "-r", str(self.lock), f"sglang=={self.version}")
         with alone():
             self.run("nsa-backend-plugin", *install, str(TORCHVISION_STUB), "--editable", ".")

@@ -271,7 +271,7 @@ def test_a_batch_with_rows_that_have_no_slot_is_left_to_sglang(case: Case) -> No
 
 def test_cat_skip_is_a_view_and_bitwise_equal(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     q_rope, _, q_nope, _, _, _, _, slots, _, _ = case.prepare()
-    assert concat.joined(q_nope, q_rope)
+    assert concat.joined(q_nope, q_rope) is not None
     seen: list[torch.Tensor] = []
     attend = sparse_mla.attend
 

@@ -62,13 +62,13 @@ def test_parts_that_only_look_joined_are_copied(device):
         (buffer[:2, :, :512], buffer[1:, :, 512:]),
         (buffer[:1, :1, :512], other[:1, :1, 512:]),
     ]:
-        assert not concat.joined(nope, rope)
+        assert concat.joined(nope, rope) is None
         joined = concat.q_all(nope, rope, impl="torch")
         assert torch.equal(joined, torch.cat([nope, rope], dim=-1))
         assert joined.data_ptr() != nope.data_ptr()
     halves = buffer.to(torch.bfloat16)
-    assert not concat.joined(halves[..., :512], halves.view(torch.float16)[..., 512:])
-    assert not concat.joined(buffer.int()[..., :512], buffer.int()[..., 512:])
+    assert concat.joined(halves[..., :512], halves.view(torch.float16)[..., 512:]) is None
+    assert concat.joined(buffer.int()[..., :512], buffer.int()[..., 512:]) is None
 
 
 @pytest.mark.parametrize("impl", runnable(concat.mla_k))

@@ -11,6 +11,7 @@ from nsa_backend_plugin.layouts import FP8_DTYPES, packed_latent_bytes
 
 INT_DTYPES = (torch.int32, torch.int64)
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_NUMBERS = (int, float)
 
 
 def require(condition: bool, name: str, value: object, expected: str) -> None:
@@ -78,7 +79,7 @@ def positive(name: str, value: object) -> None:
 
 
 def positive_number(name: str, value: object) -> None:
-    if not isinstance(value, int | float) or not 0 < value < math.inf:
+    if not isinstance(value, _NUMBERS) or not 0 < value < math.inf:
         raise ValueError(f"{name}={value!r}: expected a positive number")
 
 

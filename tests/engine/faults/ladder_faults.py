@@ -78,10 +78,10 @@ def _rotate(fault: str, original: Any, x: torch.Tensor, positions: Any, cos_sin:
     return original(x, positions, cos_sin, *args)
 
 
-def _store_latent(
-    fault: str, original: Any, k_nope: Any, k_rope: Any, cache: Any, slots: torch.Tensor, **kwargs: Any
-) -> None:
-    original(k_nope, k_rope, cache, _without_stale(slots) if fault == "stale_latent_page" else slots, **kwargs)
+def _store_latent(fault: str, original: Any, call: Any) -> None:
+    if fault == "stale_latent_page":
+        call = dataclasses.replace(call, slots=_without_stale(call.slots))
+    original(call)
 
 
 def _write_index_keys(

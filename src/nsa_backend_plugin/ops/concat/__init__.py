@@ -62,12 +62,10 @@ class _QAll(Operation[..., torch.Tensor]):
     def __call__(
         self, q_nope: torch.Tensor, q_rope: torch.Tensor, *, step: Step | None = None, impl: str | None = None
     ) -> torch.Tensor:
-        if joined(q_nope, q_rope):
-            if impl is not None:
-                check_names(self.op, [impl], "impl")
-            tokens, heads, nope = q_nope.shape
-            return q_nope.as_strided((tokens, heads, nope + q_rope.shape[2]), q_nope.stride())
-        return super().__call__(q_nope, q_rope, step=step, impl=impl)
+        if impl is not None:
+            check_names(self.op, [impl], "impl")
+        view = joined(q_nope, q_rope)
+        return super().__call__(q_nope, q_rope, step=step, impl=impl) if view is None else view
 
 
 @_QAll
@@ -86,21 +84,22 @@ def q_all(q_nope: torch.Tensor, q_rope: torch.Tensor, *, step: Step | None = Non
     return QAll(arch=device_arch(q_nope.device), step=step or Step(), impl=impl, q_nope=q_nope, q_rope=q_rope)
 
 
-def joined(q_nope: torch.Tensor, q_rope: torch.Tensor) -> bool:
-    """Whether two valid parts already lie next to each other in one contiguous [T, H, nope+rope] buffer."""
+def joined(q_nope: torch.Tensor, q_rope: torch.Tensor) -> torch.Tensor | None:
+    """The view over two valid parts that lie next to each other in one contiguous [T, H, nope+rope] buffer, or None."""
     if not (isinstance(q_nope, torch.Tensor) and isinstance(q_rope, torch.Tensor)):
-        return False
-    shape, rope_shape, strides = q_nope.shape, q_rope.shape, q_nope.stride()
-    if not len(shape) == len(rope_shape) == 3 or strides != q_rope.stride() or shape[:2] != rope_shape[:2]:
-        return False
-    width = shape[2] + rope_shape[2]
-    return (
-        strides == (shape[1] * width, width, 1)
-        and q_rope.storage_offset() == q_nope.storage_offset() + shape[2]
-        and q_rope.dtype is q_nope.dtype
-        and q_nope.dtype in _DTYPES
-        and q_rope.untyped_storage().data_ptr() == q_nope.untyped_storage().data_ptr()
-    )
+        return None
+    strides, dtype = q_nope.stride(), q_nope.dtype
+    if len(strides) != 3 or strides != q_rope.stride() or dtype is not q_rope.dtype or dtype not in _DTYPES:
+        return None
+    (tokens, heads, nope), (*leading, rope) = q_nope.shape, q_rope.shape
+    width = nope + rope
+    if leading != [tokens, heads] or strides != (heads * width, width, 1):
+        return None
+    if q_rope.storage_offset() != q_nope.storage_offset() + nope:
+        return None
+    if q_rope.untyped_storage().data_ptr() != q_nope.untyped_storage().data_ptr():
+        return None
+    return q_nope.as_strided((tokens, heads, width), strides)
 
 
 @operation
