@@ -54,20 +54,19 @@ def use_adapters() -> None:
     q = torch.randn(2, 16, 576).bfloat16()
     attention_aiter.attend(sparse_mla.attend.call(q, latent, indices, 0.1, kv_scale=0.5))
     rows, angles = torch.randn(2, 576).bfloat16(), torch.rand(8, 32)
-    latent_aiter.store(
-        latent_cache.store.call(
-            rows[:, :512],
-            rows[:, 512:],
-            latent.clone(),
-            torch.tensor([4, 5]),
-            positions=torch.tensor([7, 2]),
-            cos_sin_cache=torch.cat([angles.cos(), angles.sin()], dim=1),
-            is_neox=True,
-            kv_scale=0.5,
-            q_rope=torch.randn(2, 3, 64).bfloat16(),
-            q_all=torch.randn(2, 3, 576).bfloat16(),
-        )
+    stored = latent_cache.store.call(
+        rows[:, :512],
+        rows[:, 512:],
+        latent.clone(),
+        torch.tensor([4, 5]),
+        positions=torch.tensor([7, 2]),
+        cos_sin_cache=torch.cat([angles.cos(), angles.sin()], dim=1),
+        is_neox=True,
+        kv_scale=0.5,
+        q_rope=torch.randn(2, 3, 64).bfloat16(),
+        q_all=torch.randn(2, 3, 576).bfloat16(),
     )
+    latent_aiter.store(stored)
 
 
 @pytest.fixture(scope="module")
