@@ -32,7 +32,7 @@ for folder in (str(REPO / "src"), str(REPO / "benchmarks")):
 from engine_model import FAMILIES, VOCAB, write_model  # noqa: E402
 from environment import collect  # noqa: E402
 
-from nsa_backend_plugin.accuracy.arms import Arm, parse_arms  # noqa: E402
+from nsa_backend_plugin.arms import Arm, parse_arms  # noqa: E402
 from nsa_backend_plugin.serving import Server  # noqa: E402
 
 STOCK = {"v32": ("dsa",), "glm": ("dsa",), "v3": ("fa3", "triton")}

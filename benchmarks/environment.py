@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nsa_backend_plugin.accuracy.environment import commit
+from nsa_backend_plugin.environment import commit
 
 REPO = Path(__file__).resolve().parent.parent
 LIBRARIES = (

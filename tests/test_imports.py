@@ -44,9 +44,9 @@ def imported_files(path: Path) -> set[str]:
 
 
 def folder(module: str) -> str:
-    """The package a module's file lies in; of a file on the ground floor, the file."""
+    """The package a module's file lies in; of a file that lies beside folders, the file."""
     inside = FILES[module].parent
-    return module if inside == PACKAGE else module_name(inside / "__init__.py")
+    return module if any(inside.glob("*/__init__.py")) else module_name(inside / "__init__.py")
 
 
 def circle(graph: dict[str, set[str]]) -> tuple[str, ...]:
@@ -122,8 +122,8 @@ def test_ops_import_without_sglang():
     """With sglang barred, every operation and its implementations import and report."""
     code = (
         "import sys; sys.modules['sglang'] = None\n"
-        "from nsa_backend_plugin.ops import registry\n"
-        "assert len(registry.report('cpu')) >= 8\n"
+        "from nsa_backend_plugin.runtime import served\n"
+        "assert len(served.report(served.examples('cpu')['DeepSeek-V3.2, 16 heads'], served.TYPICAL, 'cpu')) >= 8\n"
         "del sys.modules['sglang']"
     )
     assert "sglang" not in modules_after(code)
@@ -144,3 +144,16 @@ def test_entry_points_import_is_light():
 
 def test_command_help_is_light():
     assert modules_after("from nsa_backend_plugin import cli; cli.build_parser(cli.command_names())").isdisjoint(HEAVY)
+
+
+def test_operations_import_on_first_use():
+    code = "from nsa_backend_plugin import ops; assert 'sparse_mla' in dir(ops)"
+    assert modules_after(code).isdisjoint(HEAVY)
+    assert "torch" in modules_after(f"{code}; assert callable(ops.sparse_mla.attend) and callable(ops.topk.select)")
+
+
+def test_ops_has_no_other_attributes():
+    from nsa_backend_plugin import ops
+
+    with pytest.raises(AttributeError, match="'sparse_mlaa'"):
+        ops.sparse_mlaa  # noqa: B018

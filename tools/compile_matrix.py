@@ -32,7 +32,7 @@ from triton.compiler import ASTSource
 from nsa_backend_plugin import settings
 from nsa_backend_plugin.ops._triton.support import CompileCase, interpreted
 from nsa_backend_plugin.ops.arch import is_cuda
-from nsa_backend_plugin.ops.registry import implementation_names
+from nsa_backend_plugin.ops.dispatch import implementation_names
 from tools import compile_table
 
 DEFAULT_TARGETS = ("sm_90", "sm_100", "gfx942", "gfx950")

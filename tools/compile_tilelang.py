@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nsa_backend_plugin.ops.arch import is_cuda
+from nsa_backend_plugin.ops.arch import arch_fp8_dtype, is_cuda
 from nsa_backend_plugin.ops.sparse_mla import tilelang as sparse_mla
 from tools.compile_matrix import hardware
 
@@ -64,7 +64,7 @@ class Lowered:
 
 def cases(arch: str) -> Iterator[Case]:
     """Blocks of heads and row types of `sparse_mla`: more heads add blocks, a bf16 result rounds the store."""
-    fp8 = "float8_e4m3fnuz" if arch == "gfx942" else "float8_e4m3fn"
+    fp8 = sparse_mla.NAMES[arch_fp8_dtype(arch)]
     sizes = sorted({16, sparse_mla.head_block(128, arch)})
     attend = [(heads, kv, "float32") for heads in sizes for kv in ("bfloat16", fp8)] + [(16, "bfloat16", "bfloat16")]
     for heads, kv, out in attend:

@@ -31,38 +31,53 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def needs_nvrtc(arch: str = "sm_90") -> None:
-    support = jit.available(arch)
-    if not support.ok:
-        pytest.skip(support.reason)
+    reason = jit.available(arch)
+    if reason is not None:
+        pytest.skip(reason)
 
 
 def test_declines_other_vendors_and_names_the_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "not gfx942" in jit.available("gfx942").reason
-    assert "not cpu" in jit.available("cpu").reason
+    assert "not gfx942" in jit.available("gfx942")
+    assert "not cpu" in jit.available("cpu")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     jit.available.cache_clear()
     try:
-        assert "cuda-bindings" in jit.available("sm_90").reason
+        assert "cuda-bindings" in jit.available("sm_90")
     finally:
         jit.available.cache_clear()
 
 
 def test_declines_an_architecture_the_compiler_does_not_know() -> None:
     needs_nvrtc()
-    assert "no target sm_10" in jit.available("sm_10").reason
+    assert "no target sm_10" in jit.available("sm_10")
 
 
 def test_compiles_or_says_why(source: Path) -> None:
     needs_nvrtc()
-    assert jit.compiles(source, "sm_90", {"ADD": 1}).ok
+    assert jit.compiles(source, "sm_90", {"ADD": 1}) is None
     missing_define = jit.compiles(source, "sm_90")
-    assert not missing_define.ok
-    assert 'identifier "ADD" is undefined' in missing_define.reason
+    assert 'identifier "ADD" is undefined' in missing_define
+
+
+def test_a_failed_write_leaves_no_file(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*paths: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(jit.os, "replace", full)
+    target = jit.cache_dir() / "x.cubin"
+    jit._write(target, b"cubin")
+    assert list(jit.cache_dir().iterdir()) == []
+
+
+def test_meta_tensors_launch_nothing() -> None:
+    """A call with them prepares a served one: its kernels are loaded, and nothing runs."""
+    tensor = torch.empty(4, device="meta")
+    jit.launch(jit.Kernel("never", None), (1, 1, 1), (32, 1, 1), [tensor])
 
 
 def test_cubin_is_cached_by_content_and_defines(source: Path) -> None:
     needs_nvrtc()
-    assert jit.compiles(source, "sm_90", {"ADD": 1}).ok
+    assert jit.compiles(source, "sm_90", {"ADD": 1}) is None
     (cached,) = jit.cache_dir().iterdir()
     cached.write_bytes(b"from the cache")
     assert jit._cubin(source, "sm_90", (("ADD", 1),)) == b"from the cache"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from nsa_backend_plugin.ops import index_key_cache, latent_cache, mqa_logits
+from nsa_backend_plugin.ops import index_key_cache, latent_cache, mqa_logits, sparse_mla
 from nsa_backend_plugin.ops._vendor import aiter_contract
 from nsa_backend_plugin.ops.index_key_cache import aiter as index_aiter
 from nsa_backend_plugin.ops.latent_cache import aiter as latent_aiter
@@ -51,15 +51,8 @@ def use_adapters() -> None:
     logits_aiter.ragged(mqa_logits.ragged.call(query[:, 0], keys, scales, weights, starts, ends, clean=True))
     latent, out = torch.randn(6, 1, 576).to(FP8), torch.empty(2, 16, 512, dtype=torch.bfloat16)
     indices = torch.tensor([[5, -1, 0, 2], [1, 3, 4, 5]], dtype=torch.int32)
-    options: dict[str, Any] = {
-        "kind": "fp8",
-        "kv_scale": 0.5,
-        "value_dim": 512,
-        "out": out,
-        "lse": None,
-        "workspace": None,
-    }
-    attention_aiter.attend(torch.randn(2, 16, 576).bfloat16(), latent, indices, 0.1, **options)
+    query_rows = torch.randn(2, 16, 576).bfloat16()
+    attention_aiter.attend(sparse_mla.attend.call(query_rows, latent, indices, 0.1, kv_scale=0.5, out=out))
     rows, angles = torch.randn(2, 576).bfloat16(), torch.rand(8, 32)
     latent_aiter.store(
         latent_cache.store.call(

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 
 from nsa_backend_plugin import __version__, settings
-from nsa_backend_plugin.engine import compat, hooks, launch
+from nsa_backend_plugin.engine import compat, hooks, launch, shapes
 from nsa_backend_plugin.engine.gpu import rocm
-from nsa_backend_plugin.ops import registry
+from nsa_backend_plugin.ops import dispatch
+from nsa_backend_plugin.ops.arch import device_arch
+from nsa_backend_plugin.runtime import served
 
 logger = logging.getLogger(__name__)
 
@@ -24,10 +26,10 @@ def create_backend(runner: Any) -> Any:
     device = torch.device(runner.device)
     launch.check_speculation(runner.server_args, device.type)
     launch.check_exact(runner.dtype, device)
-    registry.require_forced(device)
+    dispatch.require_forced(device)
     hooks.install("factory")
     backend = _cpu_backend(runner) if device.type == "cpu" else _gpu_backend(runner)
-    _report(device, type(backend).__name__)
+    _report(runner, device, type(backend).__name__)
     return backend
 
 
@@ -60,30 +62,21 @@ def _gpu_backend(runner: Any) -> Any:
         from nsa_backend_plugin.engine.gpu.mla_backend import NsaPluginMLABackend
 
         return NsaPluginMLABackend(runner)
+    from nsa_backend_plugin.engine import merging
     from nsa_backend_plugin.engine.gpu.dsa_backend import NsaPluginDSABackend
 
     hooks.install("gpu_dsa")
-    if not rocm.on_rocm():
-        _merge_projections(runner.model)
+    merging.settle(runner.model, torch.device(runner.device).type)
     return NsaPluginDSABackend(runner)
 
 
-def _merge_projections(model: Any) -> None:
-    """Two projections of one input as one GEMM, in every layer with an indexer, after the weights were loaded."""
-    from nsa_backend_plugin.engine.gpu import indexer, query_projection
-
-    for attn in model.modules():
-        if getattr(attn, "indexer", None) is not None:
-            indexer.merge_projection(attn.indexer)
-            if attn.q_lora_rank is not None:
-                query_projection.merge(attn)
-    torch.cuda.empty_cache()  # what the weights occupied before
-
-
-def _report(device: torch.device, backend: str) -> None:
+def _report(runner: Any, device: torch.device, backend: str) -> None:
     mode = ", exact mode: float32, unquantized caches" if settings.enabled("NSA_PLUGIN_EXACT") else ""
     logger.info("nsa_plugin %s on SGLang %s: %s on %s%s", __version__, compat.version(), backend, device, mode)
     for name in hooks.standing_down():
         logger.info("nsa_plugin hook stands down, its patch is applied: %s", name)
-    for line in registry.report(device):
+    steps = shapes.steps(runner.server_args, runner.model_config.context_len)
+    decode = [step for step in steps if not step.prefill]
+    shown = dict.fromkeys((decode[0], decode[-1], steps[-1]))
+    for line in served.report(shapes.model(runner), shown, device_arch(device)):
         logger.info("nsa_plugin op %s", line)

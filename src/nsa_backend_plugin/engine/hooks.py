@@ -78,6 +78,14 @@ def _on_rocm() -> bool:
     return rocm.on_rocm()
 
 
+def _on_gpu() -> bool:
+    import torch
+
+    from nsa_backend_plugin.engine.cpu import platform
+
+    return torch.cuda.is_available() and not platform.active()
+
+
 _ROCM_PREPARE = (
     "sglang.srt.models.deepseek_common.attention_forward_methods.forward_mla_rocm."
     "DeepseekMLARocmForwardMixin.forward_absorb_rocm_prepare"
@@ -146,7 +154,7 @@ LEDGER: tuple[Hook, ...] = (
         "the DSA indexer has no torch forward",
         _ALL,
         _OPEN,
-        "cpu.indexer:forward",
+        "indexer:forward",
     ),
     Hook(
         "rope_cpu",
@@ -225,15 +233,28 @@ LEDGER: tuple[Hook, ...] = (
         patch_point="sglang.srt.models.deepseek_common.attention_forward_methods.forward_mha.KEY_WRAPPERS",
     ),
     Hook(
+        "merged_weights",
+        "sglang.srt.model_executor.model_runner_components.load_model_utils.load_model_with_memory_saver",
+        "hook",
+        "start",
+        "two projections of one input are merged, and W_UK on ROCm is copied to bf16, once the weights are loaded: "
+        "before memory is planned, and in a region of the weights' memory",
+        _ALL,
+        "later releases tell the platform, outside that region",
+        "merging:load_model",
+        needed=_on_gpu,
+        patch_point="sglang.srt.model_executor.model_runner_components.load_model_utils.LOAD_WRAPPERS",
+    ),
+    Hook(
         "weight_updates",
-        "sglang.srt.model_executor.model_runner_components.weight_updater._unsupported_derived_weight_cache_error",
+        "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager._observe_weight_load",
         "hook",
         "gpu_dsa",
-        "an online update of fp8 weights would leave our bf16 copies behind (the indexer's projections, W_UK on ROCm)",
+        "merged weights that are copies (dequantized from fp8) are rebuilt after an update of weights from any source",
         _ALL,
-        "newer releases ask the model's modules for such a reason",
-        "gpu.indexer:refuse_weight_update",
-        patch_point="sglang.srt.model_executor.model_runner_components.weight_updater.REFUSAL_WRAPPERS",
+        "no extension point",
+        "merging:updating",
+        patch_point="sglang.srt.managers.scheduler_components.weight_updater.UPDATE_WRAPPERS",
     ),
     Hook(
         "rocm_pages",
@@ -255,7 +276,7 @@ LEDGER: tuple[Hook, ...] = (
         "ROCm: one writer of index-K pages for prefill and decode, in the layout that the readers take",
         "ROCm, " + _ALL,
         "no extension point",
-        "gpu.rocm_indexer:forward",
+        "indexer:forward_rocm",
         needed=_on_rocm,
         patch_point="sglang.srt.layers.attention.dsa.dsa_indexer.FORWARD_WRAPPERS",
     ),

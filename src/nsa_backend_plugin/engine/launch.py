@@ -11,7 +11,7 @@ from nsa_backend_plugin import BACKEND_NAME, settings
 from nsa_backend_plugin.engine import compat, kernels
 from nsa_backend_plugin.engine.gpu import rocm
 from nsa_backend_plugin.layouts import INDEX_DIM, INDEX_PAGE_SIZE, LATENT_DIM, ROPE_DIM
-from nsa_backend_plugin.ops import dense_mla, registry
+from nsa_backend_plugin.ops import dense_mla, dispatch
 
 #: Algorithms whose draft is the model's own next-token layer; SGLang resolves both to EAGLE.
 SPECULATIVE = ("EAGLE", "NEXTN")
@@ -67,7 +67,7 @@ def check_settings() -> None:
     compat.require_supported()
     settings.validate()
     kernels.register()
-    registry.validate_forced()
+    dispatch.validate_forced()
 
 
 def check_arguments(server_args: Any) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from nsa_backend_plugin.arms import parse_shapes
 from nsa_backend_plugin.layouts import INDEX_DIM, LATENT_DIM, packed_latent_bytes
 
 WARMUP_STEPS, TIMED_STEPS, PROFILED_STEPS = 4, 24, 3
@@ -80,6 +81,8 @@ def trace_kernels(step: Any) -> list[dict[str, Any]]:
         trace = json.loads(path.read_text())
     kinds = ("kernel", "gpu_memcpy", "gpu_memset")
     events = sorted((e for e in trace["traceEvents"] if e.get("cat") in kinds), key=lambda e: e["ts"])
+    if not events:
+        raise RuntimeError("no GPU kernel in the trace: a layer is profiled on a CUDA or ROCm device only")
     last = events[len(events) // PROFILED_STEPS * (PROFILED_STEPS - 1) :]
     start = last[0]["ts"]
     return [
@@ -203,8 +206,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", required=True, help="BATCH:CONTEXT")
     parser.add_argument("--output", type=Path, required=True)
     options, server_args = parser.parse_known_args()
-    shapes = [(int(b), int(c)) for b, _, c in (s.partition(":") for s in options.shapes)]
-    measure(shapes, server_args, options.output)
+    measure(parse_shapes(options.shapes), server_args, options.output)
     # SGLang's distributed teardown can hang a process whose work is done.
     os._exit(0)
 

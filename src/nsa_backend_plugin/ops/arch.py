@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 
 _pretended: str | None = None
+_KNOWN: dict[torch.device | str, str] = {torch.device("cpu"): "cpu"}
 
 
 @functools.cache
@@ -32,18 +33,17 @@ def pretended(arch: str) -> Iterator[torch.device]:
 
 def device_arch(device: torch.device | str) -> str:
     """Architecture of a torch device: "cpu", "sm_90", "gfx942", ..."""
-    if isinstance(device, str):
-        device = torch.device(device)
-    if device.index is None and device.type == "cuda":
-        device = torch.device("cuda", torch.cuda.current_device())
-    return _arch(device, _pretended)
-
-
-@functools.cache
-def _arch(device: torch.device, pretended: str | None) -> str:
-    if device.type == "cuda":
-        return _gpu_arch(device.index)
-    return pretended if device.type == "meta" and pretended else device.type
+    known = _KNOWN.get(device)  # asked by every call of an operation
+    if known is not None:
+        return known
+    device = torch.device(device)
+    if device.type == "meta":
+        return _pretended or device.type
+    if device.type != "cuda":
+        return device.type
+    if device.index is None:
+        return _gpu_arch(torch.cuda.current_device())
+    return _KNOWN.setdefault(device, _gpu_arch(device.index))
 
 
 def vendor(arch: str) -> str:
@@ -63,8 +63,13 @@ def fp8_dtype(device: torch.device | str) -> torch.dtype:
 
 @functools.cache
 def core_count(device: torch.device) -> int:
-    """Multiprocessors (compute units) of a device; 1 of a CPU, where Triton's interpreter runs."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    """Multiprocessors (compute units) of a device, of `meta` those of the GPU that it stands for.
+
+    1 without a GPU: of a CPU, where Triton's interpreter runs.
+    """
+    if device.type == "cpu" or not torch.cuda.is_available():
+        return 1
+    return torch.cuda.get_device_properties(None if device.type == "meta" else device).multi_processor_count
 
 
 def is_cuda(arch: str) -> bool:

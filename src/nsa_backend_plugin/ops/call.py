@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 
@@ -82,6 +82,21 @@ class Call(Generic[R]):
             value = getattr(self, item.name)
             if isinstance(value, torch.Tensor):
                 yield item.name, value
+
+    #: Distance (`witness.row_distance`) up to which a row counts as equal to the reference's.
+    bar: ClassVar[float] = 1e-3
+
+    def row_count(self) -> int:
+        """Rows that can be computed apart, along the result's first dimension; with `of_rows`, for the witness."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be cut into rows")
+
+    def of_rows(self, rows: torch.Tensor) -> Call[R]:
+        """The same call for some of its rows [n] int64, with only what these read: small enough to be saved."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be cut into rows")
+
+    def comparable(self, result: Any) -> torch.Tensor:
+        """[rows, ...] of a result, in a form in which equal rows are close: its first tensor unless told."""
+        return result[0] if isinstance(result, tuple) else result
 
     @property
     def device(self) -> torch.device:

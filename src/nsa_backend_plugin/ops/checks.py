@@ -38,8 +38,8 @@ def tensor(
     if actual != shape and not _fits(actual, shape):  # the first comparison settles a shape without wildcards
         want = ", ".join("any" if s is None else str(s) for s in shape)
         raise ValueError(f"{name} has shape {list(actual)}: expected [{want}]")
-    if device is not None and value.device != device:
-        raise ValueError(f"{name} is on device {value.device}: expected {device}")
+    if device is not None:
+        on_device(name, value, device)
     return value
 
 
@@ -50,6 +50,11 @@ def _fits(actual: Sequence[int], shape: Sequence[int | None]) -> bool:
         if want is not None and want != actual[place]:
             return False
     return True
+
+
+def on_device(name: str, value: torch.Tensor, device: torch.device) -> None:
+    if value.device != device:
+        raise ValueError(f"{name} is on device {value.device}: expected {device}")
 
 
 def inner_contiguous(name: str, value: torch.Tensor) -> None:
@@ -78,6 +83,11 @@ def positive_number(name: str, value: object) -> None:
         raise ValueError(f"{name}={value!r}: expected a positive number")
 
 
+def finite(name: str, value: object) -> None:
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name}={value!r}: expected a finite number")
+
+
 def kv_kind(kv: torch.Tensor, query_dim: int, value_dim: int, name: str = "kv") -> str:
     """Kind of a latent cache: "bf16" (any float type), "fp8" (plain, one scalar scale) or "packed" (656-byte rows)."""
     if kv.dtype in FLOAT_DTYPES and kv.shape[-1] == query_dim:
@@ -92,9 +102,21 @@ def kv_kind(kv: torch.Tensor, query_dim: int, value_dim: int, name: str = "kv") 
     )
 
 
-def finite(name: str, value: object) -> None:
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{name}={value!r}: expected a finite number")
+def scratch(workspace: torch.Tensor | None, device: torch.device) -> None:
+    """The form of a caller's workspace; `workspace` checks its size, which only the implementation knows."""
+    if workspace is not None:
+        tensor("workspace", workspace, (None,), torch.uint8, device)
+        contiguous("workspace", workspace)
+        aligned = workspace.data_ptr() % 16 == 0
+        require(aligned, "workspace.data_ptr()", workspace.data_ptr(), "16-byte alignment")
+
+
+def workspace(given: torch.Tensor | None, needed: int, device: torch.device) -> torch.Tensor:
+    """The caller's workspace, if it has the bytes that are needed; a new one where the caller has none."""
+    if given is None:
+        return torch.empty(needed, dtype=torch.uint8, device=device)
+    require(given.numel() >= needed, "workspace.numel()", given.numel(), f"at least {needed} bytes")
+    return given
 
 
 def used_pages(name: str, block_table: torch.Tensor, lengths: torch.Tensor, page_size: int, pages: int) -> None:

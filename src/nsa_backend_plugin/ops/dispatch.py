@@ -18,6 +18,7 @@ import importlib
 import logging
 import os
 import pkgutil
+import typing
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import ModuleType
@@ -26,7 +27,7 @@ from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 import torch
 
 from nsa_backend_plugin import settings
-from nsa_backend_plugin.ops import preferences
+from nsa_backend_plugin.ops import preferences, witness
 from nsa_backend_plugin.ops.arch import device_arch
 from nsa_backend_plugin.ops.call import Call, Declined, Reason, capturing
 
@@ -141,8 +142,12 @@ class Operation(Generic[P, R]):
         self.name = f"{self.op}.{self.function}"
         #: The checked arguments as an object, without running it.
         self.call = build
+        #: Its class.
+        self.call_type: type[Call[R]] = typing.get_type_hints(build)["return"]
         self._variable = settings.impl_variable(self.op)
-        self._plans: dict[tuple[str | None, str | None, str, int], _Plan] = {}
+        self._forced: str | None = None  # the variable's value; read once, because a look-up costs a microsecond
+        self._witness: witness.Witness | None = None
+        self._plans: dict[tuple[str | None, str, int], _Plan] = {}
         self._heard: set[tuple[str, str]] = set()
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -163,7 +168,10 @@ class Operation(Generic[P, R]):
             if reason is None:
                 if (name, "runs") not in self._heard:
                     self._say_first_use(name, call, plan)
-                return run(call)
+                result = run(call)
+                if self._witness is not None:
+                    self._witness.look(name, call, result)
+                return result
             reasons = reasons or {}
             reasons[name] = reason
             if (name, "declines") not in self._heard:
@@ -213,18 +221,24 @@ class Operation(Generic[P, R]):
 
     def _plan(self, call: Call[R]) -> _Plan:
         """The order for a call: cached, because a layer asks ten times."""
-        raw = None if call.impl is not None else os.environ.get(self._variable) or None
-        row = -1
-        if call.impl is None and raw is None:
-            row = preferences.applying(self.name, call.arch, call.facts)
-        key = (call.impl, raw, call.arch, row)
+        if self._forced is None:
+            self._read_settings()
+        free = call.impl is None and not self._forced
+        row = preferences.applying(self.name, call.arch, call.facts) if free else -1
+        key = (call.impl, call.arch, row)
         plan = self._plans.get(key)
         if plan is None:
             plan = self._plans[key] = self._make_plan(*key)
         return plan
 
-    def _make_plan(self, impl: str | None, raw: str | None, arch: str, row: int) -> _Plan:
-        names, why = self._order(impl, raw, arch, row)
+    def _read_settings(self) -> None:
+        self._forced = os.environ.get(self._variable, "").strip()
+        if self.name in witness.watched():
+            reference = _load(self.op, "torch")
+            self._witness = witness.Witness(self.name, getattr(reference, self.function))
+
+    def _make_plan(self, impl: str | None, arch: str, row: int) -> _Plan:
+        names, why, forced = self._order(impl, arch, row)
         reasons, candidates = {}, []
         for name in names:
             reason = _unavailable(self.op, name, arch)
@@ -236,21 +250,23 @@ class Operation(Generic[P, R]):
                 reasons[name] = reason
             elif run is not None:
                 candidates.append(_Candidate(name, run, getattr(module, f"declines_{self.function}", None)))
-        return _Plan(tuple(candidates), reasons, why, forced=impl is not None or raw is not None)
+        return _Plan(tuple(candidates), reasons, why, forced)
 
-    def _order(self, impl: str | None, raw: str | None, arch: str, row: int) -> tuple[list[str], str]:
+    def _order(self, impl: str | None, arch: str, row: int) -> tuple[list[str], str, bool]:
+        """(names in order of preference, what decided it, whether nothing else may run)."""
         if impl is not None:
-            return check_names(self.op, [impl], "impl"), "forced by impl"
-        if raw is not None:
-            return _forced_names(self.op), f"forced by {self._variable}"
+            return check_names(self.op, [impl], "impl"), "forced by impl", True
+        if self._forced:
+            return _forced_names(self.op), f"forced by {self._variable}", True
         if arch == "cpu":
-            return ["torch"], "rule: torch on a CPU"
+            return ["torch"], "rule: torch on a CPU", False
         preferred = preferences.TABLE[row] if row >= 0 else None
         names = [*(preferred.order if preferred else ()), "triton", "torch"]
         defined = self.implementations()
         return (
             [n for n in dict.fromkeys(names) if n in defined],
             preferred.source if preferred else "rule: Triton, then torch",
+            False,
         )
 
     def _say_first_use(self, name: str, call: Call[R], plan: _Plan) -> None:
@@ -299,9 +315,13 @@ def _forced_names(op: str) -> list[str]:
 
 
 def validate_forced() -> None:
-    """Check the names in all NSA_PLUGIN_<OP>_IMPL variables."""
+    """Check the names in all NSA_PLUGIN_<OP>_IMPL variables, and in NSA_PLUGIN_WITNESS."""
     for op in settings.OPERATIONS:
         _forced_names(op)
+    valid = [operation.name for operation in operations()]
+    for name in witness.watched():
+        if name not in valid:
+            raise ValueError(f"NSA_PLUGIN_WITNESS={name!r}: expected some of {', '.join(valid)}")
 
 
 def require_forced(device: torch.device | str) -> None:
@@ -315,9 +335,15 @@ def require_forced(device: torch.device | str) -> None:
 
 
 def forget() -> None:
-    """Drop everything cached about implementations and preferences: files, the table or the environment changed."""
+    """Drop what is cached about implementations, preferences and forced names: files or the environment changed."""
     for cached in (implementation_names, _load, _unavailable, preferences.rows):
         cached.cache_clear()
+    forget_plans()
+
+
+def forget_plans() -> None:
+    """Drop the choices alone."""
     for op in operations():
+        op._forced = op._witness = None
         op._plans.clear()
         op._heard.clear()

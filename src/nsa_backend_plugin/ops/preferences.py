@@ -25,11 +25,11 @@ class Preference:
     when: Mapping[str, Fact | tuple[int, int]] = field(default_factory=dict)
 
     def holds(self, facts: Mapping[str, Fact]) -> bool:
-        return all(_matches(facts[key], want) for key, want in self.when.items())
-
-
-def _matches(value: Fact, want: Fact | tuple[int, int]) -> bool:
-    return want[0] <= int(value) <= want[1] if isinstance(want, tuple) else value == want
+        for key, want in self.when.items():
+            value = facts[key]
+            if not (want[0] <= int(value) <= want[1] if isinstance(want, tuple) else value == want):
+                return False
+        return True
 
 
 _RUN = "benchmarks/run_h200.py, NVIDIA H200, 2026-11-21"
@@ -58,7 +58,7 @@ TABLE: tuple[Preference, ...] = (
     Preference("mqa_logits.ragged", "sm_90", ("deep_gemm", "triton"), _RUN),
     Preference("topk.select", "sm_90", ("cuda", "triton"), _RUN),
     Preference("dense_mla.decode", "sm_90", ("fa3", "triton"), _RUN, {"heads": (17, 32), "batch": (32, _ANY_MORE)}),
-    # First fa3, also where the operation's adapter declines it: serving then leaves the step to SGLang's own call.
+    # With more than 64 heads, fa3 takes calls with the promise `kv_is_finite` only: serving gives it.
     Preference(
         "dense_mla.decode", "sm_90", ("fa3", "flash_mla", "triton"), _RUN, {"heads": (33, 128), "batch": (8, _ANY_MORE)}
     ),
@@ -83,8 +83,11 @@ def rows(operation: str, arch: str) -> tuple[tuple[int, Preference], ...]:
 
 def applying(operation: str, arch: str, facts: Callable[[], Mapping[str, Fact]]) -> int:
     """Place in TABLE of the first row that applies to a call; -1 where none does (then Triton, then torch)."""
-    candidates = rows(operation, arch)
-    if not candidates:
-        return -1
-    known = facts()
-    return next((place for place, row in candidates if row.holds(known)), -1)
+    known: Mapping[str, Fact] | None = None
+    for place, row in rows(operation, arch):
+        if not row.when:
+            return place
+        known = known or facts()
+        if row.holds(known):
+            return place
+    return -1

@@ -118,10 +118,13 @@ def launch(
     32-bit float, any ctypes value or structure for itself (`ctypes.c_longlong(n)`).
     shared_bytes: dynamic shared memory per block. pdl: programmatic dependent launch, the kernel may start before its
     predecessor on the stream ends, and must execute `griddepcontrol.wait` before it reads the predecessor's output.
+    Where the tensors are on `meta`, nothing is launched: the call only loads its kernels.
     """
     from cuda.bindings import driver
 
     index = _device_index(args, device)
+    if index is None:
+        return
     if shared_bytes > _DEFAULT_SHARED_BYTES:
         _allow_shared(kernel, shared_bytes, index)
     values = [_as_ctype(value) for value in args]
@@ -176,9 +179,12 @@ def _as_ctype(value: object) -> Any:
     raise ValueError(f"args contains {value!r}: expected a tensor, None, int, float or ctypes value")
 
 
-def _device_index(args: Sequence[object], device: torch.device | None) -> int:
+def _device_index(args: Sequence[object], device: torch.device | None) -> int | None:
+    """Of the device to launch on; None for `meta`."""
     if device is None:
         device = next((a.device for a in args if isinstance(a, torch.Tensor)), torch.device("cuda"))
+    if device.type == "meta":
+        return None
     if device.type != "cuda":
         raise ValueError(f"device={str(device)!r}: expected a cuda device")
     return torch.cuda.current_device() if device.index is None else device.index

@@ -7,7 +7,7 @@ compile-checked, not run.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,16 +16,17 @@ import triton
 
 from nsa_backend_plugin.layouts import LATENT_DIM, LATENT_TILE, ROPE_DIM
 from nsa_backend_plugin.ops import checks
-from nsa_backend_plugin.ops._triton import early_launch, support
+from nsa_backend_plugin.ops._torch.mla import MlaCall, Result, result
+from nsa_backend_plugin.ops._triton import early_launch, quant, support
 from nsa_backend_plugin.ops._triton.mla_kernels import attend_kernel, combine_kernel
-from nsa_backend_plugin.ops.arch import device_arch, is_cuda, is_rocm, launches_early
-from nsa_backend_plugin.ops.support import YES, Support, no
+from nsa_backend_plugin.ops.arch import is_rocm, launches_early
+from nsa_backend_plugin.ops.call import Reason
 
 #: No row of up to 16 heads is cut into more parts; with more heads, which have more to merge, half as many.
 MAX_SPLITS = 128
 #: Same limit for a caller's own split count: the combine kernel holds one value of every part in registers.
 MAX_FORCED_SPLITS = 256
-#: Keys of a part below which more parts gain nothing, but on compute units that would have none.
+#: Keys of a part below which more parts gain nothing, but on cores that would have none.
 _LEAST_KEYS = 128
 #: Values of the parts that one warp of the combine kernel keeps in registers.
 _VALUES_PER_WARP = 4096
@@ -36,8 +37,8 @@ LOG2_E = 1.4426950408889634
 class Tile:
     """One configuration of `attend_kernel`. `swap` computes keys x heads, which fits AMD's matrix units.
 
-    per_unit: programs that a compute unit holds at once (registers, shared memory). A load of slots precedes each load
-    of keys: Triton keeps (num_stages - 1) // 2 tiles of keys in flight.
+    per_core: programs that a multiprocessor (compute unit) holds at once (registers, shared memory). A load of slots
+    precedes each load of keys: Triton keeps (num_stages - 1) // 2 tiles of keys in flight.
     """
 
     heads: int
@@ -45,7 +46,7 @@ class Tile:
     num_warps: int
     num_stages: int
     swap: bool = False
-    per_unit: int = field(default=2, repr=False)
+    per_core: int = field(default=2, repr=False)
 
 
 Tiles = dict[str, tuple[Tile, ...]]
@@ -53,7 +54,7 @@ Tiles = dict[str, tuple[Tile, ...]]
 # Kinds: "bf16" rows selected by slot, "pages" of bf16 rows, "packed" and "fp8" rows.
 # Measured on an H200 (benchmarks/tune_mla.py, 2026-11-21); the largest tile listed serves every larger head count, in
 # blocks.
-_WIDE = (Tile(32, 64, 8, 3, per_unit=1), Tile(64, 64, 8, 2, per_unit=1))
+_WIDE = (Tile(32, 64, 8, 3, per_core=1), Tile(64, 64, 8, 2, per_core=1))
 _SM_90: Tiles = {
     "bf16": (Tile(16, 32, 4, 5), *_WIDE),
     "pages": (Tile(16, 64, 4, 3), *_WIDE),
@@ -81,8 +82,6 @@ _TILES = {
     "gfx942": _AMD,
     "gfx950": _AMD,
 }
-_UNITS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304, "gfx950": 256}
-_DEFAULT_UNITS = 128
 
 
 def tile(arch: str, kind: str, heads: int) -> Tile:
@@ -92,19 +91,15 @@ def tile(arch: str, kind: str, heads: int) -> Tile:
     return next((t for t in tiles if t.heads >= heads), tiles[-1])
 
 
-def _units(arch: str) -> int:
-    return _UNITS.get(arch, _DEFAULT_UNITS)
-
-
-def split_count(arch: str, rows: int, heads: int, keys: int, config: Tile) -> int:
+def split_count(cores: int, rows: int, heads: int, keys: int, config: Tile) -> int:
     """Parts to cut each row's keys into: as many as fill the device, none without a tile of keys.
 
-    A second program on a compute unit hides the first one's latency, but not where it leaves both a few keys.
+    A second program on a core hides the first one's latency, but not where it leaves both a few keys.
     """
     blocks = max(1, rows * triton.cdiv(heads, config.heads))
-    worthwhile = max(keys // _LEAST_KEYS, _units(arch) // blocks)
+    worthwhile = max(keys // _LEAST_KEYS, cores // blocks)
     limit = MAX_SPLITS if config.heads <= 16 else MAX_SPLITS // 2
-    return max(1, min(config.per_unit * _units(arch) // blocks, worthwhile, triton.cdiv(keys, config.keys), limit))
+    return max(1, min(config.per_core * cores // blocks, worthwhile, triton.cdiv(keys, config.keys), limit))
 
 
 def scratch_bytes(parts: int, heads: int, value_dim: int) -> int:
@@ -115,12 +110,12 @@ def scratch_bytes(parts: int, heads: int, value_dim: int) -> int:
     return _lse_bytes(parts, heads) + parts * heads * value_dim * 4
 
 
-def workspace_bytes(arch: str, max_rows: int, heads: int, value_dim: int, num_kv_splits: int | None = None) -> int:
-    """Scratch that suffices on an architecture for every call of up to max_rows rows."""
+def workspace_bytes(cores: int, max_rows: int, heads: int, value_dim: int, num_kv_splits: int | None = None) -> int:
+    """Scratch that suffices on a device of so many cores for every call of up to max_rows rows."""
     if num_kv_splits is not None:
         return scratch_bytes(max_rows * num_kv_splits, heads, value_dim)
     # split_count keeps rows * splits <= the programs of a full device whenever it splits at all.
-    parts = min(max_rows * MAX_SPLITS, 2 * _units(arch))
+    parts = min(max_rows * MAX_SPLITS, 2 * cores)
     return scratch_bytes(parts, heads, value_dim)
 
 
@@ -132,42 +127,30 @@ def _scratch(workspace: torch.Tensor | None, parts: int, out: torch.Tensor) -> t
     """(partial_out [parts, H, value_dim], partial_lse [parts, H]), fp32, inside the workspace."""
     heads, value_dim = out.shape[1:]
     needed = scratch_bytes(parts, heads, value_dim)
-    if workspace is None:
-        workspace = torch.empty(needed, dtype=torch.uint8, device=out.device)
-    checks.tensor("workspace", workspace, (None,), torch.uint8, out.device)
-    checks.contiguous("workspace", workspace)
-    checks.require(workspace.numel() >= needed, "workspace.numel()", workspace.numel(), f"at least {needed} bytes")
-    checks.require(workspace.data_ptr() % 16 == 0, "workspace.data_ptr()", workspace.data_ptr(), "16-byte alignment")
+    workspace = checks.workspace(workspace, needed, out.device)
     start = _lse_bytes(parts, heads)
     return workspace[start:needed].view(torch.float32), workspace[: parts * heads * 4].view(torch.float32)
 
 
-def accepts(q: torch.Tensor, kv: torch.Tensor, kind: str, value_dim: int) -> Support:
-    """Whether the kernels take these dtypes and dimensions on q's device."""
-    arch = device_arch(q.device)
+def declines(call: MlaCall, kind: str) -> Reason:
+    """Why the kernels do not take a call's dtypes and dimensions."""
+    q, kv, value_dim = call.q, call.kv, call.value_dim
     rope_dim = q.shape[-1] - value_dim
     chunk = min(value_dim, LATENT_TILE)
     if value_dim % chunk or not _dot_size(chunk) or not _dot_size(rope_dim):
-        return no(
+        return (
             f"value_dim={value_dim}, rope part {rope_dim}: needs a power of two (>= 16) or a multiple of "
             f"{LATENT_TILE}, and a power of two"
         )
     if q.dtype == torch.float32:
-        return no("q is float32: matrix units would round it, torch is exact")
+        return "q is float32: matrix units would round it, torch is exact"
     if kind == "bf16":
-        return YES if kv.dtype == q.dtype else no(f"kv is {kv.dtype} but q is {q.dtype}")
+        return None if kv.dtype == q.dtype else f"kv is {kv.dtype} but q is {q.dtype}"
     if q.dtype != torch.bfloat16:
-        return no(f"q is {q.dtype}: fp8 rows are widened to bfloat16, whose range they need")
-    if not support.has_e4m3(arch):
-        return no(f"{arch} has no e4m3 conversion")
-    if kind == "packed":
-        if arch == "gfx942":
-            return no("packed rows hold e4m3fn, gfx942 converts e4m3fnuz only")
-        if kv.stride(0) % 4 or kv.data_ptr() % 4:
-            return no("packed rows are not aligned to 4 bytes")
-    if kv.dtype == torch.float8_e4m3fnuz and is_cuda(arch):
-        return no(f"{arch} has no e4m3fnuz conversion")
-    return YES
+        return f"q is {q.dtype}: fp8 rows are widened to bfloat16, whose range they need"
+    if kind == "packed" and (kv.stride(0) % 4 or kv.data_ptr() % 4):
+        return "packed rows are not aligned to 4 bytes"
+    return quant.declines_fp8(call.arch, torch.float8_e4m3fn if kind == "packed" else kv.dtype)
 
 
 def _dot_size(size: int) -> bool:
@@ -175,33 +158,29 @@ def _dot_size(size: int) -> bool:
 
 
 def attend(
-    q: torch.Tensor,
-    kv: torch.Tensor,
+    call: MlaCall,
     table: torch.Tensor,
     lengths: torch.Tensor | None,
-    softmax_scale: float,
     *,
     kind: str,
     kv_scale: float | None,
     page_size: int,
     config: Tile,
     splits: int,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-    workspace: torch.Tensor | None,
-) -> None:
-    """Attend every row of q [rows, H, D] to its keys, cut into `splits` parts, into out and lse.
+) -> Result:
+    """Attend every row of call.q [rows, H, D] to its keys, cut into `splits` parts.
 
     page_size 0: table [rows, K] holds slots (-1 = none), lengths is None. Else table holds pages, lengths [rows].
     """
+    q, kv, out, lse = call.q, call.kv, call.output(), call.new_lse()
     rows, heads, query_dim = q.shape
     value_dim = out.shape[-1]
     if rows == 0:
-        return
+        return result(out, lse)
     split = splits > 1
-    partial_out, partial_lse = _scratch(workspace, rows * splits, out) if split else (out, out)
+    partial_out, partial_lse = _scratch(call.workspace, rows * splits, out) if split else (out, out)
     unscaled = 1.0 if kv_scale is None else float(kv_scale)
-    early = early_launch.options(device_arch(q.device))
+    early = early_launch.options(call.arch)
     attend_kernel[(rows * splits * triton.cdiv(heads, config.heads),)](
         q,
         kv.view(torch.uint8) if kind == "packed" else kv,
@@ -211,7 +190,7 @@ def attend(
         out if lse is None else lse,
         partial_out,
         partial_lse,
-        softmax_scale * LOG2_E * unscaled,
+        call.softmax_scale * LOG2_E * unscaled,
         unscaled,
         kv.stride(0),
         table.stride(0),
@@ -234,6 +213,7 @@ def attend(
             num_warps=warps,
             **early,
         )
+    return result(out, lse)
 
 
 def _constexprs(
@@ -279,11 +259,9 @@ def _power_of_two_part(value: int) -> int:
     return value & -value
 
 
-def compile_cases(arch: str, kinds: Iterable[str], page_sizes: Iterable[int]) -> list[support.CompileCase]:
+def compile_cases(arch: str, kinds: Iterable[str], page_sizes: Iterable[int]) -> Iterator[support.CompileCase]:
     """Every tile that `tile` can select on an architecture, split and not, and the combine kernel."""
-    fp8 = "*fp8e4b8" if arch == "gfx942" else "*fp8e4nv"
-    kv_type = {"bf16": "*bf16", "pages": "*bf16", "packed": "*u8", "fp8": fp8}
-    cases = []
+    kv_type = {"bf16": "*bf16", "pages": "*bf16", "packed": "*u8", "fp8": support.fp8_pointer(arch)}
     for kind in kinds:
         rows_of = "bf16" if kind == "pages" else kind
         for page_size in page_sizes:
@@ -291,51 +269,46 @@ def compile_cases(arch: str, kinds: Iterable[str], page_sizes: Iterable[int]) ->
                 config = tile(arch, kind, heads)
                 for split in (True, False):
                     constexprs = _constexprs(heads, LATENT_DIM, ROPE_DIM, kind, page_size, config, split, True)
-                    cases.append(
-                        support.CompileCase(
-                            name=f"{rows_of} heads={heads} page={page_size} split={split} {config}",
-                            kernel=attend_kernel,
-                            signature={
-                                "q": "*bf16",
-                                "kv": kv_type[kind],
-                                "table": "*i32",
-                                "lengths": "*i32",
-                                "out": "*bf16",
-                                "lse": "*fp32",
-                                "partial_out": "*fp32" if split else "*bf16",
-                                "partial_lse": "*fp32",
-                                "score_scale": "fp32",
-                                "value_scale": "fp32",
-                                "kv_stride": "i32",
-                                "table_stride": "i32",
-                                "context": "i32",
-                                "splits": "i32",
-                            },
-                            constexprs={**constexprs, "EARLY": launches_early(arch)},
-                            num_warps=config.num_warps,
-                            num_stages=config.num_stages,
-                            divisible=(
-                                *("q", "kv", "table", "lengths", "out", "lse", "partial_out", "partial_lse"),
-                                *("kv_stride", "table_stride"),
-                            ),
-                        )
+                    yield support.CompileCase(
+                        name=f"{rows_of} heads={heads} page={page_size} split={split} {config}",
+                        kernel=attend_kernel,
+                        signature={
+                            "q": "*bf16",
+                            "kv": kv_type[kind],
+                            "table": "*i32",
+                            "lengths": "*i32",
+                            "out": "*bf16",
+                            "lse": "*fp32",
+                            "partial_out": "*fp32" if split else "*bf16",
+                            "partial_lse": "*fp32",
+                            "score_scale": "fp32",
+                            "value_scale": "fp32",
+                            "kv_stride": "i32",
+                            "table_stride": "i32",
+                            "context": "i32",
+                            "splits": "i32",
+                        },
+                        constexprs={**constexprs, "EARLY": launches_early(arch)},
+                        num_warps=config.num_warps,
+                        num_stages=config.num_stages,
+                        divisible=(
+                            *("q", "kv", "table", "lengths", "out", "lse", "partial_out", "partial_lse"),
+                            *("kv_stride", "table_stride"),
+                        ),
                     )
     for rows, splits in ((1, MAX_SPLITS), (8, 16), (8, MAX_SPLITS), (128, 2)):
         constexprs, warps = _combine_config(rows, 16, LATENT_DIM, splits, True)
-        cases.append(
-            support.CompileCase(
-                name=f"combine rows={rows} splits={splits}",
-                kernel=combine_kernel,
-                signature={
-                    "partial_out": "*fp32",
-                    "partial_lse": "*fp32",
-                    "out": "*bf16",
-                    "lse": "*fp32",
-                    "splits": "i32",
-                },
-                constexprs={**constexprs, "EARLY": launches_early(arch)},
-                num_warps=warps,
-                divisible=("partial_out", "partial_lse", "out", "lse"),
-            )
+        yield support.CompileCase(
+            name=f"combine rows={rows} splits={splits}",
+            kernel=combine_kernel,
+            signature={
+                "partial_out": "*fp32",
+                "partial_lse": "*fp32",
+                "out": "*bf16",
+                "lse": "*fp32",
+                "splits": "i32",
+            },
+            constexprs={**constexprs, "EARLY": launches_early(arch)},
+            num_warps=warps,
+            divisible=("partial_out", "partial_lse", "out", "lse"),
         )
-    return cases

@@ -1,8 +1,7 @@
 """AITER's MLA decode, shared by the adapters of `sparse_mla` and `dense_mla`. Checked against a fake, not run on AMD.
 
 `aiter.mla.mla_decode_fwd` reads ragged page lists of page size 1 and takes 16 to 128 heads in multiples of 16. With
-fp8 rows it also wants a work plan, made per call on the device from the ragged starts; in sparse decode that plan
-depends only on the counts of selected slots, so an engine may make it once per step and share it among layers.
+fp8 rows it also wants a work plan, made on the device from the ragged starts: once per step, where those are.
 
 The plan is the one of SGLang 0.5.23. That of 0.5.17 (`fast_mode=False`, `intra_batch_mode=True`, `topk` given) takes
 the compacted slots for a table of fixed width and gave wrong plans at long contexts (SGLang pull request 39083).
@@ -15,8 +14,9 @@ from typing import Any
 import torch
 
 from nsa_backend_plugin.layouts import FP8_DTYPES
-from nsa_backend_plugin.ops._vendor import mla
-from nsa_backend_plugin.ops.support import Support, no
+from nsa_backend_plugin.ops._torch.mla import MlaCall, Result
+from nsa_backend_plugin.ops._vendor import mla, probe
+from nsa_backend_plugin.ops.call import Reason
 
 ARCHS = ("gfx942", "gfx950")
 _MAX_SPLITS = 64
@@ -24,71 +24,76 @@ _MAX_BYTES = 1 << 32
 _PLAN = ("get_mla_metadata_info_v1", "get_mla_metadata_v1")
 
 
-def available(arch: str) -> Support:
+def available(arch: str) -> Reason:
     if arch not in ARCHS:
-        return no(f"AITER's MLA decode needs {' or '.join(ARCHS)}, not {arch}")
-    package = mla.can_import("aiter", *_PLAN)
-    return mla.can_import("aiter.mla", "mla_decode_fwd") if package.ok else package
+        return f"AITER's MLA decode needs {' or '.join(ARCHS)}, not {arch}"
+    return probe.missing("aiter", *_PLAN) or probe.missing("aiter.mla", "mla_decode_fwd")
 
 
-def fits(q: torch.Tensor, kv: torch.Tensor, value_dim: int) -> Support:
-    size = kv.numel() * kv.element_size()
+def limits(call: MlaCall) -> Reason:
+    size = call.kv.numel() * call.kv.element_size()
     if size > _MAX_BYTES:  # its offsets into the cache have 32 bits and wrap without a word (aiter 2768, 5765)
-        return no(f"kv of {size} bytes: at most 4 GiB only")
-    return mla.fits(q, kv, value_dim)
+        return f"kv of {size} bytes: at most 4 GiB only"
+    return mla.limits(call)
 
 
-def ragged(values: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(entries [T*K] int32, starts [T+1] int32): the valid values [T, K] of all rows, one after the other.
+def starts(counts: torch.Tensor) -> torch.Tensor:
+    """[T + 1] int32: where each row's entries start in the ragged list, for counts [T]."""
+    result = torch.zeros(len(counts) + 1, dtype=torch.int32, device=counts.device)
+    torch.cumsum(counts, dim=0, out=result[1:])
+    return result
+
+
+def entries(values: torch.Tensor, valid: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+    """[T*K] int32: the valid values [T, K] of all rows, one after the other.
 
     The device alone decides how many there are, so that a CUDA graph can capture it: invalid values all go to one
     spare place at the end.
     """
     rows, width = values.shape
-    starts = torch.zeros(rows + 1, dtype=torch.int32, device=values.device)
-    torch.cumsum(valid.sum(dim=1), dim=0, out=starts[1:])
     place = torch.where(valid, starts[:-1, None] + valid.cumsum(dim=1) - 1, rows * width)
-    entries = torch.zeros(rows * width + 1, dtype=torch.int32, device=values.device)
-    entries.scatter_(0, place.view(-1), values.reshape(-1))
-    return entries[:-1], starts
+    result = torch.zeros(rows * width + 1, dtype=torch.int32, device=values.device)
+    result.scatter_(0, place.view(-1), values.reshape(-1))
+    return result[:-1]
 
 
-def decode(
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    entries: torch.Tensor,
-    starts: torch.Tensor,
-    softmax_scale: float,
-    *,
-    kv_scale: float | None,
-    out: torch.Tensor,
-) -> None:
+def decode(call: MlaCall, entries: torch.Tensor, starts: torch.Tensor, kv_scale: float | None) -> Result:
     """One query per row over kv[entries[starts[t] : starts[t + 1]]]."""
     from aiter.mla import mla_decode_fwd
 
-    rows, heads, dim = q.shape
-    padded = mla.pad_heads(q, -(-heads // 16) * 16)
-    query_starts = torch.arange(rows + 1, dtype=torch.int32, device=q.device)
-    last_page_lens = torch.ones(rows, dtype=torch.int32, device=q.device)
-    vendor_out = q.new_empty(rows, padded.shape[1], out.shape[-1])
+    rows, heads, dim = call.q.shape
+    device, value_dim = call.q.device, call.value_dim
+    padded = mla.pad_heads(call.q, -(-heads // 16) * 16)
+    query_starts = mla.query_starts(call)
+
+    def number(value: float) -> torch.Tensor:
+        return torch.full((), value, dtype=torch.float32, device=device)
+
+    def ones() -> torch.Tensor:
+        return torch.ones(rows, dtype=torch.int32, device=device)
+
+    last_page_lens = call.step.once(("aiter last pages", rows), ones, device=device)
+    out = call.output() if padded is call.q else call.q.new_empty(rows, padded.shape[1], value_dim)
     extra: dict[str, Any] = {}
-    if kv.dtype in FP8_DTYPES:
-        extra = _plan(padded, kv, query_starts, starts, last_page_lens)
-        extra["q_scale"] = torch.ones((), dtype=torch.float32, device=q.device)
-        extra["kv_scale"] = torch.full((), 1.0 if kv_scale is None else kv_scale, dtype=torch.float32, device=q.device)
+    if call.kv.dtype in FP8_DTYPES:
+        key = ("aiter plan", padded.shape[1], call.kv.dtype)
+        extra = dict(call.step.once(key, lambda: _plan(padded, call.kv, query_starts, starts, last_page_lens), starts))
+        scale = 1.0 if kv_scale is None else kv_scale
+        extra["q_scale"] = call.step.once(("number", 1.0), lambda: number(1.0), device=device)
+        extra["kv_scale"] = call.step.once(("number", scale), lambda: number(scale), device=device)
     mla_decode_fwd(
         padded,
-        kv.view(-1, 1, 1, dim),
-        vendor_out,
+        call.kv.view(-1, 1, 1, dim),
+        out,
         query_starts,
         starts,
         entries,
         last_page_lens,
         1,
-        sm_scale=softmax_scale,
+        sm_scale=call.softmax_scale,
         **extra,
     )
-    mla.write(out, None, vendor_out[:, :heads], None, starts[1:] == starts[:-1])
+    return mla.finish(call, out, None, lambda: starts[1:] == starts[:-1])
 
 
 def _plan(

@@ -1,42 +1,47 @@
-"""What the adapters to vendors' MLA kernels share: common limits, padding of heads, results into our outputs."""
+"""What the adapters to vendors' MLA kernels share: common limits, padding of heads, finished results."""
 
 from __future__ import annotations
 
-import importlib
 import math
+from collections.abc import Callable
 
 import torch
 
 from nsa_backend_plugin.layouts import LATENT_DIM, ROPE_DIM
-from nsa_backend_plugin.ops.support import YES, Support, needs_module, no
+from nsa_backend_plugin.ops._torch.mla import MlaCall, Result
+from nsa_backend_plugin.ops.call import Reason
+
+#: Natural units of a binary logarithm.
+BASE_2 = math.log(2)
 
 
-def can_import(module: str, *names: str) -> Support:
-    """Whether a module loads (its CUDA extension may miss a library or a driver) and has the given names."""
-    installed = needs_module(module.partition(".")[0])
-    if not installed.ok:
-        return installed
-    try:
-        loaded = importlib.import_module(module)
-    except Exception as error:  # extensions fail with ImportError, OSError, RuntimeError, AssertionError ...
-        return no(f"{module} cannot be imported: {error}")
-    missing = [name for name in names if not hasattr(loaded, name)]
-    return no(f"{module} has no {', '.join(missing)}") if missing else YES
+def limits(call: MlaCall, page_size: int = 1) -> Reason:
+    """Why a vendor's kernel does not take a call: `shape_limits`, and a softmax scale that is not positive.
+
+    They mask scores with -inf and find the maximum before they scale. -inf * 0 is NaN, and a negative scale turns -inf
+    into inf and the maximum into the minimum.
+    """
+    if not call.softmax_scale > 0:
+        return f"softmax_scale {call.softmax_scale}: only above 0, masked scores are -inf before they are scaled"
+    return shape_limits(call, page_size)
 
 
-def fits(q: torch.Tensor, kv: torch.Tensor, value_dim: int, page_size: int = 1) -> Support:
-    """Limits of every vendor kernel: bf16 queries of DeepSeek's dimensions, a contiguous cache of whole pages."""
+def shape_limits(call: MlaCall, page_size: int = 1) -> Reason:
+    """Bf16 queries of DeepSeek's dimensions over a contiguous cache of whole pages, on 16-byte boundaries."""
+    q, kv = call.q, call.kv
     if q.dtype != torch.bfloat16:
-        return no(f"q is {q.dtype}: only bfloat16")
-    if (value_dim, q.shape[-1]) != (LATENT_DIM, LATENT_DIM + ROPE_DIM):
-        return no(f"value_dim {value_dim} of {q.shape[-1]}: only {LATENT_DIM} of {LATENT_DIM + ROPE_DIM}")
+        return f"q is {q.dtype}: only bfloat16"
+    if (call.value_dim, q.shape[-1]) != (LATENT_DIM, LATENT_DIM + ROPE_DIM):
+        return f"value_dim {call.value_dim} of {q.shape[-1]}: only {LATENT_DIM} of {LATENT_DIM + ROPE_DIM}"
     if q.shape[0] == 0:
-        return no("no tokens")
+        return "no tokens"
     if not kv.is_contiguous():
-        return no(f"kv has strides {kv.stride()}: only contiguous")
+        return f"kv has strides {kv.stride()}: only contiguous"
     if kv.shape[0] == 0 or kv.shape[0] % page_size:
-        return no(f"kv has {kv.shape[0]} slots: only whole pages of {page_size}")
-    return YES
+        return f"kv has {kv.shape[0]} slots: only whole pages of {page_size}"
+    if q.data_ptr() % 16 or kv.data_ptr() % 16 or (call.out is not None and call.out.data_ptr() % 16):
+        return "q, kv and out must start on multiples of 16 bytes"
+    return None
 
 
 def pad_heads(q: torch.Tensor, heads: int) -> torch.Tensor:
@@ -48,73 +53,44 @@ def pad_heads(q: torch.Tensor, heads: int) -> torch.Tensor:
     return padded
 
 
-def write(
+def finish(
+    call: MlaCall,
     out: torch.Tensor,
     lse: torch.Tensor | None,
-    vendor_out: torch.Tensor,
-    vendor_lse: torch.Tensor | None,
-    empty: torch.Tensor,
+    empty: Callable[[], torch.Tensor],
     lse_unit: float = 1.0,
-) -> None:
-    """Copy a vendor's result into ours; rows where `empty` [T] is set get out 0 and lse -inf.
+) -> Result:
+    """The call's result from a vendor's: `out` as it is, or in the caller's `out`.
 
-    lse_unit: natural units of the vendor's lse (`BASE_2` for a binary logarithm).
+    out [rows, heads or more, value_dim], lse [rows, heads or more]: written by the vendor, ours to change.
+    empty() [rows]: which rows have no keys. They get out 0 and lse -inf, unless the caller promises that there are
+    none. lse_unit: natural units of the vendor's lse.
     """
-    torch.where(empty[:, None, None], torch.zeros((), dtype=out.dtype, device=out.device), vendor_out, out=out)
-    if lse is not None:
-        assert vendor_lse is not None
-        lse.copy_((vendor_lse * lse_unit).masked_fill(empty[:, None], -math.inf))
+    heads = call.q.shape[1]
+    if out.shape[1] != heads:
+        out = out[:, :heads]
+    without_keys = None if call.rows_have_keys else empty()
+    if without_keys is not None:
+        out.masked_fill_(without_keys[:, None, None], 0)
+    if call.out is not None:
+        out = call.out if call.out.data_ptr() == out.data_ptr() else call.out.copy_(out)
+    if not call.return_lse:
+        return out
+    assert lse is not None
+    lse = lse[:, :heads] if lse_unit == 1.0 else lse[:, :heads] * lse_unit
+    if without_keys is not None:
+        lse = lse.masked_fill(without_keys[:, None], -math.inf)
+    return out, lse
 
 
-BASE_2 = math.log(2)
+def no_length(call: MlaCall, lengths: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """`empty` of `finish` where lengths say it: made once per step."""
+    return lambda: call.step.once("rows without keys", lambda: lengths == 0, lengths)
 
 
-def compact(indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Valid slots of each row moved to its front: (indices [T, K], counts [T] int32). Entries past a count are 0.
-
-    For kernels that read a prefix of a page table. Descending order does it: a missing slot is -1, and attention does
-    not depend on the order of keys.
-    """
-    counts = (indices >= 0).sum(dim=1, dtype=torch.int32)
-    return indices.sort(dim=1, descending=True).values.clamp_min(0), counts
-
-
-def capturing(tensor: torch.Tensor) -> bool:
-    """Whether a CUDA graph is being captured on the tensor's device."""
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def fa3_decode(
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    page_table: torch.Tensor,
-    lengths: torch.Tensor,
-    softmax_scale: float,
-    page_size: int,
-    value_dim: int,
-    num_splits: int,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-) -> None:
-    """One query per row of the page table. FA3 takes the RoPE part as q and k, the latent part as qv and v."""
-    from sgl_kernel.flash_attn import flash_attn_with_kvcache
-
-    rows = q.shape[0]
-    starts = torch.arange(rows + 1, dtype=torch.int32, device=q.device)
-    pages = kv.view(-1, page_size, 1, kv.shape[-1])
-    result = flash_attn_with_kvcache(
-        q=q[..., value_dim:],
-        k_cache=pages[..., value_dim:],
-        v_cache=pages[..., :value_dim],
-        qv=q[..., :value_dim],
-        page_table=page_table,
-        cache_seqlens=lengths,
-        cu_seqlens_q=starts,
-        max_seqlen_q=1,
-        softmax_scale=softmax_scale,
-        causal=True,
-        num_splits=num_splits,
-        return_softmax_lse=lse is not None,
+def query_starts(call: MlaCall) -> torch.Tensor:
+    """[rows + 1] int32 of one query per row: made once per step."""
+    rows, device = call.q.shape[0], call.q.device
+    return call.step.once(
+        ("query starts", rows), lambda: torch.arange(rows + 1, dtype=torch.int32, device=device), device=device
     )
-    vendor_out, vendor_lse = (result[0], result[1].T) if lse is not None else (result, None)
-    write(out, lse, vendor_out, vendor_lse, lengths == 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -36,6 +36,40 @@ class Select(Call[torch.Tensor]):
             "deterministic": self.deterministic,
             "paged": self.page_table is not None,
         }
+
+    def row_count(self) -> int:
+        return self.logits.shape[0]
+
+    def of_rows(self, rows: torch.Tensor) -> Select:
+        tables = (
+            None
+            if self.page_table is None
+            else self.page_table[rows if self.page_rows is None else self.page_rows[rows].long()]
+        )
+        return replace(
+            self,
+            logits=self.logits[rows],
+            lengths=self.lengths[rows],
+            row_starts=None if self.row_starts is None else self.row_starts[rows],
+            page_table=tables,
+            page_rows=None,
+            out=torch.empty_like(self.out[rows]),
+            step=Step(),
+        )
+
+    def comparable(self, result: torch.Tensor) -> torch.Tensor:
+        """The selected logits, largest first: which of several equal ones were taken is free."""
+        index = result
+        if self.page_table is not None:
+            position = torch.arange(self.page_table.shape[1] * self.page_size, device=result.device)
+            slots = self.page_table[:, position // self.page_size] * self.page_size + position % self.page_size
+            order = slots.long().argsort(1)
+            places = torch.searchsorted(slots.long().gather(1, order), result.clamp_min(0).long())
+            index = order.gather(1, places.clamp_max(order.shape[1] - 1)).where(result >= 0, -1)
+        start = 0 if self.row_starts is None else self.row_starts[:, None]
+        columns = (index.long() + start).clamp(0, self.logits.shape[1] - 1)
+        chosen = self.logits.gather(1, columns).where(result >= 0, float("-inf"))
+        return chosen.sort(1, descending=True).values
 
 
 @operation

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from nsa_backend_plugin.ops._triton import support
+from nsa_backend_plugin.ops._triton.launch import launch
 from nsa_backend_plugin.ops.arch import core_count, is_cuda
 from nsa_backend_plugin.ops.call import Reason
 from nsa_backend_plugin.ops.topk import Select
@@ -212,7 +213,9 @@ def select(call: Select) -> torch.Tensor:
     programs = min(rows, core_count(logits.device) * _PROGRAMS_PER_CORE)
     long = columns > block
     candidates = torch.empty(programs * block if long else 0, dtype=torch.int32, device=logits.device)
-    _select_kernel[(programs,)](
+    launch(
+        _select_kernel,
+        (programs,),
         logits,
         call.lengths.contiguous(),
         None if call.row_starts is None else call.row_starts.contiguous(),

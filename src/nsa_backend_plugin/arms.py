@@ -1,10 +1,11 @@
-"""Arms of a comparison: an attention backend with its own variables and server arguments."""
+"""What a comparison is made of: arms (an attention backend with its own variables and server arguments) and shapes."""
 
 from __future__ import annotations
 
 import hashlib
 import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,8 +54,16 @@ def parse_arms(texts: list[str]) -> list[Arm]:
     return arms
 
 
+def parse_shapes(texts: Sequence[str]) -> list[tuple[int, int]]:
+    """(batch, context) of every "BATCH:CONTEXT". Raises ValueError for anything but two whole numbers from 1 on."""
+    for text in texts:
+        if not re.fullmatch(r"0*[1-9][0-9]*:0*[1-9][0-9]*", text):
+            raise ValueError(f"--shapes {text}: expected BATCH:CONTEXT, whole numbers of at least 1, as in 16:8192")
+    return [(int(batch), int(context)) for batch, _, context in (text.partition(":") for text in texts)]
+
+
 def kernel_lines(log: Path) -> list[str]:
-    """The lines `operation: implementation (why not the others)` that our backend wrote into a server's log."""
-    pattern = re.compile(rf"(?:{'|'.join(OPERATIONS)})\.\w+: .*")
+    """`operation: implementation runs ...`, what our backend logged when an implementation first ran."""
+    pattern = re.compile(rf"(?:{'|'.join(OPERATIONS)})\.\w+: \w+ runs .*")
     found = (pattern.search(line) for line in log.read_text(errors="replace").splitlines())
     return list(dict.fromkeys(match.group(0) for match in found if match))

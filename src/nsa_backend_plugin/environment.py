@@ -1,34 +1,18 @@
-"""What a run ran on: versions, commit, device, and how the server understood its arguments."""
+"""What a run ran on: versions, commit, device."""
 
 from __future__ import annotations
 
 import functools
-import json
 import os
 import platform
 import subprocess
 import sys
-import urllib.request
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
-from nsa_backend_plugin import BACKEND_NAME, __version__
+from nsa_backend_plugin import __version__
 
 _LIBRARIES = ("sglang", "torch", "triton", "transformers")
-_SERVER_FIELDS = (
-    "version",
-    "device",
-    "model_path",
-    "attention_backend",
-    "dtype",
-    "kv_cache_dtype",
-    "page_size",
-    "tp_size",
-    "dp_size",
-)
-#: What stock DSA runs; another backend leaves these at values that mean nothing.
-_STOCK_FIELDS = ("dsa_prefill_backend", "dsa_decode_backend", "dsa_topk_backend", "dsa_paged_mqa_logits_backend")
 
 
 def versions() -> dict[str, str | None]:
@@ -66,14 +50,3 @@ def device(name: str | None) -> str:
     ask = "import torch; print(torch.cuda.device_count(), 'x', torch.cuda.get_device_name(0))"
     done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else str(name)
-
-
-def server_facts(base_url: str) -> dict[str, Any]:
-    """Version and arguments as the server reports them; empty where it does not say (another kind of server)."""
-    try:
-        with urllib.request.urlopen(f"{base_url}/server_info", timeout=30) as reply:
-            info = json.loads(reply.read())
-    except (OSError, ValueError):  # urllib's errors are OSErrors
-        return {}
-    fields = _SERVER_FIELDS if info.get("attention_backend") == BACKEND_NAME else (*_SERVER_FIELDS, *_STOCK_FIELDS)
-    return {field: info[field] for field in fields if field in info}
