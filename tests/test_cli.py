@@ -186,7 +186,7 @@ def test_doctor_without_sglang_or_torch():
 
 
 def test_doctor_refuses_an_unsupported_release(monkeypatch):
-    monkeypatch.setattr("nsa_backend_plugin.engine.compat.version", lambda: "0.5.15")
+    monkeypatch.setattr("nsa_backend_plugin.engine.release.version", lambda: "0.5.15")
     problems = doctor.Problems()
     doctor.check_versions({"torch": "2", "sglang": "0.5.15"}, problems)
     assert "SGLang 0.5.15 is not supported" in problems[0]["problem"]

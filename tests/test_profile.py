@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -159,6 +161,20 @@ def test_bad_arguments_measure_nothing(measured, capsys, arguments, message) -> 
     assert calls(measured) == []
 
 
+def test_a_full_disk_names_the_file(measured, capsys) -> None:
+    """No file can be longer than this one."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, before[1]))
+    try:
+        assert run_profile("--arms", "dsa", "fa3", "triton", "--json", str(measured / "rows.json")) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    captured = capsys.readouterr()
+    assert f"File too large: '{measured / 'rows.json'}'" in captured.err
+    assert "attention us" in captured.out, "what was measured is on the screen"
+    assert not (measured / "rows.json").exists()
+
+
 def test_every_arm_needs_a_model(measured, capsys) -> None:
     arms = ["--arms", "dsa --model-path=A", "nsa_plugin --model-path=B"]
     assert run_profile(*arms, model=()) == 0
@@ -178,3 +194,12 @@ def test_a_trace_without_kernels_says_so() -> None:
     """`--device cpu` on a machine with a GPU."""
     with pytest.raises(RuntimeError, match="no GPU kernel in the trace"):
         layer_profile.trace_kernels(lambda: None)
+
+
+@pytest.mark.parametrize("name", ["tp_size", "pp_size"])
+def test_more_ranks_than_this_process_are_refused(name) -> None:
+    args = SimpleNamespace(tp_size=1, pp_size=1)
+    layer_profile.check_one_rank(args)
+    setattr(args, name, 8)
+    with pytest.raises(SystemExit, match=f"{name} 8: expected 1"):
+        layer_profile.check_one_rank(args)

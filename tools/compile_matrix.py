@@ -184,7 +184,7 @@ def all_cases(targets: Sequence[str], modules: Mapping[str, ModuleType]) -> Iter
     """(target, operation, case): every case of every module for every target that the module's kernels support."""
     for arch in targets:
         for op, module in modules.items():
-            if module.available(arch).ok:
+            if module.available(arch) is None:
                 yield from ((arch, op, case) for case in module.compile_cases(arch))
 
 

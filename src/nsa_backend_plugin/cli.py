@@ -67,6 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # the reader of our output is gone (`nsa-plugin doctor | head`)
         return 141
+    except OSError as error:  # a full disk, a folder that may not be read
+        print(f"nsa-plugin {options.command}: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

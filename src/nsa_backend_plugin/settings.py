@@ -62,6 +62,13 @@ _TABLE = (
         "1 leaves SGLang untouched: not even the backend name is registered.",
     ),
     Setting(
+        "NSA_PLUGIN_ALLOW_UNTESTED_SGLANG",
+        "bool",
+        "0",
+        "1 lets an SGLang launch that is newer than every supported release, at your own risk: the targets of hooks "
+        "and the arguments are looked at first, and the log says what was found.",
+    ),
+    Setting(
         "NSA_PLUGIN_CPU",
         "choice",
         "auto",

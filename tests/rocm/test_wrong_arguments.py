@@ -49,25 +49,24 @@ def use_adapters() -> None:
     starts, ends = torch.zeros(2, dtype=torch.int32), torch.full((2,), 9, dtype=torch.int32)
     keys, scales = torch.randn(9, 128).to(FP8), torch.rand(9) + 0.5
     logits_aiter.ragged(mqa_logits.ragged.call(query[:, 0], keys, scales, weights, starts, ends, clean=True))
-    latent, out = torch.randn(6, 1, 576).to(FP8), torch.empty(2, 16, 512, dtype=torch.bfloat16)
+    latent = torch.randn(6, 1, 576).to(FP8)
     indices = torch.tensor([[5, -1, 0, 2], [1, 3, 4, 5]], dtype=torch.int32)
-    query_rows = torch.randn(2, 16, 576).bfloat16()
-    attention_aiter.attend(sparse_mla.attend.call(query_rows, latent, indices, 0.1, kv_scale=0.5, out=out))
+    q = torch.randn(2, 16, 576).bfloat16()
+    attention_aiter.attend(sparse_mla.attend.call(q, latent, indices, 0.1, kv_scale=0.5))
     rows, angles = torch.randn(2, 576).bfloat16(), torch.rand(8, 32)
-    latent_aiter.store(
-        latent_cache.store.call(
-            rows[:, :512],
-            rows[:, 512:],
-            latent.clone(),
-            torch.tensor([4, 5]),
-            positions=torch.tensor([7, 2]),
-            cos_sin_cache=torch.cat([angles.cos(), angles.sin()], dim=1),
-            is_neox=True,
-            kv_scale=0.5,
-            q_rope=torch.randn(2, 3, 64).bfloat16(),
-            q_all=torch.randn(2, 3, 576).bfloat16(),
-        )
+    stored = latent_cache.store.call(
+        rows[:, :512],
+        rows[:, 512:],
+        latent.clone(),
+        torch.tensor([4, 5]),
+        positions=torch.tensor([7, 2]),
+        cos_sin_cache=torch.cat([angles.cos(), angles.sin()], dim=1),
+        is_neox=True,
+        kv_scale=0.5,
+        q_rope=torch.randn(2, 3, 64).bfloat16(),
+        q_all=torch.randn(2, 3, 576).bfloat16(),
     )
+    latent_aiter.store(stored)
 
 
 @pytest.fixture(scope="module")

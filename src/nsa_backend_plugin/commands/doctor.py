@@ -123,10 +123,10 @@ def check_versions(found: Mapping[str, str | None], problems: Problems) -> None:
     if not found["sglang"]:
         problems.add("sglang is not installed", f"install SGLang for {python}, or run doctor with SGLang's Python")
     else:
-        from nsa_backend_plugin.engine import compat
+        from nsa_backend_plugin.engine import release
 
         try:
-            compat.require_supported()
+            release.require_supported()
         except ValueError as error:
             problems.add(str(error), "install a supported SGLang release, see the table in README.md")
 
@@ -257,12 +257,12 @@ def aiter_contract(
 def hooks(on_cpu: bool, problems: Problems) -> list[dict[str, Any]]:
     """Every hook into SGLang and whether the installed release has its target; a missing one is a problem only where
     the hook is used. GPU modules of SGLang do not import without GPU libraries."""
-    from nsa_backend_plugin.engine.hooks import LEDGER, target_exists
+    from nsa_backend_plugin.engine.ledger import LEDGER
 
     rows = []
     for row in LEDGER:
         needed = row.needed() and not row.stage.startswith("gpu" if on_cpu else "cpu")
-        exists = target_exists(row)
+        exists = row.target_exists
         rows.append(
             {
                 "name": row.name,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from nsa_backend_plugin import __version__, settings
-from nsa_backend_plugin.engine import compat, hooks, launch, shapes
+from nsa_backend_plugin.engine import hooks, launch, release, shapes
 from nsa_backend_plugin.engine.gpu import rocm
 from nsa_backend_plugin.ops import dispatch
 from nsa_backend_plugin.ops.arch import device_arch
@@ -24,7 +24,7 @@ def create_backend(runner: Any) -> Any:
     launch.check_arguments(runner.server_args)
     launch.check_model(runner.model_config, runner.token_to_kv_pool.page_size)
     device = torch.device(runner.device)
-    launch.check_speculation(runner.server_args, device.type)
+    launch.check_platform(device.type)
     launch.check_exact(runner.dtype, device)
     dispatch.require_forced(device)
     hooks.install("factory")
@@ -34,13 +34,8 @@ def create_backend(runner: Any) -> Any:
 
 
 def _cpu_backend(runner: Any) -> Any:
-    from nsa_backend_plugin.engine.cpu import platform
     from nsa_backend_plugin.engine.cpu.backend import NsaPluginCpuBackend
 
-    if not platform.active():
-        raise ValueError(
-            "device cpu without nsa_plugin's CPU platform: set NSA_PLUGIN_CPU=1 in the environment of the launch"
-        )
     if not runner.kv_cache_dtype.is_floating_point or runner.kv_cache_dtype.itemsize < 2:
         raise ValueError(
             f"--kv-cache-dtype {runner.kv_cache_dtype}: on cpu nsa_plugin keeps the latent cache in the model's dtype. "
@@ -72,7 +67,7 @@ def _gpu_backend(runner: Any) -> Any:
 
 def _report(runner: Any, device: torch.device, backend: str) -> None:
     mode = ", exact mode: float32, unquantized caches" if settings.enabled("NSA_PLUGIN_EXACT") else ""
-    logger.info("nsa_plugin %s on SGLang %s: %s on %s%s", __version__, compat.version(), backend, device, mode)
+    logger.info("nsa_plugin %s on SGLang %s: %s on %s%s", __version__, release.version(), backend, device, mode)
     for name in hooks.standing_down():
         logger.info("nsa_plugin hook stands down, its patch is applied: %s", name)
     steps = shapes.steps(runner.server_args, runner.model_config.context_len)

@@ -116,6 +116,13 @@ def attention_layer(kernels: list[dict[str, Any]]) -> dict[str, Any]:
     return {**layer, "short_launches": len(short), "short_us": round(sum(short), 1)}
 
 
+def check_one_rank(args: Any) -> None:
+    """Exits when the arguments ask for more than this process, which would wait for the other ranks for ever."""
+    for name in ("tp_size", "pp_size"):
+        if getattr(args, name) != 1:
+            raise SystemExit(f"{name} {getattr(args, name)}: expected 1, a layer is profiled in one process on one GPU")
+
+
 def load(server_args: list[str]) -> tuple[Any, Any, Any]:
     """(SGLang's one_batch module, its model wrapper with graphs captured, parsed server arguments)."""
     import sglang.benchmark.one_batch as one_batch
@@ -126,6 +133,10 @@ def load(server_args: list[str]) -> tuple[Any, Any, Any]:
     args = prepare_server_args(server_args)
     if hasattr(args, "resolve_once"):
         args.resolve_once()
+    if args.tp_size * args.pp_size != 1:  # the other ranks would never come
+        raise SystemExit(
+            f"tensor parallel size {args.tp_size}, pipeline parallel size {args.pp_size}: expected 1 and 1"
+        )
     one_batch._set_envs_and_config(args)
     _initialize(one_batch, args)
     one_batch.configure_logger(args, prefix="")

@@ -107,15 +107,16 @@ def scratch(workspace: torch.Tensor | None, device: torch.device) -> None:
     if workspace is not None:
         tensor("workspace", workspace, (None,), torch.uint8, device)
         contiguous("workspace", workspace)
-        aligned = workspace.data_ptr() % 16 == 0
-        require(aligned, "workspace.data_ptr()", workspace.data_ptr(), "16-byte alignment")
+        if workspace.data_ptr() % 16:
+            raise ValueError(f"workspace.data_ptr()={workspace.data_ptr()}: expected 16-byte alignment")
 
 
 def workspace(given: torch.Tensor | None, needed: int, device: torch.device) -> torch.Tensor:
     """The caller's workspace, if it has the bytes that are needed; a new one where the caller has none."""
     if given is None:
         return torch.empty(needed, dtype=torch.uint8, device=device)
-    require(given.numel() >= needed, "workspace.numel()", given.numel(), f"at least {needed} bytes")
+    if given.numel() < needed:
+        raise ValueError(f"workspace.numel()={given.numel()}: expected at least {needed} bytes")
     return given
 
 

@@ -65,8 +65,9 @@ def _select(fault: str, original: Any, logits: torch.Tensor, *args: Any, out: to
         out[torch.rand(out.shape) < DROPPED] = -1
 
 
-def _attend(fault: str, original: Any, q: Any, kv: Any, indices: Any, softmax_scale: float, **kwargs: Any) -> None:
-    original(q, kv, indices, softmax_scale * (SCALE_ERROR if fault == "softmax_scale" else 1.0), **kwargs)
+def _attend(fault: str, original: Any, call: Any) -> Any:
+    scale = call.softmax_scale * (SCALE_ERROR if fault == "softmax_scale" else 1.0)
+    return original(dataclasses.replace(call, softmax_scale=scale))
 
 
 def _rotate(fault: str, original: Any, x: torch.Tensor, positions: Any, cos_sin: torch.Tensor, *args: Any) -> Any:

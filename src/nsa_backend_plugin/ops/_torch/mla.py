@@ -29,6 +29,9 @@ class MlaCall(Call[Result]):
     out: torch.Tensor | None
     workspace: torch.Tensor | None
 
+    def row_count(self) -> int:
+        return self.q.shape[0]
+
     def output(self) -> torch.Tensor:
         """The caller's out, or a new one."""
         return self.q.new_empty(*self.q.shape[:2], self.value_dim) if self.out is None else self.out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -40,6 +40,25 @@ class Decode(mla.MlaCall):
             "kv_is_finite": self.kv_is_finite,
             "lse": self.return_lse,
         }
+
+    def of_rows(self, rows: torch.Tensor) -> Decode:
+        """With a cache of only the pages that these rows read."""
+        table, lengths, page_size = self.block_table[rows], self.seq_lens[rows], self.page_size
+        used = torch.arange(table.shape[1], device=table.device) * page_size < lengths[:, None]
+        pages, places = table[used].long().unique(return_inverse=True)
+        renumbered = torch.zeros_like(table)
+        renumbered[used] = places.to(torch.int32)
+        slots = pages[:, None] * page_size + torch.arange(page_size, device=table.device)
+        return replace(
+            self,
+            q=self.q[rows],
+            kv=self.kv[slots.flatten()],
+            block_table=renumbered,
+            seq_lens=lengths,
+            out=None,
+            workspace=None,
+            step=Step(),
+        )
 
 
 @operation

@@ -142,7 +142,7 @@ def gather(
     if total_tokens is None:
         total_tokens = int(seq_lens.sum())
     checks.require(isinstance(total_tokens, int) and total_tokens >= 0, "total_tokens", total_tokens, "at least 0")
-    if arch == "cpu":
+    if seq_lens.is_cpu:
         checks.require(total_tokens == seq_lens.sum(), "total_tokens", total_tokens, "the sum of seq_lens")
     return Gather(
         arch=arch,

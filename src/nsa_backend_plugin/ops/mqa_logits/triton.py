@@ -356,48 +356,24 @@ def _fill_outside(out: torch.Tensor, row_start: torch.Tensor | None, row_end: to
 
 
 def compile_cases(arch: str) -> Iterator[support.CompileCase]:
-    fp8 = support.fp8_pointer(arch)
-    pointers = {"q": fp8, "weights": "*fp32", "out": "*fp32"}
+    pointers = {"q": support.fp8_pointer(arch), "weights": "*fp32", "out": "*fp32"}
     for heads in (8, 32, 64, 128):
         for next_n in (1, 2, 4):
-            config = _config(arch, "paged", next_n, heads)
             for layout in ("row_major", "preshuffled") if next_n == 1 else ("row_major",):
-                yield support.CompileCase(
-                    name=f"paged {layout} {heads} heads next_n {next_n}",
-                    kernel=_paged_kernel,
-                    signature={
-                        **pointers,
-                        "cache": fp8,
-                        "cache_scale": "*fp32",
-                        "context_lens": "*i32",
-                        "block_table": "*i32",
-                        **dict.fromkeys(("batch", "heads", "table_stride", "out_stride"), "i32"),
-                    },
-                    constexprs={
-                        "NEXT_N": next_n,
-                        "LENS_PER_QUERY": next_n == 2,
-                        "PRESHUFFLED": layout == "preshuffled",
-                        "LINEAR": layout == "preshuffled" and _loads_in_memory_order(arch),
-                        "PAGE_SIZE": INDEX_PAGE_SIZE,
-                        "D": INDEX_DIM,
-                        "TILE": config.tile,
-                        "QUERIES": config.queries,
-                        "HEADS": config.heads,
-                        "BATCH": 64,
-                        "STAGES": config.num_stages,
-                        "EARLY": launches_early(arch),
-                    },
-                    num_warps=config.num_warps,
-                    num_stages=config.num_stages,
-                    divisible=("q", "cache", "cache_scale", "weights", "context_lens", "block_table", "out"),
-                )
+                yield _paged_case(arch, f"paged {layout} {heads} heads next_n {next_n}", layout, heads, next_n, 64)
+    # Registers hold the tile counts of the whole batch: its extremes, with the narrowest and the widest tile.
+    for heads, next_n in ((8, 1), (128, 2)):
+        for batch in (1, MAX_BATCH):
+            name = f"paged {heads} heads next_n {next_n} batch {batch}"
+            yield _paged_case(arch, name, "row_major", heads, next_n, batch)
+    for heads in (8, 32, 64, 128):
         config = _config(arch, "ragged", 4096, heads)
         yield support.CompileCase(
             name=f"ragged {heads} heads",
             kernel=_ragged_kernel,
             signature={
                 **pointers,
-                "k": fp8,
+                "k": support.fp8_pointer(arch),
                 "k_scale": "*fp32",
                 "row_start": "*i32",
                 "row_end": "*i32",
@@ -425,4 +401,33 @@ def compile_cases(arch: str) -> Iterator[support.CompileCase]:
             "out_stride": "i32",
         },
         constexprs={"HAS_START": True, "BLOCK": _FILL_BLOCK},
+    )
+
+
+def _paged_case(arch: str, name: str, layout: str, heads: int, next_n: int, batch: int) -> support.CompileCase:
+    config = _config(arch, "paged", next_n, heads)
+    fp8 = support.fp8_pointer(arch)
+    pointers = {"q": fp8, "weights": "*fp32", "out": "*fp32", "cache": fp8, "cache_scale": "*fp32"}
+    pointers |= {"context_lens": "*i32", "block_table": "*i32"}
+    return support.CompileCase(
+        name=name,
+        kernel=_paged_kernel,
+        signature=pointers | dict.fromkeys(("batch", "heads", "table_stride", "out_stride"), "i32"),
+        constexprs={
+            "NEXT_N": next_n,
+            "LENS_PER_QUERY": next_n == 2,
+            "PRESHUFFLED": layout == "preshuffled",
+            "LINEAR": layout == "preshuffled" and _loads_in_memory_order(arch),
+            "PAGE_SIZE": INDEX_PAGE_SIZE,
+            "D": INDEX_DIM,
+            "TILE": config.tile,
+            "QUERIES": config.queries,
+            "HEADS": config.heads,
+            "BATCH": batch,
+            "STAGES": config.num_stages,
+            "EARLY": launches_early(arch),
+        },
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        divisible=tuple(pointers),
     )

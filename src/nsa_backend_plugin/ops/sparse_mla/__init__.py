@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -37,6 +37,26 @@ class Attend(mla.MlaCall):
             "lengths": self.lengths is not None,
             "lse": self.return_lse,
         }
+
+    def of_rows(self, rows: torch.Tensor) -> Attend:
+        """With a cache of only the selected slots, in whole pages as vendors' kernels want them."""
+        indices = self.indices[rows]
+        slots, places = indices[indices >= 0].long().unique(return_inverse=True)
+        renumbered = torch.full_like(indices, -1)
+        renumbered[indices >= 0] = places.to(torch.int32)
+        kv = self.kv.view(torch.uint8)  # of bytes: not every operator of torch takes fp8
+        picked = kv.new_zeros(max(-(-len(slots) // 64), 1) * 64, 1, kv.shape[-1])
+        picked[: len(slots)] = kv[slots]
+        return replace(
+            self,
+            q=self.q[rows],
+            kv=picked.view(self.kv.dtype),
+            indices=renumbered,
+            lengths=None if self.lengths is None else self.lengths[rows],
+            out=None,
+            workspace=None,
+            step=Step(),
+        )
 
 
 @operation
