@@ -26,9 +26,8 @@ import torch
 from child import Child
 from common import ERROR, OK, UNAVAILABLE, BenchmarkConfig, BenchmarkResult, load_json
 from measure import Settings
-from workloads import WORKLOADS, indexer
-
 from nsa_backend_plugin.ops.registry import operations
+from workloads import WORKLOADS, indexer
 
 from .conftest import SUITE
 

@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 _PACKAGE = "nsa_backend_plugin.ops"
 _REFERENCE = "reference"
+#: Names of the implementations whose kernels are compiled here, and prepared by a call with `meta` tensors.
+OWN = ("triton", "cuda")
 _external: dict[tuple[str, str], str] = {}  # (op, implementation) -> dotted path of a module outside ops/
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -197,6 +199,12 @@ class Operation(Generic[P, R]):
         order = {name: place for place, (name, _, _) in enumerate(plan.candidates)}
         verdicts.sort(key=lambda v: order.get(v.name, len(order)))
         return Explanation(self.name, _described(call), plan.why, tuple(verdicts))
+
+    def prepare(self, call: Call[R]) -> None:
+        """Compile and load what `run` would launch for a call with `meta` tensors, where the implementation is ours."""
+        chosen = self.explain(call).chosen
+        if chosen in OWN:
+            getattr(_load(self.op, chosen), self.function)(call)
 
     def workspace_bytes(self, device: torch.device | str, **sizes: Any) -> int:
         """Largest scratch that any implementation available on the device asks for."""

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Enqueue `kernel` on a grid. args: its run-time arguments. options: its constants and launch options."""
-    if any(isinstance(a, torch.Tensor) and a.is_meta for a in args):
+    """Enqueue `kernel` on a grid. args: its run-time arguments, a tensor first. options: constants, launch options."""
+    if args[0].is_meta:
         kernel.warmup(*args, grid=grid, **options)
     else:
         kernel[grid](*args, **options)

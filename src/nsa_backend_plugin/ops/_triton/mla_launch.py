@@ -18,6 +18,7 @@ from nsa_backend_plugin.layouts import LATENT_DIM, LATENT_TILE, ROPE_DIM
 from nsa_backend_plugin.ops import checks
 from nsa_backend_plugin.ops._torch.mla import MlaCall, Result, result
 from nsa_backend_plugin.ops._triton import early_launch, quant, support
+from nsa_backend_plugin.ops._triton.launch import launch
 from nsa_backend_plugin.ops._triton.mla_kernels import attend_kernel, combine_kernel
 from nsa_backend_plugin.ops.arch import is_rocm, launches_early
 from nsa_backend_plugin.ops.call import Reason
@@ -181,7 +182,9 @@ def attend(
     partial_out, partial_lse = _scratch(call.workspace, rows * splits, out) if split else (out, out)
     unscaled = 1.0 if kv_scale is None else float(kv_scale)
     early = early_launch.options(call.arch)
-    attend_kernel[(rows * splits * triton.cdiv(heads, config.heads),)](
+    launch(
+        attend_kernel,
+        (rows * splits * triton.cdiv(heads, config.heads),),
         q,
         kv.view(torch.uint8) if kind == "packed" else kv,
         table,
@@ -203,7 +206,9 @@ def attend(
     )
     if split:
         constexprs, warps = _combine_config(rows, heads, value_dim, splits, lse is not None)
-        combine_kernel[(rows, heads, value_dim // constexprs["DIM_TILE"])](
+        launch(
+            combine_kernel,
+            (rows, heads, value_dim // constexprs["DIM_TILE"]),
             partial_out,
             partial_lse,
             out,

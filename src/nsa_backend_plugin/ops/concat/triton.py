@@ -10,6 +10,7 @@ import triton.language as tl
 
 from nsa_backend_plugin.layouts import FP8_DTYPES
 from nsa_backend_plugin.ops._triton import support
+from nsa_backend_plugin.ops._triton.launch import launch
 from nsa_backend_plugin.ops._triton.quant import declines_fp8, fp8_constants
 from nsa_backend_plugin.ops.arch import arch_fp8_dtype
 from nsa_backend_plugin.ops.call import Reason
@@ -81,7 +82,9 @@ def _launch(nope: torch.Tensor, rope: torch.Tensor, out: torch.Tensor, rope_stri
             constants = fp8_constants(out.dtype)
         target = out.view(torch.uint8)
     block, warps = _config(rows, nope_dim + rope_dim)
-    _concat_kernel[(triton.cdiv(rows, block),)](
+    launch(
+        _concat_kernel,
+        (triton.cdiv(rows, block),),
         nope,
         rope,
         target,

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from nsa_backend_plugin.layouts import INDEX_DIM, INDEX_LAYOUTS, INDEX_PAGE_SIZE, SCALE_FORMATS
 from nsa_backend_plugin.ops._triton.index_pages import scale_offset, store_rows, value_offsets
+from nsa_backend_plugin.ops._triton.launch import launch
 from nsa_backend_plugin.ops._triton.quant import declines_fp8, fp8_constants
 from nsa_backend_plugin.ops._triton.support import CompileCase, available, has_e4m3
 from nsa_backend_plugin.ops.arch import arch_fp8_dtype
@@ -104,7 +105,9 @@ def store(call: Store) -> None:
     if tokens == 0:
         return
     block, warps = _store_config(tokens)
-    _store_kernel[(triton.cdiv(tokens, block),)](
+    launch(
+        _store_kernel,
+        (triton.cdiv(tokens, block),),
         call.key,
         call.cache,
         call.slots,
@@ -125,7 +128,9 @@ def gather(call: Gather) -> tuple[torch.Tensor, torch.Tensor]:
     batch = call.block_table.shape[0]
     if call.total_tokens:
         block, padded_batch, warps = _gather_config(batch, call.page_size)
-        _gather_kernel[(call.total_tokens // block + batch,)](
+        launch(
+            _gather_kernel,
+            (call.total_tokens // block + batch,),
             call.cache,
             call.block_table,
             call.seq_lens,

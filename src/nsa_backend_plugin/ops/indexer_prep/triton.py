@@ -13,6 +13,7 @@ from nsa_backend_plugin.layouts import INDEX_DIM, INDEX_LAYOUTS, INDEX_PAGE_SIZE
 from nsa_backend_plugin.ops._triton import early_launch
 from nsa_backend_plugin.ops._triton.early_launch import await_predecessor
 from nsa_backend_plugin.ops._triton.index_pages import store_rows
+from nsa_backend_plugin.ops._triton.launch import launch
 from nsa_backend_plugin.ops._triton.quant import declines_fp8, fp8_constants, scale_from_amax, to_fp8
 from nsa_backend_plugin.ops._triton.support import CompileCase, available, has_e4m3
 from nsa_backend_plugin.ops.arch import arch_fp8_dtype, launches_early
@@ -208,7 +209,9 @@ def query(call: Query) -> tuple[torch.Tensor, torch.Tensor]:
     if rows == 0:
         return q_fp8, weights
     block, warps = _config(rows)
-    _query_kernel[(triton.cdiv(rows, block),)](
+    launch(
+        _query_kernel,
+        (triton.cdiv(rows, block),),
         call.q,
         call.head_gate,
         call.positions,
@@ -239,7 +242,9 @@ def key_store(call: KeyStore) -> None:
     if tokens == 0:
         return
     block, warps = _config(tokens)
-    _key_kernel[(triton.cdiv(tokens, block),)](
+    launch(
+        _key_kernel,
+        (triton.cdiv(tokens, block),),
         call.key,
         call.norm_weight,
         call.norm_bias,

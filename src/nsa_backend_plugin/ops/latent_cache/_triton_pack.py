@@ -12,6 +12,7 @@ import triton.language as tl
 from nsa_backend_plugin.layouts import LATENT_DIM, LATENT_TILE, PACKED_FP8, ROPE_DIM, packed_latent_bytes
 from nsa_backend_plugin.ops._triton import early_launch
 from nsa_backend_plugin.ops._triton.early_launch import await_predecessor
+from nsa_backend_plugin.ops._triton.launch import launch
 from nsa_backend_plugin.ops._triton.quant import declines_fp8, fp8_constants, scale_from_amax, to_fp8
 from nsa_backend_plugin.ops._triton.support import CompileCase, has_e4m3
 from nsa_backend_plugin.ops.arch import arch_fp8_dtype, launches_early
@@ -155,7 +156,9 @@ def quantize(call: Quantize) -> torch.Tensor:
     rows, dim = kv.shape
     if rows:
         block, warps = _config(rows)
-        _quantize_kernel[(triton.cdiv(rows, block),)](
+        launch(
+            _quantize_kernel,
+            (triton.cdiv(rows, block),),
             kv,
             out,
             rows,
@@ -173,7 +176,9 @@ def dequantize(call: Dequantize) -> torch.Tensor:
     rows, row_bytes = packed.shape
     if rows:
         block, warps = _config(rows)
-        _dequantize_kernel[(triton.cdiv(rows, block),)](
+        launch(
+            _dequantize_kernel,
+            (triton.cdiv(rows, block),),
             packed,
             out,
             rows,

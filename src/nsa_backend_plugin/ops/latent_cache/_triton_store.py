@@ -12,6 +12,7 @@ import triton.language as tl
 from nsa_backend_plugin.layouts import FP8_DTYPES, LATENT_DIM, LATENT_TILE, PACKED_FP8, ROPE_DIM, packed_latent_bytes
 from nsa_backend_plugin.ops._triton import early_launch
 from nsa_backend_plugin.ops._triton.early_launch import await_predecessor
+from nsa_backend_plugin.ops._triton.launch import launch
 from nsa_backend_plugin.ops._triton.quant import declines_fp8, fp8_constants, to_fp8
 from nsa_backend_plugin.ops._triton.support import CompileCase, has_e4m3
 from nsa_backend_plugin.ops.arch import arch_fp8_dtype, launches_early
@@ -291,7 +292,9 @@ def store(call: Store) -> None:
     fp8_dtype = cache.dtype if call.kind == "fp8" else PACKED_FP8
     if cache.dtype in FP8_DTYPES:
         cache = cache.view(torch.uint8)
-    _store_kernel[(triton.cdiv(tokens, block), 1 + triton.cdiv(heads, _HEADS_PER_PROGRAM))](
+    launch(
+        _store_kernel,
+        (triton.cdiv(tokens, block), 1 + triton.cdiv(heads, _HEADS_PER_PROGRAM)),
         call.k_nope,
         call.k_rope,
         cache,

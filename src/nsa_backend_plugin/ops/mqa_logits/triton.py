@@ -19,6 +19,7 @@ from nsa_backend_plugin.ops._torch.logits import row_lengths
 from nsa_backend_plugin.ops._triton import early_launch, support
 from nsa_backend_plugin.ops._triton.early_launch import await_predecessor
 from nsa_backend_plugin.ops._triton.index_pages import scale_offset, value_offsets
+from nsa_backend_plugin.ops._triton.launch import launch
 from nsa_backend_plugin.ops.arch import core_count, is_cuda, is_rocm, launches_early
 from nsa_backend_plugin.ops.call import Reason
 from nsa_backend_plugin.ops.mqa_logits import Paged, Ragged
@@ -272,7 +273,9 @@ def paged(call: Paged) -> torch.Tensor:
     config = _config(call.arch, "paged", next_n, heads, call.page_size)
     groups = triton.cdiv(next_n, config.queries)
     programs = max(1, core_count(out.device) * config.programs_per_core // groups)
-    _paged_kernel[(programs, groups)](
+    launch(
+        _paged_kernel,
+        (programs, groups),
         call.q,
         call.cache.view(call.q.dtype),
         call.cache.view(torch.float32),
@@ -316,7 +319,9 @@ def ragged(call: Ragged) -> torch.Tensor:
     splits = max(1, min(tiles, core_count(out.device) * config.programs_per_core // blocks))
     tiles_per_program = triton.cdiv(tiles, splits)
     start, end = call.row_start.contiguous(), call.row_end.contiguous()
-    _ragged_kernel[(blocks, triton.cdiv(tiles, tiles_per_program))](
+    launch(
+        _ragged_kernel,
+        (blocks, triton.cdiv(tiles, tiles_per_program)),
         call.q,
         call.k,
         call.k_scale.contiguous(),
@@ -344,7 +349,9 @@ def ragged(call: Ragged) -> torch.Tensor:
 
 def _fill_outside(out: torch.Tensor, row_start: torch.Tensor | None, row_end: torch.Tensor) -> None:
     rows, columns = out.shape
-    _fill_outside_kernel[(rows, triton.cdiv(columns, _FILL_BLOCK))](
+    launch(
+        _fill_outside_kernel,
+        (rows, triton.cdiv(columns, _FILL_BLOCK)),
         out,
         row_start,
         row_end,

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from nsa_backend_plugin.ops._triton import early_launch, support
 from nsa_backend_plugin.ops._triton.early_launch import await_predecessor
+from nsa_backend_plugin.ops._triton.launch import launch
 from nsa_backend_plugin.ops._triton.quant import declines_fp8, fp8_constants, scale_from_amax
 from nsa_backend_plugin.ops.arch import arch_fp8_dtype, launches_early
 from nsa_backend_plugin.ops.call import Reason
@@ -65,7 +66,9 @@ def rms(call: Rms) -> Result:
     values, scales = call.output()
     tokens, groups = scales.shape
     if tokens:
-        _rms_kernel[(tokens,)](
+        launch(
+            _rms_kernel,
+            (tokens,),
             call.x,
             call.weight,
             values.view(torch.uint8),
