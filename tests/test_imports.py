@@ -44,9 +44,9 @@ def imported_files(path: Path) -> set[str]:
 
 
 def folder(module: str) -> str:
-    """The package a module's file lies in; of a file on the ground floor, the file."""
+    """The package a module's file lies in; of a file that lies beside folders, the file."""
     inside = FILES[module].parent
-    return module if inside == PACKAGE else module_name(inside / "__init__.py")
+    return module if any(inside.glob("*/__init__.py")) else module_name(inside / "__init__.py")
 
 
 def circle(graph: dict[str, set[str]]) -> tuple[str, ...]:

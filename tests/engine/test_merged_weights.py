@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import inspect
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -103,8 +104,12 @@ def lora(layer: Any) -> Any:
     def with_base(wrapper: Any, x: torch.Tensor, base: Callable[[], torch.Tensor], a: Any, b: Any, *_: Any) -> Any:
         return base() + x @ a[0].t() @ b[0].t()
 
+    batch = SimpleNamespace(has_active_lora=True)
     backend = SimpleNamespace(
-        batch_info=object(),
+        batch_info=batch,
+        get_batch_info=lambda: batch,
+        skip_inactive_lora_batches=False,
+        skip_inactive_dense_lora=False,
         run_lora_a_sgemm=lambda x, a: x @ a[0].t(),
         run_lora_b_sgemm=lambda x, weights, output_offset, base_output: base_output + x @ weights[0].t(),
         forward_with_base=with_base,
@@ -112,19 +117,20 @@ def lora(layer: Any) -> Any:
     wrapper = ReplicatedLinearWithLoRA(layer, backend)
     a, b = torch.randn(1, 8, layer.input_size), torch.randn(1, layer.output_size, 8)
     wrapper.set_lora_info(a.to(torch.bfloat16), b.to(torch.bfloat16))
+    assert wrapper.lora_active
     return wrapper
 
 
-def awq() -> Any:
-    from sglang.srt.layers.quantization.awq.awq import AWQConfig
-
-    return AWQConfig(4, 128, True)
-
-
-def gptq() -> Any:
-    from sglang.srt.layers.quantization.gptq.gptq import GPTQConfig
-
-    return GPTQConfig(4, 128, False, False, {})
+def packed_integers(method: str, rows: int = 256) -> Any:
+    """What AWQ and GPTQ leave: no `weight`. Their layers cannot be made without a GPU in every release."""
+    module, name = f"sglang.srt.layers.quantization.{method}.{method}", f"{method.upper()}LinearMethod"
+    layer = linear(rows, 256)
+    layer.quant_method = object.__new__(getattr(importlib.import_module(module), name))
+    layer.qweight = torch.nn.Parameter(torch.zeros(32, rows, dtype=torch.int32), requires_grad=False)
+    own = layer.weight.data
+    del layer.weight
+    layer.quant_method.apply = lambda layer, x, bias=None: x @ own.t()
+    return layer
 
 
 def fp8(**options: Any) -> Any:
@@ -152,8 +158,8 @@ APART: dict[str, Callable[[int], Any]] = {
     "fp8 quantized when loaded": functools.partial(quantized, fp8),
     "w8a8_fp8": functools.partial(quantized, w8a8_fp8),
     "w8a8_int8": functools.partial(quantized, w8a8_int8),
-    "AWQ": functools.partial(quantized, awq),
-    "GPTQ": functools.partial(quantized, gptq),
+    "AWQ": functools.partial(packed_integers, "awq"),
+    "GPTQ": functools.partial(packed_integers, "gptq"),
     "packed scales": with_packed_scales,
     "torchao": with_foreign_weight,
     "bias": with_bias,

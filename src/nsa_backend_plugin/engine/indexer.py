@@ -21,7 +21,8 @@ from sglang.srt.model_executor.forward_context import get_attn_backend
 
 from nsa_backend_plugin.engine import hooks, index_cache, linear, unknown
 from nsa_backend_plugin.engine.gpu import rocm
-from nsa_backend_plugin.ops import exact_indexer, index_key_cache, indexer_prep, mqa_logits, topk
+from nsa_backend_plugin.ops import index_key_cache, indexer_prep, mqa_logits, topk
+from nsa_backend_plugin.ops._torch import exact_indexer
 from nsa_backend_plugin.ops.call import Step
 from nsa_backend_plugin.runtime.merged_weights import MergedWeights
 

@@ -28,6 +28,7 @@ import torch
 
 from nsa_backend_plugin import settings
 from nsa_backend_plugin.ops import preferences, witness
+from nsa_backend_plugin.ops._vendor import probe
 from nsa_backend_plugin.ops.arch import device_arch
 from nsa_backend_plugin.ops.call import Call, Declined, Reason, capturing
 
@@ -336,7 +337,8 @@ def require_forced(device: torch.device | str) -> None:
 
 def forget() -> None:
     """Drop what is cached about implementations, preferences and forced names: files or the environment changed."""
-    for cached in (implementation_names, _load, _unavailable, preferences.rows):
+    caches = (implementation_names, _load, _unavailable, preferences.rows, probe.missing, probe.missing_parameters)
+    for cached in caches:
         cached.cache_clear()
     forget_plans()
 

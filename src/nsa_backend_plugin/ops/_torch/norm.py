@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+NORMS = ("layer", "rms")
+
 
 def normalize(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, norm: str, eps: float) -> torch.Tensor:
     """x [T, N] normalized by "layer" or "rms", times weight [N], plus bias [N] where given, in float32."""

@@ -28,5 +28,7 @@ def missing(module: str, *names: str) -> Reason:
 def missing_parameters(module: str, function: str, *parameters: str) -> Reason:
     """Which of the parameters a function, which `missing` found, does not take yet."""
     known = inspect.signature(getattr(importlib.import_module(module), function)).parameters
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in known.values()):
+        return None  # a wrapper, which does not say what it takes
     absent = [name for name in parameters if name not in known]
     return f"{module}.{function} does not take {', '.join(absent)}" if absent else None

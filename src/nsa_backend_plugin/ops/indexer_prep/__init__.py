@@ -14,12 +14,11 @@ import torch
 from nsa_backend_plugin.layouts import FP8_DTYPES, INDEX_DIM, INDEX_PAGE_SIZE, SCALE_FORMATS
 from nsa_backend_plugin.ops import checks
 from nsa_backend_plugin.ops._torch import index_pages
+from nsa_backend_plugin.ops._torch.norm import NORMS
 from nsa_backend_plugin.ops._torch.rotary import check_rope
 from nsa_backend_plugin.ops.arch import arch_fp8_dtype, device_arch
 from nsa_backend_plugin.ops.call import Call, Fact, Step
 from nsa_backend_plugin.ops.dispatch import operation
-
-NORMS = ("layer", "rms")
 
 
 @dataclass(slots=True, eq=False, kw_only=True)

@@ -10,9 +10,8 @@ import torch
 from nsa_backend_plugin.layouts import INDEX_DIM
 from nsa_backend_plugin.ops import checks
 from nsa_backend_plugin.ops._torch.logits import weighted_logits
-from nsa_backend_plugin.ops._torch.norm import normalize
+from nsa_backend_plugin.ops._torch.norm import NORMS, normalize
 from nsa_backend_plugin.ops._torch.rotary import check_rope, rotate
-from nsa_backend_plugin.ops.indexer_prep import NORMS
 
 
 def query(q: torch.Tensor, positions: torch.Tensor, cos_sin_cache: torch.Tensor, *, is_neox: bool) -> torch.Tensor:
