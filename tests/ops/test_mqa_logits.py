@@ -488,3 +488,14 @@ def test_paged_refuses(change, name):
 
 def test_declines_where_fp8_is_missing():
     assert "e4m3" in triton_logits.available("sm_80")
+
+
+@pytest.mark.parametrize("arch, largest", [("sm_90", 4096), ("gfx950", 4096), ("gfx1201", 2048)])
+def test_batches_whose_lengths_do_not_fit_registers_are_declined(arch, largest):
+    arguments = paged_inputs(torch.device("cpu"), [1], 32, 1, "row_major")
+    for batch, why in ((largest, None), (largest + 1, f"batch {largest + 1}: at most {largest}")):
+        rows = {name: arguments[name].expand(batch, *arguments[name].shape[1:]) for name in ("weights", "context_lens")}
+        rows |= {"q": arguments["q"].repeat(batch, 1, 1, 1), "block_table": arguments["block_table"].repeat(batch, 1)}
+        with pretended(arch) as meta:
+            moved = {k: v.to(meta) if isinstance(v, torch.Tensor) else v for k, v in (arguments | rows).items()}
+            assert triton_logits.declines_paged(mqa_logits.paged.call(**moved)) == why

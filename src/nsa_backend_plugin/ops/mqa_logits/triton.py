@@ -24,7 +24,6 @@ from nsa_backend_plugin.ops.arch import core_count, is_cuda, is_rocm, launches_e
 from nsa_backend_plugin.ops.call import Reason
 from nsa_backend_plugin.ops.mqa_logits import Paged, Ragged
 
-MAX_BATCH = 4096  # every paged program holds the tile counts of the whole batch in registers
 MAX_HEADS = 128
 _PAGED_TILE = 64
 _FILL_BLOCK = 1024
@@ -245,10 +244,15 @@ def _loads_in_memory_order(arch: str) -> bool:
     return not is_rocm(arch) and arch != "sm_89"
 
 
+def _max_batch(arch: str) -> int:
+    """Every paged program holds the tile counts of the whole batch in registers, of which RDNA has half as many."""
+    return 2048 if is_rocm(arch) and not arch.startswith("gfx9") else 4096
+
+
 def declines_paged(call: Paged) -> Reason:
     batch, _, heads, _ = call.q.shape
-    if batch > MAX_BATCH:
-        return f"batch {batch}: at most {MAX_BATCH}"
+    if batch > _max_batch(call.arch):
+        return f"batch {batch}: at most {_max_batch(call.arch)}"
     return _declines(heads, q=call.q, cache=call.cache)
 
 
@@ -370,7 +374,7 @@ def compile_cases(arch: str) -> Iterator[support.CompileCase]:
                 yield _paged_case(arch, f"paged {layout} {heads} heads next_n {next_n}", layout, heads, next_n, 64)
     # Registers hold the tile counts of the whole batch: its extremes, with the narrowest and the widest tile.
     for heads, next_n in ((8, 1), (128, 2)):
-        for batch in (1, MAX_BATCH):
+        for batch in (1, _max_batch(arch)):
             name = f"paged {heads} heads next_n {next_n} batch {batch}"
             yield _paged_case(arch, name, "row_major", heads, next_n, batch)
     for heads in (8, 32, 64, 128):
