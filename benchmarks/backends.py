@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import peers
 import torch
-from workloads import Problem, workload
 
+from benchmarks import peers
+from benchmarks.workloads import Problem, workload
 from nsa_backend_plugin.engine import kernels
 from nsa_backend_plugin.ops.registry import operations
 

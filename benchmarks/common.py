@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from backends import is_peer
-from workloads import workload
+from benchmarks.backends import is_peer
+from benchmarks.workloads import workload
 
 OK = "ok"
 ERROR = "error"

@@ -1,7 +1,7 @@
 """The Python API, and configurations made from command-line options.
 
-from common import BenchmarkConfig
-from mla_runner import run_mla_benchmark
+from benchmarks.common import BenchmarkConfig
+from benchmarks.mla_runner import run_mla_benchmark
 
 config = BenchmarkConfig(backend="flash_mla", batch_spec="64q1s4k", num_q_heads=128)
 result = run_mla_benchmark("flash_mla", config, num_kv_splits=4)
@@ -14,12 +14,13 @@ import argparse
 from dataclasses import replace
 from typing import Any
 
-import backends
-import configs
 import torch
-from batch_spec import parse_batch_spec
-from common import BenchmarkConfig, BenchmarkResult, add_comparisons
-from measure import Settings, measure
+
+from benchmarks import backends
+from benchmarks import schema as configs
+from benchmarks.batch_spec import parse_batch_spec
+from benchmarks.common import BenchmarkConfig, BenchmarkResult, add_comparisons
+from benchmarks.run.measure import Settings, measure
 
 MLA_HEAD_DIM = 576
 #: Backends of ordinary attention that have no MLA meaning.

@@ -9,14 +9,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from clock import input_sets
 
+from benchmarks.timing.clock import input_sets
+from benchmarks.workloads import base
+from benchmarks.workloads.base import Problem, Workload
 from nsa_backend_plugin.layouts import INDEX_PAGE_SIZE
 from nsa_backend_plugin.ops import index_key_cache, indexer_prep, latent_cache, norm_quant
 from nsa_backend_plugin.ops.index_key_cache import reference as index_reference
 from nsa_backend_plugin.ops.latent_cache import reference as latent_reference
-from workloads import base
-from workloads.base import Problem, Workload
 
 MAX_POSITION = 16384
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from clock import input_sets
 
+from benchmarks.timing.clock import input_sets
+from benchmarks.workloads.base import Problem, Workload, poisoned
 from nsa_backend_plugin.ops import concat
-from workloads.base import Problem, Workload, poisoned
 
 DTYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 

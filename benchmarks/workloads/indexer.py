@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from clock import input_sets
 
+from benchmarks.timing.clock import input_sets
+from benchmarks.workloads import base
+from benchmarks.workloads.base import Problem, Workload
 from nsa_backend_plugin.layouts import INDEX_PAGE_SIZE
 from nsa_backend_plugin.ops import mqa_logits, topk
 from nsa_backend_plugin.ops.arch import fp8_dtype
-from workloads import base
-from workloads.base import Problem, Workload
 
 TOKEN_BYTES = 132
 #: Share of selected tokens that may differ from the reference's: logits near the threshold differ in the last bits.

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from batch_spec import BatchRequest, parse_batch_spec
-from clock import input_sets
 
+from benchmarks.batch_spec import BatchRequest, parse_batch_spec
+from benchmarks.timing.clock import input_sets
+from benchmarks.workloads import base
+from benchmarks.workloads.base import Problem, Workload
+from benchmarks.workloads.dense_mla import row_slots
 from nsa_backend_plugin.ops import concat, dense_mla
-from workloads import base
-from workloads.base import Problem, Workload
-from workloads.dense_mla import row_slots
 
 NOPE, ROPE = 128, 64
 #: Two bf16 projections lie between the attention and the output.

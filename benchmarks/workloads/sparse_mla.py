@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from clock import input_sets
 
+from benchmarks.timing.clock import input_sets
+from benchmarks.workloads import base
+from benchmarks.workloads.base import Problem, Workload
 from nsa_backend_plugin.ops import sparse_mla
-from workloads import base
-from workloads.base import Problem, Workload
 
 ROW_BYTES = {"bf16": 2 * base.HEAD_DIM, "packed": 656}
 

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from batch_spec import parse_batch_spec
-from clock import input_sets
 
-from workloads import base
-from workloads.base import Problem, Workload
-from workloads.dense_mla import row_slots
+from benchmarks.batch_spec import parse_batch_spec
+from benchmarks.timing.clock import input_sets
+from benchmarks.workloads import base
+from benchmarks.workloads.base import Problem, Workload
+from benchmarks.workloads.dense_mla import row_slots
 
 
 def build(params: Mapping[str, Any], device: torch.device) -> Problem:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import benchmark
-import plot
 import pytest
-from common import BenchmarkResult, ResultsFormatter
+
+from benchmarks import cli as benchmark
+from benchmarks.common import BenchmarkResult, ResultsFormatter
+from benchmarks.report import plot
 
 from .conftest import SUITE
 

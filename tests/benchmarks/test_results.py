@@ -6,16 +6,15 @@ import csv
 import json
 from pathlib import Path
 
-import backends
-import compare
-import configs
-import peer_baseline
 import pytest
-import report
-import report_tables
-import screen
-from common import BenchmarkResult, ResultsFormatter, add_comparisons, load_json
-from crossover import crossovers, tables
+
+from benchmarks import backends
+from benchmarks import schema as configs
+from benchmarks.common import BenchmarkResult, ResultsFormatter, add_comparisons, load_json
+from benchmarks.report import compare, peer_baseline, screen
+from benchmarks.report import page as report
+from benchmarks.report import tables as report_tables
+from benchmarks.report.crossover import crossovers, tables
 
 from .conftest import SUITE
 

@@ -11,23 +11,19 @@ import sys
 import time
 from pathlib import Path
 
-import backends
-import benchmark
-import child
-import clock
-import configs
-import measure
-import mla_runner
-import prepare
 import pytest
-import run_h200
-import sweep
 import torch
-from child import Child
-from common import ERROR, OK, UNAVAILABLE, BenchmarkConfig, BenchmarkResult, load_json
-from measure import Settings
-from workloads import WORKLOADS, indexer
 
+from benchmarks import backends, mla_runner
+from benchmarks import cli as benchmark
+from benchmarks import schema as configs
+from benchmarks.common import ERROR, OK, UNAVAILABLE, BenchmarkConfig, BenchmarkResult, load_json
+from benchmarks.run import child, measure, prepare, sweep
+from benchmarks.run import suite as run_h200
+from benchmarks.run.child import Child
+from benchmarks.run.measure import Settings
+from benchmarks.timing import clock
+from benchmarks.workloads import WORKLOADS, indexer
 from nsa_backend_plugin.ops.registry import operations
 
 from .conftest import SUITE
@@ -97,7 +93,7 @@ def test_every_config_plans_at_full_size(path: Path) -> None:
 
 
 def test_all_named_configs_exist() -> None:
-    from run_h200 import ORDER
+    from benchmarks.run.suite import ORDER
 
     assert sorted(p.stem for p in CONFIGS) == sorted(ORDER)
 
@@ -193,9 +189,7 @@ def test_a_crashing_row_costs_one_row(tmp_path: Path) -> None:
     script = tmp_path / "worker_that_dies.py"
     script.write_text(
         "import os, sys\n"
-        f"sys.path[:0] = [{str(SUITE)!r}]\n"
-        "import worker\n"
-        "import measure\n"
+        "from benchmarks.run import measure, worker\n"
         "real = measure.measure\n"
         "def dying(name, params, *rest):\n"
         "    if params['tokens'] in (2, 4, 5):\n"
@@ -207,7 +201,7 @@ def test_a_crashing_row_costs_one_row(tmp_path: Path) -> None:
     )
     config = small_config(params={"tokens": [1, 2, 3, 4, 5], "heads": 2})
     journal = sweep.Journal.open(tmp_path / "rows.jsonl", "mark")
-    with Child(script) as child:
+    with Child([str(script)]) as child:
         results, complete = sweep.run(sweep.plan(config, "cpu"), "cpu", FAST, journal, child=child)
     assert complete
     assert [r.status for r in results] == [OK, ERROR, OK, ERROR, ERROR]
@@ -228,7 +222,7 @@ def test_last_words_are_read_to_the_end(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(child, "_keep", late)
     script = tmp_path / "dies.py"
     script.write_text("import sys\nsys.exit('out of luck')\n")
-    with Child(script) as dying:
+    with Child([str(script)]) as dying:
         assert dying.run({}, lambda event: None) == "the process ended with code 1: out of luck"
 
 
@@ -273,7 +267,7 @@ def test_a_chain_may_mix_implementations(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_an_exception_is_an_error_row(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    import peers
+    from benchmarks import peers
 
     def broken(problem):
         raise RuntimeError("no such kernel")
@@ -397,7 +391,7 @@ def test_killed_run_resumes(tmp_path: Path) -> None:
     tokens = list(range(1, 41))
     config.write_text(f"workload: concat_k\nbackends: [torch]\nparams: {{heads: 4, tokens: {tokens}}}\n")
     output = tmp_path / "out.json"
-    command = [sys.executable, str(SUITE / "benchmark.py"), "--config", str(config), "--device", "cpu"]
+    command = [sys.executable, "-m", "benchmarks", "--config", str(config), "--device", "cpu"]
     command += ["--repeats", "3", "--output-json", str(output), "--output-csv", str(tmp_path / "out.csv")]
     journal = tmp_path / "out.json.rows.jsonl"
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})

@@ -21,9 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from batch_spec import expand_batch_specs
-from common import BenchmarkResult
-from workloads import workload
+from benchmarks.batch_spec import expand_batch_specs
+from benchmarks.common import BenchmarkResult
+from benchmarks.workloads import workload
 
 _KEYS = {
     "name",

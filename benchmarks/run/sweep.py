@@ -11,14 +11,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import backends
-import environment
-import worker
-from child import LATE, Child
-from common import ERROR, BenchmarkResult
-from configs import Case, Config
-from measure import Settings
-from workloads import workload
+from benchmarks import backends
+from benchmarks.common import ERROR, BenchmarkResult
+from benchmarks.run import environment, worker
+from benchmarks.run.child import LATE, Child
+from benchmarks.run.measure import Settings
+from benchmarks.schema import Case, Config
+from benchmarks.workloads import workload
 
 #: A backend that took the process down this often is not tried on the workload's other cases in this run.
 MAX_CRASHES = 2

@@ -12,9 +12,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from child import LATE, Child
-from measure import Settings
-from sweep import Row
+from benchmarks.run.child import LATE, Child
+from benchmarks.run.measure import Settings
+from benchmarks.run.sweep import Row
 
 #: Backends whose compilation takes longest start first.
 SLOW = ("flashinfer", "flashinfer_planned", "tilelang", "sglang_tilelang")

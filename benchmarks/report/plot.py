@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from backends import is_peer
-from common import BenchmarkResult, ResultsFormatter, describe
-from workloads import workload
+from benchmarks.backends import is_peer
+from benchmarks.common import BenchmarkResult, ResultsFormatter, describe
+from benchmarks.workloads import workload
 
 #: Panels of one picture, the ones with most points first to be kept.
 MAX_PANELS = 12

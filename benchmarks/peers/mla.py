@@ -11,7 +11,8 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from workloads.base import HEAD_DIM, SOFTMAX_SCALE, VALUE_DIM, Problem, int32
+
+from benchmarks.workloads.base import HEAD_DIM, SOFTMAX_SCALE, VALUE_DIM, Problem, int32
 
 Call = Callable[[Any], Any]
 PAGE = 64

@@ -6,9 +6,9 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import backends
-from batch_spec import parse_batch_spec
-from common import BenchmarkResult, describe, job_key, label
+from benchmarks import backends
+from benchmarks.batch_spec import parse_batch_spec
+from benchmarks.common import BenchmarkResult, describe, job_key, label
 
 #: Closer than this is a tie.
 TIE = 0.03

@@ -13,9 +13,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import nsa_backend_plugin
 from nsa_backend_plugin.accuracy.environment import commit
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parents[2]
 LIBRARIES = (
     "torch",
     "triton",
@@ -49,6 +50,12 @@ def collect(device: str) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "command": command_line(sys.argv),
     }
+
+
+def of_children() -> dict[str, str]:
+    """Variables of a child process that imports this suite and the library that this process imports."""
+    paths = [str(REPO), str(Path(nsa_backend_plugin.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def command_line(argv: list[str]) -> str:

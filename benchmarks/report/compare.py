@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import BenchmarkResult, ResultsFormatter, describe, load_json
+from benchmarks.common import BenchmarkResult, ResultsFormatter, describe, load_json
 
 #: Differences below this are never called faster or slower: clocks and temperatures move by as much between runs.
 LEAST_NOISE = 0.03

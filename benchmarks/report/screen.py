@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from common import BenchmarkResult, ResultsFormatter, job_key
-from configs import Config
+from benchmarks.common import BenchmarkResult, ResultsFormatter, job_key
+from benchmarks.schema import Config
 
 
 class Screen:

@@ -1,7 +1,7 @@
 """Run the benchmark configurations on a GPU host in one go and write one results file each.
 
-    python benchmarks/run_h200.py --total-seconds 560 --out benchmarks/results
-    python benchmarks/run_h200.py --configs ops dsa_decode --total-seconds 120
+    python -m benchmarks.run.suite --total-seconds 560 --out benchmarks/results
+    python -m benchmarks.run.suite --configs ops dsa_decode --total-seconds 120
 
 First everything is compiled, in several processes side by side; then one process measures, configuration after
 configuration. Rows are saved as they come, so whatever was measured when the time ends is there. A second run over the
@@ -18,10 +18,10 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-import benchmark
-import environment
+from benchmarks import cli as benchmark
+from benchmarks.run import environment
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[1]
 #: Most important first: what a short budget cuts is the end.
 ORDER = (
     "ops",
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.compile_seconds > 0 and wanted:
         compile_first(wanted, options)
 
-    from child import Child
+    from benchmarks.run.child import Child
 
     codes = {name: 0 for name in options.configs if name not in wanted}
     with Child() as child:
@@ -88,8 +88,8 @@ def output(name: str, options: argparse.Namespace) -> Path:
 
 def is_complete(name: str, options: argparse.Namespace) -> bool:
     """Whether an earlier run finished this configuration, as it is now, on the same device, libraries and sources."""
-    import configs
-    from common import load_json
+    from benchmarks import schema as configs
+    from benchmarks.common import load_json
 
     path = output(name, options)
     if not path.exists():
@@ -101,9 +101,8 @@ def is_complete(name: str, options: argparse.Namespace) -> bool:
 
 
 def compile_first(names: list[str], options: argparse.Namespace) -> None:
-    import configs
-    import prepare
-    import sweep
+    from benchmarks import schema as configs
+    from benchmarks.run import prepare, sweep
 
     rows = [
         row

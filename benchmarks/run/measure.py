@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import backends
 import torch
-from clock import time_calls
-from common import ERROR, UNAVAILABLE, BenchmarkResult
-from workloads import Problem, workload
+
+from benchmarks import backends
+from benchmarks.common import ERROR, UNAVAILABLE, BenchmarkResult
+from benchmarks.timing.clock import time_calls
+from benchmarks.workloads import Problem, workload
 
 #: Errors after which the CUDA context answers every call with an error: only a new process helps.
 _POISONED = ("illegal memory access", "misaligned address", "unspecified launch failure", "device-side assert")

@@ -11,13 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import peers_mla
-import peers_standard
 import torch
-from workloads import Problem
-from workloads.base import HEAD_DIM, SOFTMAX_SCALE, VALUE_DIM
-from workloads.dense_mla import row_slots
 
+from benchmarks.peers import mla as peers_mla
+from benchmarks.peers import standard as peers_standard
+from benchmarks.workloads import Problem
+from benchmarks.workloads.base import HEAD_DIM, SOFTMAX_SCALE, VALUE_DIM
+from benchmarks.workloads.dense_mla import row_slots
 from nsa_backend_plugin.engine.kernels import sglang_topk_v2
 from nsa_backend_plugin.layouts import INDEX_PAGE_SIZE
 
