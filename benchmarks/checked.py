@@ -1,4 +1,4 @@
-"""Checked data: what the command line, YAML files and workloads' parameters have in common, and their errors in words."""
+"""What the command line, YAML files and workloads' parameters have in common: checked values, errors in words."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def words(error: ValidationError, names: Mapping[str, str]) -> str:
 def _problem(error: Any, names: Mapping[str, str]) -> str:
     place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).removeprefix(".")
     place = names.get(place, place)
-    message = re.sub(r"^(Value error, |Input should be )", "", error["msg"])
+    message = re.sub(r"^(Value error, |Input should be )", "", error["msg"]).replace("a valid list", "a list")
     if error["type"] == "value_error":
         return f"{place}: {message}" if place else message
     return f"{place or 'the content'}={error['input']!r}: expected {message}"

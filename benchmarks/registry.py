@@ -12,7 +12,7 @@ from nsa_backend_plugin.ops import registry
 
 kernels.register()
 
-_OURS = "nsa_backend_plugin"
+_OURS = Path(registry.__file__).parents[1]
 #: What kernels are written in. An implementation that imports anything else calls a kernel that lives there.
 _LANGUAGES = {"torch", "triton", "tilelang", "cuda", "cutlass", "numpy"}
 _DECLINED = "forced implementation cannot run ("
@@ -34,51 +34,43 @@ def implementations(operation: str) -> list[str]:
 
 def unavailable(operation: str, name: str, device: str) -> str:
     """Why an implementation cannot run on a device, whatever it is called with; "" when it can."""
-    row = next(c for c in _operations()[operation].candidates(device) if c.name == name)
-    return row.support.reason
+    return next(c.support.reason for c in _operations()[operation].candidates(device) if c.name == name)
 
 
 def declined(error: Exception) -> str:
-    """Why a forced implementation did not take a call, when that is what the error says; else ""."""
-    if not isinstance(error, ValueError) or _DECLINED not in str(error):
-        return ""
-    return str(error).partition(_DECLINED)[2].removesuffix(")").partition(": ")[2]
+    """Why the implementations that were asked did not take a call, when that is what the error says; else ""."""
+    if isinstance(error, ValueError) and _DECLINED in str(error):
+        return str(error).partition(_DECLINED)[2].removesuffix(")").partition(": ")[2]
+    return ""
 
 
 @functools.cache
 def is_own(operation: str, name: str) -> bool:
     """Whether an implementation's kernel lives in this repository, not in a library that its file calls."""
-    module = registry._load(operation.partition(".")[0], name)
-    path = getattr(module, "__file__", None)
-    return path is not None and not _libraries(Path(path))
+    if name not in implementations(operation):
+        return False
+    op = operation.partition(".")[0]
+    external = registry._external.get((op, name))
+    file = _OURS.joinpath(*external.split(".")[1:]) if external else _OURS / "ops" / op / name
+    return not _libraries(file.with_suffix(".py") if name != "torch" else file.with_name("reference.py"))
 
 
-def _libraries(path: Path, names: frozenset[str] | None = None) -> set[str]:
-    """Packages with kernels that a file imports, or only its functions `names`; what it takes from our own shared
-    modules is looked into."""
+def _libraries(file: Path, names: frozenset[str] | None = None) -> set[str]:
+    """Packages with kernels that a file imports, or only its functions `names`. What it uses of our own shared modules
+    is looked into."""
     found: set[str] = set()
-    body = ast.parse(path.read_text()).body
-    for top in body if names is None else [n for n in body if getattr(n, "name", None) in names]:
-        for node in ast.walk(top):
-            if isinstance(node, ast.Import):
-                found |= {alias.name.partition(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and node.module:
-                if node.module.partition(".")[0] != _OURS:
-                    found.add(node.module.partition(".")[0])
-                    continue
-                for alias in node.names:
-                    whole = _source(f"{node.module}.{alias.name}")
-                    found |= _libraries(whole) if whole else _part(node.module, alias.name)
+    body = ast.parse(file.read_text()).body
+    nodes = [node for top in body if names is None or getattr(top, "name", None) in names for node in ast.walk(top)]
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.module.startswith(_OURS.name):
+            found.add(node.module.partition(".")[0])
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            home = _OURS.joinpath(*node.module.split(".")[1:])
+            for alias in node.names:
+                whole = (home / alias.name).with_suffix(".py")
+                used = {n.attr for n in nodes if isinstance(n, ast.Attribute) and ast.unparse(n.value) == alias.name}
+                source, wanted = (whole, used) if whole.exists() else (home.with_suffix(".py"), {alias.name})
+                found |= _libraries(source, frozenset(wanted)) if source.exists() else set()
     return found - _LANGUAGES - set(sys.stdlib_module_names)
-
-
-def _part(module: str, name: str) -> set[str]:
-    source = _source(module)
-    return _libraries(source, frozenset({name})) if source else set()
-
-
-@functools.cache
-def _source(module: str) -> Path | None:
-    """The file of a module of ours; None when there is no such module, or it is a package."""
-    path = Path(registry.__file__).parents[1].joinpath(*module.split(".")[1:]).with_suffix(".py")
-    return path if path.is_file() else None

@@ -1,4 +1,4 @@
-"""YAML configurations: what to measure, expanded into cases.
+"""What to measure: one schema for YAML files and the command line, expanded into cases.
 
 description: ...           what question the file answers
 mode: sweep                or decode_vs_prefill
@@ -16,34 +16,99 @@ quick: {...}               what --quick replaces (top level, or inside a run)
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
 
 from benchmarks.batch_spec import expand_batch_specs
+from benchmarks.checked import Model, Positive, check
 from benchmarks.common import BenchmarkResult
 from benchmarks.workloads import workload
 
-_KEYS = {
-    "name",
-    "description",
-    "mode",
-    "workload",
-    "backends",
-    "params",
-    "batch_specs",
-    "targets",
-    "repeats",
-    "warmup_iters",
-    "budget_s",
-    "baseline",
-    "unit",
-    "runs",
-    "quick",
-}
-MODES = ("sweep", "decode_vs_prefill")
-UNITS = ("us", "GB/s")
+
+class Settings(Model):
+    """How to measure. budget_s: about how long the samples of one row may take."""
+
+    repeats: Annotated[int, Field(ge=1, le=100_000)] = 9
+    warmup_iters: Annotated[int, Field(ge=0, le=100_000)] = 3
+    budget_s: Annotated[float, Field(ge=0)] = 0.6
+    profile_memory: bool = False
+
+
+class Target(Model):
+    """A goal of the cases whose parameters are among `when`: us[params[by]], and a time over the best peer's."""
+
+    when: dict[str, Any] = Field(default_factory=dict)
+    by: str | None = None
+    us: dict[int | str, Positive] = Field(default_factory=dict)
+    vs_peer: Positive | None = None
+    note: str = ""
+
+    @model_validator(mode="after")
+    def _says_what(self) -> Target:
+        if bool(self.us) != (self.by is not None):
+            raise ValueError("'by' names the parameter whose values are the keys of 'us': expected both or none")
+        if not self.us and self.vs_peer is None:
+            raise ValueError("expected 'us' or 'vs_peer'")
+        return self
+
+    def goal(self, params: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Fields of a Case, or None when this target has nothing to say about it."""
+        allowed = {k: v if isinstance(v, list) else [v] for k, v in self.when.items()}
+        us = self.us.get(params.get(self.by)) if self.by else None  # type: ignore[arg-type]
+        if any(params.get(k) not in v for k, v in allowed.items()) or (us is None and self.vs_peer is None):
+            return None
+        return {"target_us": us, "target_vs_peer": self.vs_peer, "note": self.note}
+
+
+class Part(Model):
+    """What a run may set, and what `quick` may replace."""
+
+    workload: str | None = None
+    backends: list[str] = Field(default_factory=lambda: ["all"])
+    params: dict[str, Any] = Field(default_factory=dict)
+    batch_specs: list[Any] | None = None
+    targets: list[Target] = Field(default_factory=list)
+
+    @field_validator("batch_specs")
+    @classmethod
+    def _expanded(cls, entries: list[Any] | None) -> list[str] | None:
+        return entries and expand_batch_specs(entries)
+
+    @field_validator("params")
+    @classmethod
+    def _not_empty(cls, params: dict[str, Any]) -> dict[str, Any]:
+        for name, value in params.items():
+            if value == []:
+                raise ValueError(f"{name}=[]: expected at least one value")
+        return params
+
+    def over(self, below: Part) -> dict[str, Any]:
+        """What is set here, else what is set below; parameters one by one."""
+        given = {k: getattr(part, k) for part in (below, self) for k in part.model_fields_set if k in Part.model_fields}
+        return {**given, "params": {**below.params, **self.params}}
+
+
+class Run(Part):
+    quick: Part | None = None
+
+    def sized(self, quick: bool) -> Part:
+        return Part.model_construct(**self.quick.over(self)) if quick and self.quick else self
+
+
+class File(Run, Settings):
+    """A whole file, or what a command line asks for."""
+
+    name: str = "custom"
+    description: str = ""
+    mode: Literal["sweep", "decode_vs_prefill"] = "sweep"
+    unit: Literal["us", "GB/s"] = "us"
+    baseline: str = ""
+    runs: list[Run] = Field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -67,12 +132,9 @@ class Config:
     cases: list[Case]
     description: str = ""
     mode: str = "sweep"
-    repeats: int = 9
-    warmup_iters: int = 3
-    budget_s: float = 0.6
     baseline: str = ""
     unit: str = "us"
-    overrides: dict[str, Any] = field(default_factory=dict)
+    settings: Settings = field(default_factory=Settings)
 
 
 def load(path: str | Path, quick: bool = False) -> Config:
@@ -82,7 +144,7 @@ def load(path: str | Path, quick: bool = False) -> Config:
     path = Path(path)
     try:
         content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path.name}: not a YAML file: {error}") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path.name}: expected keys at the top level")
@@ -92,22 +154,13 @@ def load(path: str | Path, quick: bool = False) -> Config:
         raise ValueError(f"{path.name}: {error}") from error
 
 
-def from_mapping(content: Mapping[str, Any], quick: bool = False) -> Config:
-    """A configuration from parsed YAML or from the command line."""
-    top = _quickened(content, quick)
-    runs = top.pop("runs", None) or [{}]
-    cases: list[Case] = []
-    for run in runs:
-        run = _quickened(run, quick)
-        params = {**top.get("params", {}), **run.get("params", {})}
-        cases += _cases({**top, **run, "params": params})
-    mode = top.get("mode", "sweep")
-    if mode not in MODES:
-        raise ValueError(f"mode={mode!r}: expected one of {', '.join(MODES)}")
-    if top.get("unit", "us") not in UNITS:
-        raise ValueError(f"unit={top['unit']!r}: expected one of {', '.join(UNITS)}")
-    plain = {k: top[k] for k in ("description", "repeats", "warmup_iters", "budget_s", "baseline", "unit") if k in top}
-    return Config(name=str(top.get("name", "custom")), cases=cases, mode=mode, **plain)
+def from_mapping(content: Mapping[str, Any], quick: bool = False, names: Mapping[str, str] | None = None) -> Config:
+    """A configuration from parsed YAML or from the command line. names: see `checked.check`."""
+    file = check(File, content, names)
+    top = file.sized(quick)
+    cases = [case for run in file.runs or [Run()] for case in _cases(run.sized(quick).over(top), names)]
+    settings = Settings(**{name: getattr(file, name) for name in Settings.model_fields})
+    return Config(file.name, cases, file.description, file.mode, file.baseline, file.unit, settings)
 
 
 def unmeasured(config: Config, results: Iterable[BenchmarkResult]) -> list[Case]:
@@ -120,49 +173,29 @@ def _case_key(name: str, params: Mapping[str, Any]) -> str:
     return f"{name} {sorted(workload(name).complete(params).items())}"
 
 
-def _quickened(content: Mapping[str, Any], quick: bool) -> dict[str, Any]:
-    unknown = sorted(set(content) - _KEYS)
-    if unknown:
-        raise ValueError(f"key {unknown[0]!r}: expected one of {', '.join(sorted(_KEYS))}")
-    result = {k: v for k, v in content.items() if k != "quick"}
-    if quick:
-        small = dict(content.get("quick", {}))
-        result["params"] = {**result.get("params", {}), **small.pop("params", {})}
-        result.update(small)
-    return result
-
-
-def _cases(run: Mapping[str, Any]) -> list[Case]:
-    if "workload" not in run:
+def _cases(run: Mapping[str, Any], names: Mapping[str, str] | None) -> list[Case]:
+    if run.get("workload") is None:
         raise ValueError("key 'workload' is missing")
-    for key in ("backends", "batch_specs"):
-        if not isinstance(run.get(key, []), (list, tuple)):
-            raise ValueError(f"{key}={run[key]!r}: expected a list")
     kind = workload(run["workload"])
     choices = {k: v if isinstance(v, list) else [v] for k, v in run["params"].items()}
-    if "batch_specs" in run:
-        choices = {"batch_spec": expand_batch_specs(run["batch_specs"]), **choices}
-    empty = [k for k, v in choices.items() if not v]
-    if empty:
-        raise ValueError(f"{empty[0]}=[]: expected at least one value")
+    if run.get("batch_specs"):
+        choices = {"batch_spec": run["batch_specs"], **choices}
     cases = []
     for values in itertools.product(*choices.values()):
         params = dict(zip(choices, values, strict=True))
-        kind.complete(params)  # refuses unknown parameters
-        goal = _target(run.get("targets", ()), params)
+        kind.checked(params, names)
+        goals = filter(None, (target.goal(params) for target in run.get("targets", ())))
+        goal: dict[str, Any] = next(goals, {})
         cases.append(Case(kind.name, params, tuple(run.get("backends", ("all",))), **goal))
     return cases
 
 
-def _target(targets: Sequence[Mapping[str, Any]], params: Mapping[str, Any]) -> dict[str, Any]:
-    """The first target whose `when` matches the case; one with `us` must also have a time for it."""
-    for target in targets:
-        when = {k: v if isinstance(v, list) else [v] for k, v in target.get("when", {}).items()}
-        if not all(params.get(k) in allowed for k, allowed in when.items()):
-            continue
-        goal = {"target_us": None, "target_vs_peer": target.get("vs_peer"), "note": str(target.get("note", ""))}
-        if "us" in target:
-            goal["target_us"] = target["us"].get(params.get(target["by"]))
-        if goal["target_us"] is not None or goal["target_vs_peer"] is not None:
-            return goal
-    return {}
+def check_device(device: str) -> None:
+    """Raise ValueError unless torch has the device."""
+    import torch
+
+    if device != "cpu" and not re.fullmatch(r"cuda(:[0-9]+)?", device):
+        raise ValueError(f"--device={device}: expected cpu, cuda or cuda:N")
+    index = int(device.partition(":")[2] or 0)
+    if device != "cpu" and index >= torch.cuda.device_count():
+        raise ValueError(f"--device={device}: torch sees {torch.cuda.device_count()} GPUs here")

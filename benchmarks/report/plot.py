@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.backends import is_peer
-from benchmarks.common import BenchmarkResult, ResultsFormatter, describe
+from benchmarks.common import BenchmarkResult, ResultsFormatter, describe, write
 from benchmarks.workloads import workload
 
 #: Panels of one picture, the ones with most points first to be kept.
@@ -21,7 +21,9 @@ _MARKERS = "osD^vP*X<>hdp8H"
 Panels = dict[str, dict[str, list[tuple[int, float]]]]
 
 
-def save_plot(formatter: ResultsFormatter, results: Sequence[BenchmarkResult], path: str | Path) -> None:
+def save_plot(
+    formatter: ResultsFormatter, results: Sequence[BenchmarkResult], path: str | Path, force: bool = False
+) -> None:
     """Write a PNG. Left: TFLOP/s over FLOP per byte under the machine's ceilings, for rows with FLOPs. Right:
     microseconds over batch. Ours are solid, peers dashed and hollow."""
     import matplotlib
@@ -45,17 +47,19 @@ def save_plot(formatter: ResultsFormatter, results: Sequence[BenchmarkResult], p
     figure.legend(handles=handles, loc="outside lower center", ncols=min(8, max(1, len(names))), fontsize=9)
     omitted = f" ({len(found) - len(shown)} more kinds of cases not drawn)" if len(shown) < len(found) else ""
     figure.suptitle(f"{formatter.config}, {formatter.environment.get('device', '')}{omitted}")
-    _save(figure, path)
+    _save(figure, path, force)
     pyplot.close(figure)
 
 
-def _save(figure: Any, path: str | Path) -> None:
+def _save(figure: Any, path: str | Path, force: bool) -> None:
     """A palette is enough for lines on white, and makes half the file."""
     from PIL import Image
 
     whole = io.BytesIO()
     figure.savefig(whole, dpi=90, format="png")
-    Image.open(whole).convert("RGB").quantize(128, Image.Quantize.MAXCOVERAGE).save(path, format="PNG", optimize=True)
+    small = io.BytesIO()
+    Image.open(whole).convert("RGB").quantize(128, Image.Quantize.MAXCOVERAGE).save(small, format="PNG", optimize=True)
+    write(path, small.getvalue(), force)
 
 
 def panels(rows: Sequence[BenchmarkResult]) -> Panels:

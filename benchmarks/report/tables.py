@@ -241,8 +241,7 @@ def failures(results: Sequence[BenchmarkResult]) -> list[str]:
     counts: dict[tuple[str, str, str, str], int] = {}
     for r in results:
         if r.median_us is None:
-            declined = r.reason.partition("forced implementation cannot run (")[2].removesuffix(")")
-            key = (r.status, r.workload, r.backend, declined.removeprefix(f"{r.backend}: ") or r.reason)
+            key = (r.status, r.workload, r.backend, r.reason)
             counts[key] = counts.get(key, 0) + 1
     lines = sorted(counts.items())
     return [f"- {w} `{b}`, {count(n, 'case')}, {s}: {reason}" for (s, w, b, reason), n in lines]

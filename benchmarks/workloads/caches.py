@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from pydantic import Field, field_validator
 
+from benchmarks.checked import Count, Heads
 from benchmarks.timing.clock import input_sets
 from benchmarks.workloads import base
-from benchmarks.checked import Count, Heads
 from benchmarks.workloads.base import CacheFormat, Layout, Params, Problem, Workload
 from nsa_backend_plugin.layouts import INDEX_PAGE_SIZE
 from nsa_backend_plugin.ops import index_key_cache, indexer_prep, latent_cache, norm_quant
@@ -347,9 +347,7 @@ class NormQuant(Tokens):
 
 
 PREP = Workload("indexer_prep", ("indexer_prep.query", "indexer_prep.key_store"), build_prep, Prep)
-INDEX_STORE = Workload(
-    "index_store", ("index_key_cache.store",), build_index_store, IndexStore, same_job=("layout",)
-)
+INDEX_STORE = Workload("index_store", ("index_key_cache.store",), build_index_store, IndexStore, same_job=("layout",))
 INDEX_GATHER = Workload(
     "index_gather",
     ("index_key_cache.gather",),
@@ -358,9 +356,7 @@ INDEX_GATHER = Workload(
     same_job=("layout",),
     batch=lambda params: int(params["batch"]),
 )
-LATENT_STORE = Workload(
-    "latent_store", ("latent_cache.store",), build_latent_store, LatentStore, same_job=("rope",)
-)
+LATENT_STORE = Workload("latent_store", ("latent_cache.store",), build_latent_store, LatentStore, same_job=("rope",))
 NORM_QUANT = Workload("norm_quant", ("norm_quant.rms",), build_norm_quant, NormQuant)
 QUANTIZE = Workload("latent_quantize", ("latent_cache.quantize",), build_quantize, Tokens)
 DEQUANTIZE = Workload("latent_dequantize", ("latent_cache.dequantize",), build_dequantize, Tokens)

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from benchmarks.timing.clock import input_sets
 from benchmarks.checked import Count, Heads
+from benchmarks.timing.clock import input_sets
 from benchmarks.workloads.base import Params, Problem, Workload, poisoned
 from nsa_backend_plugin.ops import concat
 

@@ -13,9 +13,9 @@ import torch
 from pydantic import Field
 
 from benchmarks.batch_spec import parse_batch_spec
+from benchmarks.checked import BatchSpec, Count, Heads
 from benchmarks.timing.clock import input_sets
 from benchmarks.workloads import base
-from benchmarks.checked import BatchSpec, Count, Heads
 from benchmarks.workloads.base import Params, Problem, Workload
 from nsa_backend_plugin.ops import dense_mla
 
@@ -108,5 +108,9 @@ class Dense(Params):
 
 
 WORKLOAD = Workload(
-    "dense_decode", ("dense_mla.decode",), build, Dense, batch=lambda params: len(parse_batch_spec(params["batch_spec"]))
+    "dense_decode",
+    ("dense_mla.decode",),
+    build,
+    Dense,
+    batch=lambda params: len(parse_batch_spec(params["batch_spec"])),
 )

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from pydantic import Field
 
+from benchmarks.checked import Count, Heads
 from benchmarks.timing.clock import input_sets
 from benchmarks.workloads import base
-from benchmarks.checked import Count, Heads
 from benchmarks.workloads.base import Layout, Params, Problem, QueriesOfContext, Workload
 from nsa_backend_plugin.layouts import INDEX_DIM, INDEX_PAGE_SIZE
 from nsa_backend_plugin.ops import mqa_logits, topk
@@ -94,7 +94,12 @@ def build_ragged(params: Mapping[str, Any], device: torch.device) -> Problem:
     start = torch.zeros(tokens, dtype=torch.int32, device=device)
     end = torch.arange(context - tokens + 1, context + 1, dtype=torch.int32, device=device)
     touched = context * base.INDEX_TOKEN_BYTES + tokens * (heads * (INDEX_DIM + 4) + context * 4)
-    sets = input_sets(touched, context * base.INDEX_TOKEN_BYTES + tokens * heads * (INDEX_DIM + 4), device, at_least=params["min_sets"])
+    sets = input_sets(
+        touched,
+        context * base.INDEX_TOKEN_BYTES + tokens * heads * (INDEX_DIM + 4),
+        device,
+        at_least=params["min_sets"],
+    )
 
     def item() -> tuple[torch.Tensor, ...]:
         q, weights = _queries(tokens, 1, heads, device)
@@ -132,7 +137,7 @@ def build_topk(params: Mapping[str, Any], device: torch.device) -> Problem:
     pages = -(-context // INDEX_PAGE_SIZE)
     lens = torch.full((rows,), context, dtype=torch.int32, device=device)
     table = base.own_pages([pages] * rows, rows * pages + 1, device)
-    page_table = {"page_table": table, "page_size": INDEX_PAGE_SIZE} if params["page_table"] else {}
+    page_table: dict[str, Any] = {"page_table": table, "page_size": INDEX_PAGE_SIZE} if params["page_table"] else {}
     column_of_page = torch.full((rows * pages + 1,), -1, dtype=torch.long, device=device)
     column_of_page[table.long()] = torch.arange(pages, device=device).expand(rows, -1)
     touched = rows * context * 4 + bool(page_table) * rows * pages * 4 + rows * k * 4

@@ -18,12 +18,12 @@ import torch
 from pydantic import Field
 
 from benchmarks.batch_spec import BatchRequest, parse_batch_spec
+from benchmarks.checked import BatchSpec, Count, Heads
 from benchmarks.timing.clock import input_sets
 from benchmarks.workloads import base
-from benchmarks.checked import BatchSpec, Count, Heads
 from benchmarks.workloads.base import Params, Problem, Workload
-from nsa_backend_plugin.layouts import ROPE_DIM
 from benchmarks.workloads.dense_mla import row_slots
+from nsa_backend_plugin.layouts import ROPE_DIM
 from nsa_backend_plugin.ops import concat, dense_mla
 
 NOPE, ROPE = 128, ROPE_DIM

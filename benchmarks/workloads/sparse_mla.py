@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from pydantic import Field
 
+from benchmarks.checked import Count, Heads
 from benchmarks.timing.clock import input_sets
 from benchmarks.workloads import base
-from benchmarks.checked import Count, Heads
 from benchmarks.workloads.base import CacheFormat, Params, Problem, QueriesOfContext, Workload
 from nsa_backend_plugin.ops import sparse_mla
 

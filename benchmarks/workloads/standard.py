@@ -9,9 +9,9 @@ import torch
 from pydantic import Field, model_validator
 
 from benchmarks.batch_spec import parse_batch_spec
+from benchmarks.checked import BatchSpec, Count, Heads
 from benchmarks.timing.clock import input_sets
 from benchmarks.workloads import base
-from benchmarks.checked import BatchSpec, Count, Heads
 from benchmarks.workloads.base import Params, Problem, Workload
 from benchmarks.workloads.dense_mla import row_slots
 

@@ -18,8 +18,7 @@ from benchmarks import backends, mla_runner
 from benchmarks import cli as benchmark
 from benchmarks import schema as configs
 from benchmarks.common import ERROR, OK, UNAVAILABLE, BenchmarkConfig, BenchmarkResult, load_json
-from benchmarks.run import child, measure, prepare, sweep
-from benchmarks.run import suite as run_h200
+from benchmarks.run import child, environment, measure, prepare, suite, sweep
 from benchmarks.run.child import Child
 from benchmarks.run.measure import Settings
 from benchmarks.timing import clock
@@ -238,9 +237,8 @@ def test_a_wrong_backend_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_backends_that_cannot_run_say_why() -> None:
-    missing = measure.measure("concat_k", SMALL, "nonsense", CPU, FAST)
-    assert missing.status == UNAVAILABLE
-    assert "torch_cat" in missing.reason
+    with pytest.raises(ValueError, match="backend='nonsense': expected all or a name .* torch_cat"):
+        measure.measure("concat_k", SMALL, "nonsense", CPU, FAST)
     peer = measure.measure("concat_k", SMALL, "sglang_jit", CPU, FAST)
     assert (peer.status, peer.reason) == (UNAVAILABLE, "needs a GPU")
 
@@ -281,7 +279,8 @@ def test_an_exception_is_an_error_row(monkeypatch: pytest.MonkeyPatch, capsys: p
 def test_all_leaves_the_reference_out_on_a_gpu_only() -> None:
     assert "torch" in backends.choose(["all"], "topk", "cpu")
     assert "torch" not in backends.choose(["all"], "topk", "cuda:0")
-    assert backends.choose(["torch", "flashmla", "torch"], "topk", "cuda:0") == ["torch", "flash_mla"]
+    assert backends.choose(["torch", "flashmla", "torch"], "dense_decode", "cuda:0") == ["torch", "flash_mla"]
+    assert backends.choose(["torch", "flashmla"], "topk", "cuda:0") == ["torch"]
     known = {n for w in ("dense_decode", "logits_paged") for n in backends.names(w)}
     assert set(backends.ALIASES.values()) <= known | {"deep_gemm"}
 
@@ -302,6 +301,14 @@ def test_python_api(spec: str, sweep_params: dict, workload: str) -> None:
     assert result.mean_time > 0
     with pytest.raises(ValueError, match="num_splits"):
         mla_runner.run_mla_benchmark("torch", config, num_splits=2)
+
+
+def code(*words: str) -> int:
+    """Exit code of the command; argparse leaves by an exception."""
+    try:
+        return benchmark.main(words)
+    except SystemExit as left:
+        return left.code
 
 
 def options(*words: str):
@@ -350,22 +357,39 @@ def test_compilation_runs_every_row_once(tmp_path: Path) -> None:
     assert "compiled for 0 rows" in prepare.compile_all(rows[:8], "cpu", 2, 0.0)
 
 
-def test_run_h200_keeps_what_is_complete(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A second run measures nothing; with other sources or fewer cases it would, and says that it had no time to."""
-    words = ["--configs", "mla_concat", "--quick", "--device", "cpu", "--out", str(tmp_path), "--suffix", "x"]
-    assert run_h200.main([*words, "--compile-seconds", "0"]) == 0
+def test_the_suite_keeps_what_is_complete(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A second run measures nothing; with other sources or fewer cases it is refused, and measures when forced."""
+    words = ["--configs", "mla_concat", "--quick", "--device", "cpu", "--out", str(tmp_path)]
+    assert suite.main([*words, "--compile-seconds", "0"]) == 0
     assert "mla_concat: complete\n" in capsys.readouterr().out
-    path = tmp_path / "mla_concat-x.json"
+    [path] = tmp_path.iterdir()
+    assert path.name == f"mla_concat-{environment.machine('cpu')}.json"
     before = path.read_text()
-    assert run_h200.main(words) == 0
+    assert suite.main(words) == 0
     assert "mla_concat: complete before" in capsys.readouterr().out
     assert path.read_text() == before
     changed = json.loads(before)
-    environment = {**changed["environment"], "sources": "other"}
-    for change in ({"environment": environment}, {"rows": changed["rows"][:-20]}):
+    other = {**changed["environment"], "sources": "other"}
+    for change in ({"environment": other}, {"rows": changed["rows"][:-20]}):
         path.write_text(json.dumps({**changed, **change}))
-        assert run_h200.main([*words, "--compile-seconds", "0", "--total-seconds", "1"]) == 75
+        late = [*words, "--compile-seconds", "0", "--total-seconds", "1"]
+        assert suite.main(late) == 2
+        assert "--force" in capsys.readouterr().err
+        assert suite.main([*late, "--force"]) == 75
         assert "mla_concat: incomplete" in capsys.readouterr().out
+    path.write_text(json.dumps({**changed, "complete": False}))
+    assert suite.main([*words, "--compile-seconds", "0"]) == 0  # an interrupted run's file needs no force
+    assert json.loads(path.read_text())["complete"]
+
+
+def test_a_machines_name_is_part_of_a_files_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    for device, name in (
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H100 80GB HBM3", "h100-80gb-hbm3"),
+        ("AMD Instinct MI300X", "mi300x"),
+    ):
+        monkeypatch.setattr(environment, "_device_name", lambda _, device=device: device)
+        assert environment.machine("cuda:0") == name
 
 
 @pytest.mark.parametrize(
@@ -381,7 +405,7 @@ def test_run_h200_keeps_what_is_complete(tmp_path: Path, capsys: pytest.CaptureF
     ],
 )
 def test_bad_command_lines(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
-    assert benchmark.main([*words]) == 2
+    assert code(*words) == 2
     assert "error:" in capsys.readouterr().err
 
 
