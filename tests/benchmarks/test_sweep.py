@@ -237,7 +237,7 @@ def test_a_wrong_backend_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_backends_that_cannot_run_say_why() -> None:
-    with pytest.raises(ValueError, match="backend='nonsense': expected all or a name .* torch_cat"):
+    with pytest.raises(ValueError, match=r"backend='nonsense': expected all or a name .* torch_cat"):
         measure.measure("concat_k", SMALL, "nonsense", CPU, FAST)
     peer = measure.measure("concat_k", SMALL, "sglang_jit", CPU, FAST)
     assert (peer.status, peer.reason) == (UNAVAILABLE, "needs a GPU")
