@@ -145,7 +145,7 @@ def load(path: str | Path, quick: bool = False) -> Config:
     try:
         content = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path.name}: not a YAML file: {error}") from error
+        raise ValueError(f"{path.name}: not a YAML file: {' '.join(str(error).split())}") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path.name}: expected keys at the top level")
     try:

@@ -70,14 +70,19 @@ def cells(row: BenchmarkResult) -> list[str]:
     return [
         _number(row.median_us, ".2f"),
         _number(100 * (row.spread or 0), ".1f", "%"),
-        _number(row.gbps, ".0f" if (row.gbps or 0) >= 10 else ".2f"),
+        _number(row.gbps, _form(row.gbps)),
         _number(row.tflops or None, ".1f"),
         _number(row.floor_percent, ".1f"),
         _number(row.vs_peer, ".2f"),
-        _number(row.speedup, ".2f", "x"),
+        _number(row.speedup, _form(row.speedup), "x"),
         _number(row.reduction, ".1f", "%"),
         _number(row.peak_memory_mib, ".1f"),
     ]
+
+
+def _form(value: float | None) -> str:
+    """Digits of a rate or a ratio: two or more that count."""
+    return ".0f" if not value or value >= 100 else ".2f" if value >= 0.1 else ".2g"
 
 
 def _number(value: float | None, form: str, unit: str = "") -> str:

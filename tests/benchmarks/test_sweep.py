@@ -25,7 +25,7 @@ from benchmarks.timing import clock
 from benchmarks.workloads import WORKLOADS, indexer
 from nsa_backend_plugin.ops.registry import operations
 
-from .conftest import SUITE
+from .conftest import SUITE, code
 
 CONFIGS = sorted((SUITE / "configs").glob("*.yaml"))
 FAST = Settings(repeats=1, warmup_iters=1, budget_s=0.0)
@@ -301,14 +301,6 @@ def test_python_api(spec: str, sweep_params: dict, workload: str) -> None:
     assert result.mean_time > 0
     with pytest.raises(ValueError, match="num_splits"):
         mla_runner.run_mla_benchmark("torch", config, num_splits=2)
-
-
-def code(*words: str) -> int:
-    """Exit code of the command; argparse leaves by an exception."""
-    try:
-        return benchmark.main(words)
-    except SystemExit as left:
-        return left.code
 
 
 def options(*words: str):

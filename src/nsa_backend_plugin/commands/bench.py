@@ -1,4 +1,4 @@
-"""Benchmark every operation beside its peers: `python -m benchmarks` of a source checkout.
+"""Benchmark every operation beside its peers: `python -m benchmarks` of a clone of the repository.
 
 nsa-plugin bench --config benchmarks/configs/mla_decode.yaml
 nsa-plugin bench compare before.json after.json
@@ -7,26 +7,16 @@ nsa-plugin bench compare before.json after.json
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
+import os
 import sys
 from pathlib import Path
-from types import ModuleType
 
 
-def _suite() -> ModuleType | None:
-    """The suite's command line: of the checkout that this package is installed from in place, or of the one that the
-    user stands in; None without a checkout. Imports neither torch nor kernels."""
+def _clone() -> Path | None:
+    """The clone that this package is installed from in place, else the one that the user stands in."""
     for root in (Path(__file__).resolve().parents[3], Path.cwd()):
-        package = root / "benchmarks" / "__init__.py"
-        if (root / "src" / "nsa_backend_plugin").is_dir() and package.is_file():
-            if "benchmarks" not in sys.modules:
-                spec = importlib.util.spec_from_file_location("benchmarks", package)
-                assert spec is not None
-                assert spec.loader is not None
-                sys.modules["benchmarks"] = module = importlib.util.module_from_spec(spec)
-                spec.loader.exec_module(module)
-            return importlib.import_module("benchmarks.cli")
+        if (root / "src" / "nsa_backend_plugin").is_dir() and (root / "benchmarks" / "__main__.py").is_file():
+            return root
     return None
 
 
@@ -36,12 +26,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    suite = _suite()
-    if suite is None:
+    """Becomes the suite's process; returns only where there is no suite."""
+    root = _clone()
+    if root is None:
         print(
-            "nsa-plugin bench: the benchmark suite is not part of the installed package; run it in a clone of the "
-            "repository, or install that clone with pip install -e",
+            "nsa-plugin bench: the benchmark suite is not part of the installed package; run this in a clone of the "
+            "repository, or install the clone with pip install -e",
             file=sys.stderr,
         )
         return 2
-    return suite.main(options.arguments)
+    paths = (str(root), str(root / "src"), os.environ.get("PYTHONPATH"))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    os.execve(sys.executable, [sys.executable, "-m", "benchmarks", *options.arguments], environment)
