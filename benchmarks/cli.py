@@ -165,7 +165,7 @@ def _asked_for(options: argparse.Namespace) -> dict[str, Any]:
         )
         given = _known_to(kind, options, params, spec)
         runs.append({"workload": kind, "params": given} | ({"batch_specs": [spec]} if spec else {}))
-    return {"runs": runs}
+    return {"runs": runs, "plot": {"x": options.sweep_param}}
 
 
 def _known_to(kind: str, options: argparse.Namespace, params: Mapping[str, Any], spec: str | None) -> dict[str, Any]:
@@ -328,7 +328,7 @@ def _run_config(
     if options.plot:
         from benchmarks.report.plot import save_plot
 
-        save_plot(formatter, results, options.plot, force)
+        save_plot(formatter, results, options.plot, config.plot, config.unit, force)
     if complete:
         journal.discard()
     else:

@@ -7,7 +7,8 @@ backends: [all]            or names
 params: {tokens: [1, 8], heads: 16}      lists make all combinations, the last one varying fastest
 batch_specs: [8q1s1k, {template: ...}]   becomes the parameter batch_spec
 targets: [{when: {heads: [8, 16]}, by: tokens, us: {1: 7, 8: 10.5}, vs_peer: 1.15, note: ...}]
-unit: us                   or GB/s, what large tables of RESULTS.md show
+unit: us                   or GB/s, what large tables of RESULTS.md and pictures show
+plot: {x: q_len, lines: [pipeline], where: {heads: 16}}     what --plot draws, see Picture
 repeats, warmup_iters, budget_s, baseline
 runs: [...]                several of the above in one file; each inherits the top level
 quick: {...}               what --quick replaces (top level, or inside a run)
@@ -65,6 +66,15 @@ class Target(Model):
         return {"target_us": us, "target_vs_peer": self.vs_peer, "note": self.note}
 
 
+class Picture(Model):
+    """What --plot draws. x: the parameter (or batch, q_len, context of a batch spec) of the horizontal axis. lines:
+    parameters that make lines of one panel beside the backends; all others make panels. where: which cases."""
+
+    x: str | None = None
+    lines: list[str] = Field(default_factory=list)
+    where: dict[str, Any] = Field(default_factory=dict)
+
+
 class Part(Model):
     """What a run may set, and what `quick` may replace."""
 
@@ -108,6 +118,7 @@ class File(Run, Settings):
     mode: Literal["sweep", "decode_vs_prefill"] = "sweep"
     unit: Literal["us", "GB/s"] = "us"
     baseline: str = ""
+    plot: Picture = Field(default_factory=Picture)
     runs: list[Run] = Field(default_factory=list)
 
 
@@ -134,6 +145,7 @@ class Config:
     mode: str = "sweep"
     baseline: str = ""
     unit: str = "us"
+    plot: Picture = field(default_factory=Picture)
     settings: Settings = field(default_factory=Settings)
 
 
@@ -160,7 +172,7 @@ def from_mapping(content: Mapping[str, Any], quick: bool = False, names: Mapping
     top = file.sized(quick)
     cases = [case for run in file.runs or [Run()] for case in _cases(run.sized(quick).over(top), names)]
     settings = Settings(**{name: getattr(file, name) for name in Settings.model_fields})
-    return Config(file.name, cases, file.description, file.mode, file.baseline, file.unit, settings)
+    return Config(file.name, cases, file.description, file.mode, file.baseline, file.unit, file.plot, settings)
 
 
 def unmeasured(config: Config, results: Iterable[BenchmarkResult]) -> list[Case]:

@@ -226,7 +226,10 @@ def main(words: Sequence[str]) -> int:
         if formatter.config in options.plot:
             from benchmarks.report.plot import save_plot
 
-            save_plot(formatter, results, file.with_suffix(".png"), force=True)
+            config = _config(formatter.config)
+            picture, unit = (config.plot, config.unit) if config else (None, "us")
+            add_comparisons(results, formatter.ceilings.get("read_gbps"))
+            save_plot(formatter, results, file.with_suffix(".png"), picture, unit, force=True)
     write(options.out, page(files), force=True)
     print(f"{options.out} from {len(files)} files")
     return 0
