@@ -1,6 +1,6 @@
 """Find tile sizes and split counts of the Triton MLA kernels: check each configuration, then time it.
 
-    python benchmarks/tune_mla.py --out tune-mla.json [--only dense] [--tiny]
+    python -m benchmarks.tune_mla --out tune-mla.json [--only dense] [--tiny]
 
 Every configuration is compared with the torch reference on a few rows before it is timed; a wrong one is reported
 and never timed. The table at the end lists the best configurations of each shape, the one that `mla_launch` selects
@@ -19,8 +19,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import clock
 import torch
+
+from benchmarks.timing import clock
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated: before ops are imported

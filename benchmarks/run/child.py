@@ -11,11 +11,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import worker
+from benchmarks.run import environment, worker
 
 #: Longest silence of a child: one row with all its compilation.
 ROW_TIMEOUT_S = 180.0
@@ -29,8 +28,8 @@ LATE = "stopped by the deadline"
 class Child:
     """Context manager; the process starts with the first job and ends with the context."""
 
-    def __init__(self, script: Path = Path(worker.__file__), grace_s: float = GRACE_S):
-        self.script, self.grace_s = script, grace_s
+    def __init__(self, command: Sequence[str] = ("-m", worker.__name__), grace_s: float = GRACE_S):
+        self.command, self.grace_s = command, grace_s
         self._process: subprocess.Popen[str] | None = None
         self._lines: queue.Queue[str | None] = queue.Queue()
         self._errors: list[str] = []
@@ -79,7 +78,12 @@ class Child:
         if self._process is None:
             pipe = subprocess.PIPE
             self._process = subprocess.Popen(
-                [sys.executable, str(self.script)], stdin=pipe, stdout=pipe, stderr=pipe, text=True
+                [sys.executable, *self.command],
+                env=environment.of_children(),
+                stdin=pipe,
+                stdout=pipe,
+                stderr=pipe,
+                text=True,
             )
             self._lines, self._errors = queue.Queue(), []
             threading.Thread(target=_forward, args=(self._process.stdout, self._lines), daemon=True).start()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from batch_spec import parse_batch_spec
-from common import BenchmarkResult
+from benchmarks.batch_spec import parse_batch_spec
+from benchmarks.common import BenchmarkResult
 
 #: (backend, batch size) -> query length -> pipeline -> microseconds
 Times = dict[tuple[str, int], dict[int, dict[str, float]]]

@@ -1,6 +1,6 @@
 """A child process that measures rows and reports each as one JSON line, so that a crash costs one row.
 
-    python benchmarks/worker.py < jobs.jsonl
+    python -m benchmarks.run.worker < jobs.jsonl
 
 One job per line: {"device", "settings"} and either {"ceilings": true} or {"row": {"workload", "params", "backend"}},
 which with {"compile_only": true} is run once and not timed (see prepare.py). Events on the original stdout:
@@ -14,11 +14,8 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "src")]
 #: Exit code that asks the parent for a fresh process: the device context is lost.
 CONTEXT_LOST = 3
 
@@ -28,13 +25,13 @@ Emit = Callable[[dict[str, Any]], None]
 def run_job(job: dict[str, Any], emit: Emit) -> None:
     """Measure the row of a job. Raises measure.ContextLost, after reporting the row, when the device is lost."""
     import torch
-    from clock import measure_ceilings
-    from measure import ContextLost, Settings, measure
 
+    from benchmarks.run.measure import ContextLost, Settings, measure
+    from benchmarks.timing.clock import measure_ceilings
     from nsa_backend_plugin.ops._triton import support
 
     device = torch.device(job["device"])
-    if device.type == "cpu" and support.available("cpu").ok:
+    if device.type == "cpu" and support.available("cpu") is None:
         import tools.triton_interpreter  # noqa: F401
     if job.get("ceilings"):
         emit({"event": "ceilings", "result": asdict(measure_ceilings(device))})
@@ -59,7 +56,7 @@ def main() -> int:
         events.flush()
 
     for line in sys.stdin:
-        from measure import ContextLost
+        from benchmarks.run.measure import ContextLost
 
         try:
             run_job(json.loads(line), emit)

@@ -1,41 +1,27 @@
-"""Peers that live in the engine and therefore have no adapter under `ops/` (which never imports sglang).
+"""Kernels of SGLang that have no adapter under `ops/`, which never imports it; DeepGEMM and top-k as its indexer calls
+them; and torch's own concatenation.
 
 Each is prepared once per case, outside the timing, with what the engine prepares once per step (plans, split counts,
-metadata), so that its time is its best. Imports are lazy: a peer without its library is reported, not an error.
+metadata), so that its time is its best.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-import peers_mla
-import peers_standard
 import torch
-from workloads import Problem
-from workloads.base import HEAD_DIM, SOFTMAX_SCALE, VALUE_DIM
-from workloads.dense_mla import row_slots
 
+from benchmarks.workloads import Problem
+from benchmarks.workloads.base import HEAD_DIM, INDEX_TOKEN_BYTES, SOFTMAX_SCALE, VALUE_DIM
+from benchmarks.workloads.dense_mla import row_slots
 from nsa_backend_plugin.engine.kernels import sglang_topk_v2
 from nsa_backend_plugin.layouts import INDEX_PAGE_SIZE
 
 Call = Callable[[Any], Any]
 
 
-@dataclass(frozen=True)
-class Peer:
-    """prepare(problem) -> call(inputs). modules: packages it needs. gpu: whether it needs one."""
-
-    workload: str
-    name: str
-    prepare: Callable[[Problem], Call]
-    modules: tuple[str, ...] = ()
-    gpu: bool = True
-
-
-def _sglang_triton_decode(problem: Problem) -> Call:
+def triton_decode(problem: Problem) -> Call:
     """SGLang's stock Triton MLA decode, with the split counts its backend would choose."""
     from sglang.kernels.ops.attention.decode_attention import decode_attention_fwd
     from sglang.kernels.ops.attention.metadata import get_num_kv_splits_triton
@@ -81,13 +67,7 @@ def _sglang_triton_decode(problem: Problem) -> Call:
     return call
 
 
-def _deep_gemm_metadata(lens: torch.Tensor) -> torch.Tensor:
-    import deep_gemm
-
-    return deep_gemm.get_paged_mqa_logits_metadata(lens, INDEX_PAGE_SIZE, deep_gemm.get_num_sms())
-
-
-def _deep_gemm_planned(problem: Problem) -> Call:
+def deep_gemm_planned(problem: Problem) -> Call:
     """DeepGEMM's paged logits with the schedule made outside, as the engine does once per step."""
     import deep_gemm
 
@@ -95,8 +75,8 @@ def _deep_gemm_planned(problem: Problem) -> Call:
 
     next_n = problem.inputs[0][0].shape[1]
     lens = row_lengths(problem.extra["lens"], next_n).contiguous()
-    pages = problem.extra["pool"].view(-1, INDEX_PAGE_SIZE, 1, 132)
-    metadata = _deep_gemm_metadata(lens)
+    pages = problem.extra["pool"].view(-1, INDEX_PAGE_SIZE, 1, INDEX_TOKEN_BYTES)
+    metadata = deep_gemm.get_paged_mqa_logits_metadata(lens, INDEX_PAGE_SIZE, deep_gemm.get_num_sms())
     width = problem.extra["pages"] * INDEX_PAGE_SIZE
 
     def call(item: Any) -> torch.Tensor:
@@ -106,8 +86,8 @@ def _deep_gemm_planned(problem: Problem) -> Call:
     return call
 
 
-def _sglang_topk(problem: Problem) -> Call:
-    """SGLang's JIT top-k v2 with its plan made outside."""
+def topk_planned(problem: Problem) -> Call:
+    """SGLang's JIT top-k v2, its plan made once per step."""
     lens, table, k = problem.extra["lens"], problem.extra["table"], problem.extra["k"]
     plan = sglang_topk_v2.plan(lens)
 
@@ -119,9 +99,9 @@ def _sglang_topk(problem: Problem) -> Call:
     return call
 
 
-def _sglang_chain(problem: Problem) -> Call:
+def chain(problem: Problem) -> Call:
     """DeepGEMM logits, then SGLang's top-k v2: the engine's own chain."""
-    logits_of = _deep_gemm_planned(problem)
+    logits_of = deep_gemm_planned(problem)
     lens, k = problem.extra["lens"], problem.extra["k"]
     plan = sglang_topk_v2.plan(lens)
 
@@ -136,7 +116,7 @@ def _sglang_chain(problem: Problem) -> Call:
     return call
 
 
-def _sglang_prep(problem: Problem) -> Call:
+def prep(problem: Problem) -> Call:
     """SGLang's indexer prologue, kernel by kernel: norm, RoPE, two Hadamards, quantization, gate scaling, store."""
     from sglang.kernels.ops.attention.dsa.triton_kernel import act_quant
     from sglang.kernels.ops.attention.fused_store_index_cache import fused_store_index_k_cache
@@ -164,7 +144,7 @@ def _sglang_prep(problem: Problem) -> Call:
     return call
 
 
-def _sglang_index_store(problem: Problem) -> Call:
+def index_store(problem: Problem) -> Call:
     from sglang.kernels.ops.attention.fused_store_index_cache import fused_store_index_k_cache
 
     cache = problem.extra["cache"]
@@ -176,7 +156,7 @@ def _sglang_index_store(problem: Problem) -> Call:
     return call
 
 
-def _sglang_latent_store(problem: Problem) -> Call:
+def latent_store(problem: Problem) -> Call:
     """SGLang's two kernels, quantize and write; it rotates the key in a kernel before, which is not counted."""
     from sglang.kernels.ops.attention.dsa.quant_k_cache import quantize_k_cache_separate
     from sglang.kernels.ops.kvcache.mla_buffer import set_mla_kv_buffer_triton
@@ -191,7 +171,7 @@ def _sglang_latent_store(problem: Problem) -> Call:
     return call
 
 
-def _sglang_norm_quant(problem: Problem) -> Call:
+def norm_quant(problem: Problem) -> Call:
     """Two kernels, the norm and the quantization of its result."""
     from flashinfer.norm import rmsnorm
     from sglang.kernels.ops.quantization.fp8_kernel import sglang_per_token_group_quant_fp8
@@ -205,13 +185,13 @@ def _sglang_norm_quant(problem: Problem) -> Call:
     return call
 
 
-def _sglang_quantize(problem: Problem) -> Call:
+def quantize(problem: Problem) -> Call:
     from sglang.kernels.ops.attention.dsa.quant_k_cache import quantize_k_cache
 
     return lambda item: quantize_k_cache(item.view(-1, 1, 1, HEAD_DIM))
 
 
-def _sglang_concat(problem: Problem) -> Call:
+def concat(problem: Problem) -> Call:
     from sglang.kernels.ops.attention.concat_mla import concat_mla_k
 
     out = problem.extra["out"]
@@ -223,59 +203,11 @@ def _sglang_concat(problem: Problem) -> Call:
     return call
 
 
-def _torch_cat(problem: Problem) -> Call:
-    """torch.cat of the key with the expanded rotary part: what vLLM replaced (seed 000)."""
+def torch_cat(problem: Problem) -> Call:
+    """torch.cat of the key with the expanded rotary part: what vLLM replaced."""
 
     def call(item: Any) -> torch.Tensor:
         nope, rope = item
         return torch.cat([nope, rope.expand(-1, nope.shape[1], -1)], dim=-1)
 
     return call
-
-
-PEERS = {
-    (p.workload, p.name): p
-    for p in (
-        Peer("sparse_decode", "flash_mla_planned", peers_mla.flash_mla_planned, ("sgl_kernel",)),
-        Peer("sparse_decode", "fa3_planned", peers_mla.fa3_sparse, ("sgl_kernel",)),
-        Peer("sparse_decode", "sglang_tilelang", peers_mla.sglang_tilelang, ("sglang", "tilelang")),
-        Peer("sparse_prefill", "flash_mla_planned", peers_mla.flash_mla_planned, ("sgl_kernel",)),
-        Peer("dense_decode", "flash_mla_planned", peers_mla.flash_mla_dense, ("sgl_kernel",)),
-        Peer("dense_decode", "fa3_planned", peers_mla.fa3_dense, ("sgl_kernel",)),
-        Peer("dense_decode", "flashinfer_planned", peers_mla.flashinfer_dense, ("flashinfer",)),
-        Peer("dense_decode", "sglang_triton", _sglang_triton_decode, ("sglang",)),
-        Peer("logits_paged", "deep_gemm_planned", _deep_gemm_planned, ("deep_gemm",)),
-        Peer("topk", "sglang_topk_v2_planned", _sglang_topk, ("sglang",)),
-        Peer("indexer_chain", "sglang_chain", _sglang_chain, ("sglang", "deep_gemm")),
-        Peer("indexer_prep", "sglang_kernels", _sglang_prep, ("sglang",)),
-        Peer("index_store", "sglang_fused_store", _sglang_index_store, ("sglang",)),
-        Peer("latent_store", "sglang_two_kernels", _sglang_latent_store, ("sglang",)),
-        Peer("norm_quant", "sglang_two_kernels", _sglang_norm_quant, ("sglang", "flashinfer")),
-        Peer("latent_quantize", "sglang_quantize", _sglang_quantize, ("sglang",)),
-        Peer("concat_k", "sglang_jit", _sglang_concat, ("sglang",)),
-        Peer("concat_k", "torch_cat", _torch_cat, gpu=False),
-        Peer("standard", "torch", peers_standard.sdpa, gpu=False),
-        Peer("standard", "flash", peers_standard.flash, ("sgl_kernel",)),
-        Peer("standard", "flashinfer", peers_standard.flashinfer, ("flashinfer",)),
-        Peer("standard", "triton", peers_standard.triton, ("sglang",)),
-    )
-}
-
-
-def names(workload: str) -> list[str]:
-    return [name for owner, name in PEERS if owner == workload]
-
-
-def unavailable(workload: str, name: str, problem: Problem, device: torch.device) -> str:
-    """Why a peer cannot run, or "" when it can."""
-    peer = PEERS[workload, name]
-    if peer.gpu and device.type != "cuda":
-        return "needs a GPU"
-    missing = [m for m in peer.modules if importlib.util.find_spec(m) is None]
-    if missing:
-        return f"{missing[0]} is not installed"
-    return problem.extra.get("peers_need", {}).get(name, "")
-
-
-def prepare(workload: str, name: str, problem: Problem) -> Call:
-    return PEERS[workload, name].prepare(problem)

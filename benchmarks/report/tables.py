@@ -6,9 +6,9 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import backends
-from batch_spec import parse_batch_spec
-from common import BenchmarkResult, describe, job_key, label
+from benchmarks import backends
+from benchmarks.batch_spec import parse_batch_spec
+from benchmarks.common import BenchmarkResult, describe, job_key, label
 
 #: Closer than this is a tie.
 TIE = 0.03
@@ -181,7 +181,7 @@ _COLUMNS = ("context", "q_len", "tokens", "batch", "rows")
 def grid(rows: Sequence[BenchmarkResult], unit: str = "us") -> list[str]:
     """Cells `ours / best peer (our % of the byte floor)`, the faster in bold; "-" where one has no time."""
     kind = rows[0].workload
-    keys = [(_spread_out(case[0].params), case) for case in cases(rows)]
+    keys = [(spread_out(case[0].params), case) for case in cases(rows)]
     varying = [k for k in keys[0][0] if len({str(p.get(k)) for p, _ in keys}) > 1]
     column = next((k for k in _COLUMNS if k in varying), varying[-1])
     columns = sorted({p[column] for p, _ in keys})
@@ -212,7 +212,7 @@ def _pair(own: BenchmarkResult | None, peer: BenchmarkResult | None, unit: str) 
     return "" if mine == theirs == "-" else f"{mine} / {theirs}" + (f" ({percent(own)})" if own else "")
 
 
-def _spread_out(params: Params) -> Params:
+def spread_out(params: Params) -> Params:
     """A batch spec of equal requests as batch, q_len and context, so that it can be an axis."""
     if "batch_spec" not in params:
         return params
@@ -241,8 +241,7 @@ def failures(results: Sequence[BenchmarkResult]) -> list[str]:
     counts: dict[tuple[str, str, str, str], int] = {}
     for r in results:
         if r.median_us is None:
-            declined = r.reason.partition("forced implementation cannot run (")[2].removesuffix(")")
-            key = (r.status, r.workload, r.backend, declined.removeprefix(f"{r.backend}: ") or r.reason)
+            key = (r.status, r.workload, r.backend, r.reason)
             counts[key] = counts.get(key, 0) + 1
     lines = sorted(counts.items())
     return [f"- {w} `{b}`, {count(n, 'case')}, {s}: {reason}" for (s, w, b, reason), n in lines]

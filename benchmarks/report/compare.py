@@ -1,16 +1,20 @@
 """Compare two results files: ratio per row, and whether it is more than noise.
 
-python benchmarks/benchmark.py compare before.json after.json
+python -m benchmarks compare before.json after.json
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import BenchmarkResult, ResultsFormatter, describe, load_json
+from benchmarks.common import BenchmarkResult, ResultsFormatter, describe, load_json
+from benchmarks.report.screen import Line, console, print_table
+from benchmarks.workloads import workload
 
 #: Differences below this are never called faster or slower: clocks and temperatures move by as much between runs.
 LEAST_NOISE = 0.03
@@ -42,7 +46,7 @@ def compare(before: Sequence[BenchmarkResult], after: Sequence[BenchmarkResult])
 
 
 def _key(row: BenchmarkResult) -> str:
-    return json.dumps([row.workload, row.params, row.backend], sort_keys=True)
+    return json.dumps([row.workload, workload(row.workload).complete(row.params), row.backend], sort_keys=True)
 
 
 def _pair(before: BenchmarkResult | None, after: BenchmarkResult) -> Comparison:
@@ -62,23 +66,22 @@ def _pair(before: BenchmarkResult | None, after: BenchmarkResult) -> Comparison:
     return Comparison(after, before.median_us, after.median_us, ratio, noise, verdict)
 
 
-def text(comparisons: Sequence[Comparison]) -> str:
-    lines = [["workload", "case", "backend", "before us", "after us", "ratio", "noise", "verdict"]]
+COLUMNS = ("before us", "after us", "ratio", "noise", "verdict")
+
+
+def groups(comparisons: Sequence[Comparison]) -> list[tuple[str, list[Line]]]:
+    """A heading per case, a line per backend."""
+    found: dict[str, list[Line]] = {}
     for c in comparisons:
-        lines.append(
-            [
-                c.row.workload,
-                describe(c.row),
-                c.row.backend,
-                "" if c.before_us is None else f"{c.before_us:.2f}",
-                "" if c.after_us is None else f"{c.after_us:.2f}",
-                "" if c.ratio is None else f"{c.ratio:.3f}",
-                f"{100 * c.noise:.0f}%" if c.noise else "",
-                c.verdict,
-            ]
+        cells = (
+            "" if c.before_us is None else f"{c.before_us:.2f}",
+            "" if c.after_us is None else f"{c.after_us:.2f}",
+            "" if c.ratio is None else f"{c.ratio:.3f}",
+            f"{100 * c.noise:.0f}%" if c.noise else "",
+            c.verdict,
         )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+        found.setdefault(f"{c.row.workload} {describe(c.row)}", []).append(Line(c.row.backend, cells))
+    return list(found.items())
 
 
 def differences(before: ResultsFormatter, after: ResultsFormatter) -> list[str]:
@@ -97,7 +100,19 @@ def compare_files(before_path: Path, after_path: Path) -> int:
     for line in differences(first, second):
         print(line)
     comparisons = compare(before, after)
-    print(text(comparisons))
+    print_table(console(), COLUMNS, groups(comparisons))
     counts = {v: sum(c.verdict == v for c in comparisons) for v in ("faster", "slower", "same within noise")}
     print(", ".join(f"{n} {v}" for v, n in counts.items()))
     return 1 if any(c.verdict == "slower" or c.verdict.startswith("ok ->") for c in comparisons) else 0
+
+
+def main(words: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks compare", description=__doc__)
+    parser.add_argument("before", type=Path, metavar="A.json")
+    parser.add_argument("after", type=Path, metavar="B.json")
+    options = parser.parse_args(words)
+    try:
+        return compare_files(options.before, options.after)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        print(f"benchmarks compare: error: not a results file: {error}", file=sys.stderr)
+        return 2

@@ -1,7 +1,7 @@
 """Measure the engine on a GPU host, plugin and stock SGLang side by side: one layer's kernels, and served decode steps.
 
-    python benchmarks/engine_h200.py --out results/ layers --family v32 --kv fp8_e4m3 --shapes 1:8192 64:8192
-    python benchmarks/engine_h200.py --out results/ served --family v32 --kv fp8_e4m3 --shapes 1:8192 64:8192
+    python -m benchmarks.engine.measure --out results/ layers --family v32 --kv fp8_e4m3 --shapes 1:8192 64:8192
+    python -m benchmarks.engine.measure --out results/ served --family v32 --kv fp8_e4m3 --shapes 1:8192 64:8192
 
 `layers` profiles random-weight models in process (`nsa-plugin profile`). `served` starts one real server per arm, sends
 BATCH prompts of CONTEXT tokens at a time and reads decode throughput from the server's own log; prompts are prefixes of
@@ -24,16 +24,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-REPO = Path(__file__).resolve().parents[1]
-for folder in (str(REPO / "src"), str(REPO / "benchmarks")):
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-
-from engine_model import FAMILIES, VOCAB, write_model  # noqa: E402
-from environment import collect  # noqa: E402
-
-from nsa_backend_plugin.arms import Arm, parse_arms  # noqa: E402
-from nsa_backend_plugin.serving import Server  # noqa: E402
+from benchmarks.engine.model import FAMILIES, VOCAB, write_model
+from benchmarks.run.environment import REPO, collect, of_children
+from nsa_backend_plugin.arms import Arm, parse_arms
+from nsa_backend_plugin.serving import Server
 
 STOCK = {"v32": ("dsa",), "glm": ("dsa",), "v3": ("fa3", "triton")}
 SERVER_ARGS = (
@@ -111,7 +105,7 @@ def layers(options: argparse.Namespace) -> int:
         command = [sys.executable, "-m", "nsa_backend_plugin.cli", "profile", "--brief", "--json", str(output)]
         command += ["--arms", *options.arms, "--shapes", *options.shapes, "--timeout", "200"]
         command += ["--", f"--model-path={model}", *_server_args(options, needed)]
-        code = subprocess.run(command, check=False).returncode
+        code = subprocess.run(command, env=of_children(), check=False).returncode
         if output.exists():
             _write(options, "layers", {"rows": json.loads(output.read_text())["rows"]})
     return code

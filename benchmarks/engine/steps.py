@@ -1,7 +1,7 @@
 """Every engine test and measurement of a GPU host, each in a process with a time limit: results in --out.
 
-    python benchmarks/run_engine.py --out benchmarks/results/engine
-    python benchmarks/run_engine.py --out results/ --only tests layers-fp8
+    python -m benchmarks.engine.steps --out benchmarks/results/engine
+    python -m benchmarks.engine.steps --out results/ --only tests layers-fp8
 
 Exits 1 when a step failed or ran out of time. The limits leave room above what the steps took on an H200 host.
 """
@@ -19,7 +19,8 @@ import sys
 import time
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parents[1]
+from benchmarks.run.environment import REPO, of_children
+
 TINY = REPO / "examples" / "models" / "tiny-dsa-2k"
 _POINTS = "1:8192 16:8192 64:8192 1:32768 16:32768 1:131072"
 _BATCHES = " ".join(f"{batch}:8192" for batch in (2, 4, 8, 32, 128))
@@ -30,7 +31,7 @@ TESTS = {
     "tests-speculative": (400, "tests/engine/test_speculative_gpu.py"),
     "tests-parallel": (300, "tests/engine/test_gpu_parallel.py"),
 }
-#: Name -> (limit in seconds, arguments of engine_h200.py). Twenty layers keep the GPU busier than the host.
+#: Name -> (limit in seconds, arguments of engine.measure). Twenty layers keep the GPU busier than the host.
 MEASUREMENTS = {
     "layers-fp8": (
         200,
@@ -66,7 +67,7 @@ def commands(out: Path) -> dict[str, tuple[int, list[str]]]:
     python = sys.executable
     pytest = [python, "-m", "pytest", "-v", "-s", "-m", "gpu"]
     steps = {name: (limit, [*pytest, path]) for name, (limit, path) in TESTS.items()}
-    engine = [python, str(REPO / "benchmarks" / "engine_h200.py"), f"--out={out}"]
+    engine = [python, "-m", "benchmarks.engine.measure", f"--out={out}"]
     steps.update({name: (limit, [*engine, *shlex.split(text)]) for name, (limit, text) in MEASUREMENTS.items()})
     memcheck = ["compute-sanitizer", "--tool=memcheck", "--report-api-errors=no", "--error-exitcode=9", python, "-m"]
     memcheck += ["tests.engine.gpu_probe", *shlex.split(SANITIZED)]
@@ -91,8 +92,7 @@ def main() -> int:
 
 def _run(name: str, limit: int, command: list[str], out: Path) -> int:
     """Exit code; 124 when the limit was reached. The output goes to a log and its end to stdout."""
-    paths = [str(REPO / "src"), os.environ.get("PYTHONPATH", "")]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    env = of_children()
     if name == "memcheck":
         env["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # every tensor its own allocation, with its own bounds
     log = out / f"{name}.log"

@@ -7,18 +7,16 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import backends
-import environment
-import worker
-from child import LATE, Child
-from common import ERROR, BenchmarkResult
-from configs import Case, Config
-from measure import Settings
-from workloads import workload
+from benchmarks import backends
+from benchmarks.common import ERROR, BenchmarkResult
+from benchmarks.run import environment, worker
+from benchmarks.run.child import LATE, Child
+from benchmarks.schema import Case, Config, Settings
+from benchmarks.workloads import workload
 
 #: A backend that took the process down this often is not tried on the workload's other cases in this run.
 MAX_CRASHES = 2
@@ -51,7 +49,9 @@ class Row:
 
 def plan(config: Config, device: str) -> list[Row]:
     """All rows of a configuration, case by case, so that the backends of a case share its inputs; a row that several
-    runs of the configuration name is there once."""
+    runs of the configuration name is there once. Raises ValueError for a backend that none of its workloads has."""
+    kinds = [case.workload for case in config.cases]
+    backends.check_names([name for names in {c.backends for c in config.cases} for name in names], kinds)
     chosen: dict[tuple[tuple[str, ...], str], list[str]] = {}
     rows: dict[str, Row] = {}
     for case in config.cases:
@@ -66,7 +66,7 @@ def plan(config: Config, device: str) -> list[Row]:
 
 def fingerprint(settings: Settings, env: dict[str, Any]) -> str:
     """What two rows must share to belong to one run: settings, device, driver, libraries, sources."""
-    parts = [asdict(settings), {name: env[name] for name in environment.IDENTITY}]
+    parts = [settings.model_dump(), {name: env[name] for name in environment.IDENTITY}]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -142,7 +142,7 @@ def run(
     """
     results: list[BenchmarkResult | None] = [journal.finished(row) for row in rows]
     waiting = [i for i, result in enumerate(results) if result is None]
-    common = {"device": device, "settings": asdict(settings)}
+    common = {"device": device, "settings": settings.model_dump()}
     crashes: dict[tuple[str, str], list[str]] = {}
     if waiting and not journal.ceilings and _time_left(deadline):
         event, _ = _answer({**common, "ceilings": True}, child, deadline)

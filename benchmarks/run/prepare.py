@@ -10,11 +10,10 @@ import queue
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 
-from child import LATE, Child
-from measure import Settings
-from sweep import Row
+from benchmarks.run.child import LATE, Child
+from benchmarks.run.sweep import Row
+from benchmarks.schema import Settings
 
 #: Backends whose compilation takes longest start first.
 SLOW = ("flashinfer", "flashinfer_planned", "tilelang", "sglang_tilelang")
@@ -44,6 +43,7 @@ def compile_all(rows: Sequence[Row], device: str, jobs: int, seconds: float) -> 
     for group in groups(rows):
         waiting.put(group)
     done: list[str] = []
+    settings = Settings().model_dump()
 
     def work() -> None:
         with Child(grace_s=0.0) as child:
@@ -53,7 +53,7 @@ def compile_all(rows: Sequence[Row], device: str, jobs: int, seconds: float) -> 
                 except queue.Empty:
                     return
                 for row in group:
-                    job = {"device": device, "settings": asdict(Settings()), "row": row.job(), "compile_only": True}
+                    job = {"device": device, "settings": settings, "row": row.job(), "compile_only": True}
                     if time.monotonic() >= deadline or child.run(job, lambda event: None, deadline) == LATE:
                         return
                     done.append(row.key())

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from batch_spec import parse_batch_spec
-from common import BenchmarkResult
+from benchmarks.batch_spec import parse_batch_spec
+from benchmarks.common import BenchmarkResult
 
 DATA = Path(__file__).resolve().parent / "peer_baseline.yaml"
 #: Two runs on two machines of one kind differ by this much, or by this many microseconds.

@@ -7,27 +7,18 @@ import json
 import time
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-import backends
 import torch
-from clock import time_calls
-from common import ERROR, UNAVAILABLE, BenchmarkResult
-from workloads import Problem, workload
+
+from benchmarks import backends, registry
+from benchmarks.common import ERROR, UNAVAILABLE, BenchmarkResult
+from benchmarks.schema import Settings
+from benchmarks.timing.clock import time_calls
+from benchmarks.workloads import Problem, workload
 
 #: Errors after which the CUDA context answers every call with an error: only a new process helps.
 _POISONED = ("illegal memory access", "misaligned address", "unspecified launch failure", "device-side assert")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to measure. budget_s: about how long the samples of one row may take."""
-
-    repeats: int = 9
-    warmup_iters: int = 3
-    budget_s: float = 0.6
-    profile_memory: bool = False
 
 
 class ContextLost(Exception):
@@ -41,8 +32,7 @@ class ContextLost(Exception):
 @functools.lru_cache(maxsize=1)
 def _problem(name: str, params_json: str, device: torch.device) -> Problem:
     """The case's inputs, shared by the backends that are measured on it one after the other."""
-    kind = workload(name)
-    return kind.build(kind.complete(json.loads(params_json)), device)
+    return workload(name).build(json.loads(params_json), device)
 
 
 def measure(
@@ -59,24 +49,25 @@ def measure(
     """
     started = time.perf_counter()
     row = BenchmarkResult(workload=name, params=workload(name).complete(params), backend=backend)
+    row.reason = backends.unavailable(backend, name, row.params, device)
+    if row.reason:
+        row.status = UNAVAILABLE
+        return row
     try:
-        problem = _problem(name, json.dumps(dict(params), sort_keys=True), device)
+        problem = _problem(name, json.dumps(row.params, sort_keys=True), device)
         row.bytes, row.flops, row.checked = problem.bytes, problem.flops, problem.checked
         row.bar = problem.bar_of(backends.is_peer(backend, name))
-        chosen = backends.resolve(backend, name, problem, device)
+        chosen = backends.resolve(backend, name, problem)
         if compile_only:
             chosen.run(problem.inputs[-1], False)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
         else:
             _check_and_time(row, problem, chosen, device, settings)
-    except backends.Unavailable as error:
-        row.status, row.reason = UNAVAILABLE, str(error)
     except Exception as error:
-        text = f"{type(error).__name__}: {error}"
-        declined = isinstance(error, ValueError) and "implementation can" in str(error)
+        declined = registry.declined(error)
         row.status = UNAVAILABLE if declined else ERROR
-        row.reason = " ".join(text.split())[:400]
+        row.reason = " ".join((declined or f"{type(error).__name__}: {error}").split())[:400]
         if not declined:
             traceback.print_exc()
         if isinstance(error, torch.OutOfMemoryError):

@@ -71,7 +71,7 @@ def warm_up(sample: Callable[[], float], minimum: int, budget_s: float) -> int:
     started = time.perf_counter()
     previous = sample()
     taken = 1
-    while taken < MAX_WARMUP_SAMPLES:
+    while taken < max(minimum, MAX_WARMUP_SAMPLES):
         current = sample()
         taken += 1
         stable = abs(current - previous) <= STABLE * max(current, previous)

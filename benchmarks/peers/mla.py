@@ -11,18 +11,12 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from workloads.base import HEAD_DIM, SOFTMAX_SCALE, VALUE_DIM, Problem, int32
+from nsa_backend_plugin.ops.mla_vendor import pad_heads
+
+from benchmarks.workloads.base import HEAD_DIM, ROW_BYTES, SOFTMAX_SCALE, VALUE_DIM, Problem, int32
 
 Call = Callable[[Any], Any]
 PAGE = 64
-
-
-def _padded(q: torch.Tensor, heads: int) -> torch.Tensor:
-    if q.shape[1] == heads:
-        return q
-    whole = q.new_zeros(q.shape[0], heads, HEAD_DIM)
-    whole[:, : q.shape[1]] = q
-    return whole
 
 
 def _padded_heads(heads: int) -> int:
@@ -34,7 +28,7 @@ def flash_mla_packed(problem: Problem) -> Call:
     from sgl_kernel.flash_mla import flash_mla_with_kvcache, get_mla_metadata
 
     tokens, heads, topk = (problem.extra[k] for k in ("tokens", "heads", "topk"))
-    pages = problem.extra["pool"].view(-1, PAGE, 1, 656)
+    pages = problem.extra["pool"].view(-1, PAGE, 1, ROW_BYTES["packed"])
     lengths = int32([topk] * tokens, pages.device)
     table = torch.empty(tokens, 0, dtype=torch.int32, device=pages.device)
     width = _padded_heads(heads)
@@ -43,7 +37,7 @@ def flash_mla_packed(problem: Problem) -> Call:
     def call(item: Any) -> torch.Tensor:
         q, indices = item
         out, _ = flash_mla_with_kvcache(
-            q=_padded(q, width)[:, None],
+            q=pad_heads(q, width)[:, None],
             k_cache=pages,
             block_table=table,
             cache_seqlens=lengths,
@@ -67,7 +61,7 @@ def flash_mla_sparse(problem: Problem) -> Call:
 
     def call(item: Any) -> torch.Tensor:
         q, indices = item
-        padded = _padded(q, _padded_heads(heads))
+        padded = pad_heads(q, _padded_heads(heads))
         return flash_mla_sparse_fwd(padded, pool, indices[:, None], SOFTMAX_SCALE, VALUE_DIM)[0][:, :heads]
 
     return call

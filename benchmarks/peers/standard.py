@@ -7,8 +7,9 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from workloads.base import Problem, int32
-from workloads.dense_mla import row_slots
+
+from benchmarks.workloads.base import Problem, int32
+from benchmarks.workloads.dense_mla import row_slots
 
 Call = Callable[[Any], Any]
 

@@ -8,14 +8,17 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import nsa_backend_plugin
 from nsa_backend_plugin.environment import commit
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parents[2]
+RESULTS = REPO / "benchmarks" / "results"
 LIBRARIES = (
     "torch",
     "triton",
@@ -51,6 +54,12 @@ def collect(device: str) -> dict[str, Any]:
     }
 
 
+def of_children() -> dict[str, str]:
+    """Variables of a child process that imports this suite and the library that this process imports."""
+    paths = [str(REPO), str(Path(nsa_backend_plugin.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
 def command_line(argv: list[str]) -> str:
     """The command as a reader would type it: paths inside the repository relative, others by name only."""
     words = []
@@ -63,14 +72,21 @@ def command_line(argv: list[str]) -> str:
 
 
 def source_digest() -> str:
-    """Digest of everything that can change a timing: the operations and the suite itself."""
+    """Digest of everything that can change a timing: every source file of the package that is imported, and the suite
+    itself."""
     digest = hashlib.sha256()
-    roots = [REPO / "src" / "nsa_backend_plugin" / "ops", REPO / "benchmarks"]
-    for root in roots:
-        for path in sorted(p for p in root.rglob("*") if p.suffix in (".py", ".cu", ".cuh")):
-            digest.update(str(path.relative_to(REPO)).encode())
-            digest.update(path.read_bytes())
+    for root in (Path(nsa_backend_plugin.__file__).parent, REPO / "benchmarks"):
+        for path in sorted(p for p in root.rglob("*") if p.suffix in (".py", ".cu", ".cuh", ".json") and p.is_file()):
+            if RESULTS not in path.parents:
+                digest.update(str(path.relative_to(root)).encode())
+                digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
+
+
+def machine(device: str) -> str:
+    """A device's name as part of a file's name: "h200", "cpu-x86_64-2-cores"."""
+    name = re.sub(r"\b(nvidia|amd|instinct|graphics)\b", "", _device_name(device).lower())
+    return re.sub(r"[^a-z0-9_]+", "-", name).strip("-")
 
 
 def _versions() -> dict[str, str]:
