@@ -71,7 +71,7 @@ def _report_and_prepare(runner: Any, device: torch.device, backend: str) -> None
     logger.info("nsa_plugin %s on SGLang %s: %s on %s%s", __version__, release.version(), backend, device, mode)
     for name in hooks.standing_down():
         logger.info("nsa_plugin hook stands down, its patch is applied: %s", name)
-    steps = shapes.steps(runner.server_args, runner.model_config.context_len)
+    steps = shapes.steps(runner.model_config.context_len)
     model, arch = shapes.model(runner), device_arch(device)
     decode = [step for step in steps if not step.prefill]
     shown = dict.fromkeys((decode[0], decode[-1], steps[-1]))
