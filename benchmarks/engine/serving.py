@@ -67,14 +67,11 @@ def shape(text: str) -> tuple[int, int]:
 
 def arms_of(texts: Sequence[str]) -> list[Arm]:
     """`plugin` by its backend's name; `stock` without a backend. Raises ValueError for a bad arm."""
-    found = parse_arms(list(texts))
     names = {"plugin": BACKEND_NAME, STOCK: ""}
-    off = {"NSA_PLUGIN_DISABLE": "1"}
+    more = {STOCK: {"NSA_PLUGIN_DISABLE": "1"}}
     return [
-        dataclasses.replace(
-            a, backend=names.get(a.backend, a.backend), env=off | a.env if a.backend == STOCK else a.env
-        )
-        for a in found
+        dataclasses.replace(arm, backend=names.get(arm.backend, arm.backend), env=more.get(arm.backend, {}) | arm.env)
+        for arm in parse_arms(list(texts))
     ]
 
 
@@ -125,9 +122,8 @@ def measure_arm(arm: Arm, options: argparse.Namespace, rows: list[dict[str, Any]
             row |= {key: round(result[name], 3) for key, name, _ in METRICS}
             rows.append({**row, "requests": result["completed"], "duration_s": round(result["duration"], 1)})
             output.save(path, options, rows)
-            numbers = ", ".join(
-                f"{title.strip()} {cell}" for (_, _, title), cell in zip(METRICS, cells(row), strict=True)
-            )
+            named = zip(METRICS, cells(row), strict=True)
+            numbers = ", ".join(f"{title.strip()} {cell}" for (_, _, title), cell in named)
             print(f"[{i + 1}/{len(points)}] {arm.text} {prompt}/{answer} at {concurrency}: {numbers}", flush=True)
 
 

@@ -63,14 +63,14 @@ SANITIZED = (
 END_SECONDS = 15
 
 
-def commands(out: Path) -> dict[str, tuple[int, list[str]]]:
+def commands(out: Path, force: bool = False) -> dict[str, tuple[int, list[str]]]:
     """Name -> (limit in seconds, command), in the order in which they run."""
     python = sys.executable
     pytest = [python, "-m", "pytest", "-v", "-s", "-m", "gpu"]
     steps = {name: (limit, [*pytest, path]) for name, (limit, path) in TESTS.items()}
     for name, (limit, text) in MEASUREMENTS.items():
         command, *words = shlex.split(text)
-        steps[name] = (limit, [python, "-m", "benchmarks", command, f"--out={out}", "--force", *words])
+        steps[name] = (limit, [python, "-m", "benchmarks", command, f"--out={out}", *["--force"] * force, *words])
     memcheck = ["compute-sanitizer", "--tool=memcheck", "--report-api-errors=no", "--error-exitcode=9", python, "-m"]
     memcheck += ["tests.engine.gpu_probe", *shlex.split(SANITIZED)]
     if shutil.which("compute-sanitizer"):
@@ -84,9 +84,10 @@ def main(words: Sequence[str]) -> int:
     )
     parser.add_argument("--out", type=Path, default=REPO / "benchmarks" / "results" / "engine")
     parser.add_argument("--only", nargs="+", metavar="STEP", help="default: all of them")
+    parser.add_argument("--force", action="store_true", help="replace results files that exist")
     options = parser.parse_args(words)
     options.out.mkdir(parents=True, exist_ok=True)
-    steps = commands(options.out.resolve())
+    steps = commands(options.out.resolve(), options.force)
     unknown = sorted(set(options.only or ()) - set(steps))
     if unknown:
         parser.error(f"--only {unknown[0]}: expected some of {', '.join(steps)}")
