@@ -28,7 +28,7 @@ from typing import Any
 from benchmarks.engine import output
 from benchmarks.engine.model import FAMILIES, VOCAB, write_model
 from benchmarks.run.environment import of_children
-from nsa_backend_plugin.accuracy.arms import Arm, parse_arms
+from nsa_backend_plugin.arms import Arm, parse_arms
 from nsa_backend_plugin.serving import Server
 
 STOCK = {"v32": ("dsa",), "glm": ("dsa",), "v3": ("fa3", "triton")}

@@ -23,7 +23,7 @@ from benchmarks.common import write
 from benchmarks.engine import output
 from benchmarks.report.screen import Line, console, print_table
 from nsa_backend_plugin import BACKEND_NAME
-from nsa_backend_plugin.accuracy.arms import Arm, parse_arms
+from nsa_backend_plugin.arms import Arm, parse_arms
 from nsa_backend_plugin.serving import Server, ServerError
 
 STOCK = "stock"

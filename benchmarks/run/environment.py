@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import nsa_backend_plugin
-from nsa_backend_plugin.accuracy.environment import commit
+from nsa_backend_plugin.environment import commit
 
 REPO = Path(__file__).resolve().parents[2]
 RESULTS = REPO / "benchmarks" / "results"

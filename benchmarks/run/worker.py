@@ -28,11 +28,11 @@ def run_job(job: dict[str, Any], emit: Emit) -> None:
 
     from benchmarks.run.measure import ContextLost, Settings, measure
     from benchmarks.timing.clock import measure_ceilings
-    from nsa_backend_plugin.ops import triton_support
+    from nsa_backend_plugin.ops._triton import support
 
     device = torch.device(job["device"])
-    if device.type == "cpu" and triton_support.available("cpu").ok:
-        import nsa_backend_plugin.ops.triton_interpreter  # noqa: F401
+    if device.type == "cpu" and support.available("cpu") is None:
+        import tools.triton_interpreter  # noqa: F401
     if job.get("ceilings"):
         emit({"event": "ceilings", "result": asdict(measure_ceilings(device))})
         return

@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from nsa_backend_plugin.ops.registry import operations
 
 from benchmarks import backends, cli, registry, workloads
 from benchmarks.batch_spec import MAX_TOKENS, parse_batch_spec
 from benchmarks.report import screen
-from nsa_backend_plugin.ops.registry import operations
 
 from .conftest import SUITE, code
 

@@ -23,7 +23,7 @@ from benchmarks.run.child import Child
 from benchmarks.run.measure import Settings
 from benchmarks.timing import clock
 from benchmarks.workloads import WORKLOADS, indexer
-from nsa_backend_plugin.ops.registry import operations
+from nsa_backend_plugin.ops.dispatch import operations
 
 from .conftest import SUITE, code
 
