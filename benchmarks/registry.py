@@ -58,14 +58,21 @@ def is_own(operation: str, name: str) -> bool:
 
 
 def _libraries(file: Path, names: frozenset[str] | None = None) -> set[str]:
-    """Packages with kernels that a file imports, or only its functions `names`. What it uses of our own shared modules
-    is looked into."""
+    """Packages with kernels that a file imports or probes for, or only its functions `names` and what they use of the
+    same file. What it uses of our own shared modules is looked into."""
+    body = {getattr(top, "name", str(i)): top for i, top in enumerate(ast.parse(file.read_text()).body)}
+    nodes: list[ast.AST] = []
+    waiting = set(body if names is None else names & body.keys())
+    while waiting:
+        inside = list(ast.walk(body.pop(waiting.pop())))
+        nodes += inside
+        waiting |= {n.id for n in inside if isinstance(n, ast.Name)} & body.keys()
     found: set[str] = set()
-    body = ast.parse(file.read_text()).body
-    nodes = [node for top in body if names is None or getattr(top, "name", None) in names for node in ast.walk(top)]
     for node in nodes:
         if isinstance(node, ast.Import):
             found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("probe.missing", "importlib.import_module"):
+            found |= {str(a.value).partition(".")[0] for a in node.args[:1] if isinstance(a, ast.Constant)}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.module.startswith(_OURS.name):
             found.add(node.module.partition(".")[0])
         elif isinstance(node, ast.ImportFrom) and node.module:
