@@ -51,9 +51,8 @@ def pairs(results: Sequence[BenchmarkResult], device: str) -> list[Pair]:
     timed = [r for r in results if r.median_us]
     found = []
     for table in data["tables"]:
-        rows = [
-            r for r in timed if r.workload == table["workload"] and r.backend in (table["backend"], table.get("now"))
-        ]
+        mine = [r for r in timed if r.workload == table["workload"]]
+        rows = [r for r in mine if r.backend == table["backend"]] or [r for r in mine if r.backend == table.get("now")]
         for key, times in table["us"].items():
             for column, before in zip(table["columns"], times, strict=True):
                 varying = {table["column"]: column} | ({} if table["row"] == "_" else {table["row"]: key})
