@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from nsa_backend_plugin.ops.registry import operations
+from nsa_backend_plugin.ops.dispatch import operations
 
 from benchmarks import backends, cli, registry, workloads
 from benchmarks.batch_spec import MAX_TOKENS, parse_batch_spec
