@@ -87,7 +87,7 @@ def refusal(host: Host) -> str | None:
     if not (3, 10) <= host.python <= (3, 13):
         return f"Python {python}: expected 3.10 to 3.13; `make PYTHON=python3.12 ...` picks another"
     if host.system != "Linux":
-        return f"{host.system}: expected Linux, the only system with all the wheels; a container or virtual machine will do"
+        return f"{host.system}: expected Linux, which alone has all the wheels; a container or virtual machine will do"
     if host.machine != "x86_64":
         return f"{host.machine} processor: expected x86-64 (x86_64), the only one with all the wheels"
     if host.glibc < (2, 28):
@@ -177,7 +177,9 @@ class Announcements:
             return f"{verb.lower()} {name}"
         left = sorted(self.sizes.keys() - self.done, key=self.sizes.__getitem__, reverse=True)
         have = sum(self.sizes[name] for name in self.sizes.keys() & self.done)
-        return f"{have:.1f} of {sum(self.sizes.values()):.1f} GB, {len(left)} downloads under way: {', '.join(left[:3])}"
+        return (
+            f"{have:.1f} of {sum(self.sizes.values()):.1f} GB, {len(left)} downloads under way: {', '.join(left[:3])}"
+        )
 
 
 @contextlib.contextmanager
@@ -220,6 +222,17 @@ def uv_environment(pip_config: str, environment: Mapping[str, str]) -> dict[str,
     return {**wanted, **environment}
 
 
+def requirements_of(version: str) -> Path:
+    return HERE / f"sglang-{version}-cpu.txt"
+
+
+def compile_arguments(version: str, dev: bool) -> tuple[str, ...]:
+    """What `uv pip compile` resolves for a release, from the repository's root: the set of requirements and how it is
+    written."""
+    extra = ("pyproject.toml", "--extra", "dev", "--override", str(DEV_OVERRIDES)) if dev else ()
+    return (str(requirements_of(version)), *extra, "--upgrade", "--quiet", "--no-header", "--no-annotate")
+
+
 class Installer:
     """The steps of one environment."""
 
@@ -230,14 +243,16 @@ class Installer:
         # Containers often set it; the first import, the last step, is there to write.
         self.environment.pop("PYTHONDONTWRITEBYTECODE", None)
 
-    @property
-    def requirements(self) -> Path:
-        return HERE / f"sglang-{self.version}-cpu.txt"
-
     def output(self, *command: str) -> str:
         """What a short command prints, both streams; raises CalledProcessError."""
         return subprocess.run(
-            command, cwd=ROOT, env=self.environment, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            command,
+            cwd=ROOT,
+            env=self.environment,
+            check=True,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         ).stdout
 
     def run(self, title: str, *command: str) -> None:
@@ -276,7 +291,7 @@ class Installer:
         self.output(sys.executable, "-m", "venv", "--clear", str(self.venv))
 
     def find_uv(self) -> str | None:
-        """uv's program, fetched by pip into the environment; None, with a line that says why, where it cannot be had."""
+        """uv's program, which pip fetches into the environment. Where it cannot be had: a line that says why, None."""
         self.progress.begin(f"fetching {UV}")
         uv = self.venv / "bin" / "uv"
         try:
@@ -292,11 +307,16 @@ class Installer:
 
     def with_uv(self, uv: str) -> None:
         python = ("--python", str(self.python))
-        dev = ("pyproject.toml", "--extra", "dev", "--override", str(DEV_OVERRIDES)) if self.dev else ()
-        output = ("--output-file", str(self.lock), "--upgrade", "--quiet", "--no-header", "--no-annotate")
-        self.run("choosing versions", uv, "pip", "compile", *python, str(self.requirements), *dev, *output)
+        arguments = compile_arguments(self.version, self.dev)
+        self.run("choosing versions", uv, "pip", "compile", *python, *arguments, "--output-file", str(self.lock))
         self.check_disk(uv)
-        install = (uv, "pip", "install", *python, "--no-deps")  # the list is complete, but for what SGLang calls its own
+        install = (
+            uv,
+            "pip",
+            "install",
+            *python,
+            "--no-deps",
+        )  # the list is complete, but for what SGLang calls its own
         self.run(f"SGLang {self.version}", *install, "-r", str(self.lock), f"sglang=={self.version}")
         with alone():
             self.run("nsa-backend-plugin", *install, str(TORCHVISION_STUB), "--editable", ".")
@@ -331,7 +351,7 @@ class Installer:
         # pip would compile every module of torch, transformers and SGLang, for over a minute; the first import, at the
         # end, compiles the quarter that a server needs.
         install = (str(self.python), "-m", "pip", "install", "--no-compile", "--progress-bar", "off")
-        self.run(f"requirements of SGLang {self.version}", *install, "-r", str(self.requirements))
+        self.run(f"requirements of SGLang {self.version}", *install, "-r", str(requirements_of(self.version)))
         self.run(f"SGLang {self.version}", *install, "--no-deps", f"sglang=={self.version}")
         with alone():
             self.run("nsa-backend-plugin", *install, str(TORCHVISION_STUB), "--editable", ".[dev]" if self.dev else ".")
@@ -346,16 +366,17 @@ class Installer:
 def install(venv: Path, version: str, dev: bool, pip: bool, lines: bool) -> None:
     if problem := refusal(Host.here()):
         raise SystemExit(problem)
-    progress = Progress(venv.name, 6, lines)
-    installer = Installer(venv, version, dev, progress)
-    if not installer.requirements.exists():
+    requirements = requirements_of(version)
+    if not requirements.exists():
         known = ", ".join(sorted(p.name[7:-8] for p in HERE.glob("sglang-*-cpu.txt")))
         raise SystemExit(f"SGLANG_VERSION={version!r}: expected one of {known}")
-    want = stamp_of(installer.requirements)
+    want = stamp_of(requirements)
     stamps = {name: venv / f".stamp-{name}" for name in ("serve", "dev")}
     acceptable = [stamps["dev"]] if dev else list(stamps.values())
     if any(path.exists() and path.read_text() == want for path in acceptable):
         return
+    progress = Progress(venv.name, 6, lines)
+    installer = Installer(venv, version, dev, progress)
     threading.Thread(target=progress.run, daemon=True).start()
     try:
         installer.create()
