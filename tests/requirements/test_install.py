@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -139,3 +140,14 @@ def test_without_uv_the_reason_is_said_and_pip_goes_on(tmp_path, monkeypatch, ca
     assert [command[1:4] for command in steps] == [("-m", "pip", "install")] * 4
     assert steps[0][-2:] == ("-r", str(REQUIREMENTS / "sglang-0.5.17-cpu.txt"))
     assert steps[-1][-3:] == ("--no-deps", "-r", str(REQUIREMENTS / "dev-overrides.txt"))
+
+
+def test_every_instruction_to_install_names_the_python():
+    """A bare `pip` may belong to another Python than the one that runs SGLang; the plugin would land there."""
+    root = REQUIREMENTS.parent
+    folders = ("docs", "src", "benchmarks", "examples", "patches", "requirements")
+    files = [*root.glob("*.md"), *(path for folder in folders for path in (root / folder).rglob("*"))]
+    bare = re.compile(r"(?<!-m )\bpip[\d.]* install\b")
+    texts = {path: path.read_text() for path in files if path.suffix in (".md", ".py", ".sh", ".txt", ".html", ".toml")}
+    assert len(texts) > 100
+    assert [str(path) for path, text in texts.items() if bare.search(text)] == []
