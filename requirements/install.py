@@ -89,12 +89,12 @@ def refusal(host: Host) -> str | None:
     if host.system != "Linux":
         return f"{host.system}: expected Linux, which alone has all the wheels; a container or virtual machine will do"
     if host.machine != "x86_64":
-        return f"{host.machine} processor: expected x86-64 (x86_64), the only one with all the wheels"
+        return f"{host.machine} processor: expected x86-64, without which nothing here was tried"
     if host.glibc < (2, 28):
         found = "glibc " + ".".join(map(str, host.glibc)) if host.glibc else "a C library that is not glibc"
         return f"{found}: expected glibc 2.28 or later, as in Debian 10 and Ubuntu 20.04, for the wheels of torch"
     if host.cpu_flags is not None and "avx2" not in host.cpu_flags:
-        return "this processor has no AVX2, which torch and the engine's libraries are built for: take a newer one"
+        return "this processor has no AVX2, without which nothing here was tried: take one of 2015 or later"
     if not host.ensurepip:
         return (
             f"Python {python} cannot make virtual environments with pip: install its ensurepip "
@@ -298,8 +298,8 @@ class Installer:
             self.output(str(self.python), "-m", "pip", "install", "--quiet", "--no-compile", UV)
             self.output(str(uv), "--version")
         except (OSError, subprocess.CalledProcessError) as error:
-            words = (getattr(error, "output", None) or str(error)).strip().splitlines()
-            self.progress.say(f"{UV} cannot be had ({words[-1]}); pip installs the same, more slowly")
+            words = ((getattr(error, "output", None) or "").strip() or str(error)).splitlines()[-1]
+            self.progress.say(f"{UV} cannot be had ({words}); pip installs the same, more slowly")
             return None
         config = self.output(str(self.python), "-m", "pip", "config", "list")
         self.environment = uv_environment(config, self.environment)
@@ -310,13 +310,8 @@ class Installer:
         arguments = compile_arguments(self.version, self.dev)
         self.run("choosing versions", uv, "pip", "compile", *python, *arguments, "--output-file", str(self.lock))
         self.check_disk(uv)
-        install = (
-            uv,
-            "pip",
-            "install",
-            *python,
-            "--no-deps",
-        )  # the list is complete, but for what SGLang calls its own
+        # The list is complete, but for what SGLang would have beside it.
+        install = (uv, "pip", "install", *python, "--no-deps")
         self.run(f"SGLang {self.version}", *install, "-r", str(self.lock), f"sglang=={self.version}")
         with alone():
             self.run("nsa-backend-plugin", *install, str(TORCHVISION_STUB), "--editable", ".")
