@@ -194,7 +194,7 @@ def test_a_missing_library_is_named(name: str, monkeypatch: pytest.MonkeyPatch, 
     find = cli.importlib.util.find_spec
     monkeypatch.setattr(cli.importlib.util, "find_spec", lambda n, *rest: None if n == name else find(n, *rest))
     error = refused(capsys, *TORCH)
-    assert error.startswith(f"benchmarks: error: {name} not found by {sys.executable}: pip install")
+    assert error.startswith(f"benchmarks: error: {name} not found: in the clone, {sys.executable} -m pip install")
 
 
 def test_a_batch_has_limits() -> None:

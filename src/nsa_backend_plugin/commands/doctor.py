@@ -165,7 +165,7 @@ def entry_points(environment: Mapping[str, str], on_cpu: bool, problems: Problem
         if not points:
             reason, todo = (
                 "the package's metadata is missing",
-                f"install {_DISTRIBUTION} for {sys.executable}: pip install --no-deps . from a clone",
+                f"from a clone: {sys.executable} -m pip install --no-deps .",
             )
         elif selected and selected != PLATFORM:
             reason = f"SGLANG_PLATFORM={selected} skips packages with another platform"
