@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from nsa_backend_plugin import cli, patching
-from nsa_backend_plugin.commands import doctor
-from nsa_backend_plugin.commands import patch as patch_command
-from nsa_backend_plugin.engine import hooks, targets
+from nsa_backend_plugin.commands import _checkout, doctor
+from nsa_backend_plugin.engine import ledger
+from nsa_backend_plugin.engine import release as sglang_release
 from tests.sglang_copies import PATCHES, RELEASES, copy_files, installed_packages, touched
+from tools import index_patches
 
 PACKAGES = installed_packages()
 CASES = [(release, name) for release in RELEASES for name in RELEASES[release].index]
@@ -50,7 +51,7 @@ def test_a_patch_applies_to_its_release_compiles_and_reverts(release, name, tmp_
     assert {file for file in after if after[file] != before[file]} == files
     for file in files:
         py_compile.compile(str(copy / file), cfile=str(tmp_path / "compiled.pyc"), doraise=True)
-        assert f'\n{targets.PATCH_MARKER} = "{name}"\n'.encode() in after[file]
+        assert f'\n{sglang_release.PATCH_MARKER} = "{name}"\n'.encode() in after[file]
     assert cli.main(["patch", "--apply", *arguments]) == 0
     assert contents(copy) == after | {"compiled.pyc": (tmp_path / "compiled.pyc").read_bytes()}
     assert cli.main(["patch", "--revert", *arguments]) == 0
@@ -60,7 +61,7 @@ def test_a_patch_applies_to_its_release_compiles_and_reverts(release, name, tmp_
 @pytest.mark.parametrize("release, name", CASES)
 def test_every_patch_is_a_hooks_and_changes_the_hooks_module(release, name):
     """The marker is looked for in the module of the row's target."""
-    [row] = [row for row in hooks.LEDGER if row.name == name]
+    [row] = [row for row in ledger.LEDGER if row.name == name]
     [file] = RELEASES[release].index[name]
     module = "sglang." + file.removesuffix(".py").replace("/", ".")
     assert row.target.startswith(module + ".")
@@ -69,7 +70,7 @@ def test_every_patch_is_a_hooks_and_changes_the_hooks_module(release, name):
 @pytest.mark.parametrize("release", sorted(RELEASES))
 def test_every_hook_that_wraps_sglang_code_has_a_patch(release):
     solved = {"support_triton"} if release == "0.5.23" else {"fused_decode_rocm"}  # not there, or not yet
-    wrapping = {row.name for row in hooks.LEDGER if row.kind == "hook"}
+    wrapping = {row.name for row in ledger.LEDGER if row.kind == "hook"}
     assert wrapping - solved <= set(RELEASES[release].index)
 
 
@@ -84,7 +85,7 @@ def test_patches_are_short_and_in_the_ledger(release):
 
 
 def test_committed_index_is_that_of_the_patches(copy):
-    assert patching.make_index(PATCHES / copy.name, copy) == RELEASES[copy.name].index
+    assert index_patches.make_index(PATCHES / copy.name, copy) == RELEASES[copy.name].index
 
 
 def test_all_patches_together_and_idempotent(copy, capsys):
@@ -178,8 +179,10 @@ def test_a_patch_that_does_not_give_the_recorded_file_is_refused(copy, tmp_path,
     folder = shutil.copytree(PATCHES, tmp_path / "patches")
     name = sorted(RELEASES[copy.name].index)[0]
     broken = folder / copy.name / f"{name}.patch"
-    broken.write_text(broken.read_text().replace(f'+{targets.PATCH_MARKER} = "', f'+{targets.PATCH_MARKER} = "x'))
-    monkeypatch.setattr(patch_command, "_PATCHES", folder)
+    broken.write_text(
+        broken.read_text().replace(f'+{sglang_release.PATCH_MARKER} = "', f'+{sglang_release.PATCH_MARKER} = "x')
+    )
+    monkeypatch.setattr(_checkout, "find", lambda name: folder)
     before = contents(copy)
     assert cli.main(["patch", "--apply", "--sglang", str(copy)]) == 1
     assert contents(copy) == before
@@ -192,7 +195,8 @@ def test_usage_errors(tmp_path, monkeypatch, capsys):
     (tmp_path / "srt").mkdir()
     assert cli.main(["patch", "--check", "no_such", "--sglang", str(tmp_path)]) == 2
     assert "unknown patch no_such: expected draft_backends" in capsys.readouterr().err
-    monkeypatch.setattr(patch_command, "_PATCHES", tmp_path)
+    monkeypatch.setattr(_checkout, "_RUNS_FROM", tmp_path)
+    monkeypatch.chdir(tmp_path)
     assert cli.main(["patch", "--check"]) == 2
     assert "source checkout" in capsys.readouterr().err
     with pytest.raises(SystemExit) as caught:
@@ -245,7 +249,7 @@ def test_a_patch_of_two_files_that_stopped_half_way_is_finished(tmp_path):
     package.mkdir()
     for name in "fg":
         (package / f"{name}.py").write_text("a\n")
-    index = patching.make_index(tmp_path / "0", package)
+    index = index_patches.make_index(tmp_path / "0", package)
     release = patching.Release(tmp_path / "0", index)
     (package / "f.py").write_text("b\n")
     assert patching.state(release, "p", package) == "partly applied"
@@ -257,7 +261,7 @@ def test_a_patch_of_two_files_that_stopped_half_way_is_finished(tmp_path):
 
 
 def test_doctor_names_the_hooks_that_stand_down(monkeypatch):
-    monkeypatch.setattr(targets, "patched", lambda target, name: name == "rope_cpu")
+    monkeypatch.setattr(sglang_release, "patched", lambda target, name: name == "rope_cpu")
     rows = doctor.hooks(True, doctor.Problems())
     assert [row["name"] for row in rows if row["patched"]] == ["rope_cpu"]
     empty: dict = collections.defaultdict(list, python="3", versions={}, device=None)
@@ -270,7 +274,7 @@ def test_two_patches_may_not_share_a_file(tmp_path):
         (tmp_path / f"{name}.patch").write_text("--- a/f.py\n+++ b/f.py\n@@ -1 +1 @@\n-a\n+b\n")
     (tmp_path / "f.py").write_text("a\n")
     with pytest.raises(patching.PatchError, match="another patch"):
-        patching.make_index(tmp_path, tmp_path)
+        index_patches.make_index(tmp_path, tmp_path)
 
 
 def test_index_files_are_sorted_json():

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from nsa_backend_plugin import plugin
-from nsa_backend_plugin.engine import compat, hooks, launch
+from nsa_backend_plugin.engine import launch, ledger
+from nsa_backend_plugin.engine import release as sglang_release
 
 CLASS = "nsa_backend_plugin.engine.cpu.platform.NsaPluginCpuPlatform"
 NAMED = ["launch_server.py", "--attention-backend", "nsa_plugin"]
@@ -86,13 +87,13 @@ def test_cpu_platform_can_be_forced_and_switched_off(command_line):
     ],
 )
 def test_supported_range(release, ok):
-    assert compat.supported(release) is ok
+    assert sglang_release.supported(release) is ok
 
 
 def test_unsupported_release_is_an_error_with_both_versions(monkeypatch):
-    monkeypatch.setattr(compat, "version", lambda: "0.5.24")
+    monkeypatch.setattr(sglang_release, "version", lambda: "0.5.24")
     with pytest.raises(ValueError, match=r"SGLang 0\.5\.24 .*install sglang 0\.5\.17 to 0\.5\.23"):
-        compat.require_supported()
+        sglang_release.require_supported()
 
 
 def test_exact_mode_needs_float32_on_cpu(monkeypatch):
@@ -104,8 +105,8 @@ def test_exact_mode_needs_float32_on_cpu(monkeypatch):
 
 
 def test_ledger_rows_are_complete_and_unique():
-    assert len({row.name for row in hooks.LEDGER}) == len(hooks.LEDGER)
-    for row in hooks.LEDGER:
+    assert len({row.name for row in ledger.LEDGER}) == len(ledger.LEDGER)
+    for row in ledger.LEDGER:
         assert row.kind in ("call", "append", "hook", "subclass", "op")
         assert row.stage in ("name", "start", "cpu", "factory", "gpu", "gpu_dsa")
         assert row.why

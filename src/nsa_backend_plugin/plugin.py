@@ -53,7 +53,7 @@ def _disabled() -> bool:
 
 
 def _register_name() -> None:
-    """The command-line choice and the backend factory; rows of `engine.hooks.LEDGER`."""
+    """The command-line choice and the backend factory; rows of `engine.ledger.LEDGER`."""
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
     from sglang.srt.server_args import add_attention_backend_choices
 

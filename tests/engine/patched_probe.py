@@ -19,10 +19,10 @@ import torch
 from sglang.srt.plugins import load_plugins
 from sglang.srt.plugins.hook_registry import HookRegistry
 
-from nsa_backend_plugin.engine import hooks
+from nsa_backend_plugin.engine import hooks, ledger
 
 load_plugins()
-ROWS = {row.name: row for row in hooks.LEDGER}
+ROWS = {row.name: row for row in ledger.LEDGER}
 
 
 def our_hooks() -> list[str]:

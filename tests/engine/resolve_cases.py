@@ -20,14 +20,14 @@ from sglang.srt.models.deepseek_common.utils import FORWARD_ABSORB_CORE_ATTENTIO
 from sglang.srt.server_args import prepare_server_args  # noqa: E402
 
 from nsa_backend_plugin import BACKEND_NAME  # noqa: E402
-from nsa_backend_plugin.engine import compat, hooks  # noqa: E402
+from nsa_backend_plugin.engine import hooks, release  # noqa: E402
 
 
 def resolve(case: dict) -> dict:
     hooks.FIRED.clear()
     error = None
-    version = case.get("sglang") or compat.version()
-    with mock.patch.dict(os.environ, case.get("env", {})), mock.patch.object(compat, "version", return_value=version):
+    version = case.get("sglang") or release.version()
+    with mock.patch.dict(os.environ, case.get("env", {})), mock.patch.object(release, "version", return_value=version):
         try:
             arguments = prepare_server_args(case["argv"])
             if hasattr(arguments, "resolve_once"):

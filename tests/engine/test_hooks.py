@@ -10,20 +10,20 @@ import sys
 import pytest
 import torch
 
-from nsa_backend_plugin.engine import hooks, targets
+from nsa_backend_plugin.engine import ledger, release
 
 pytestmark = pytest.mark.engine
 
 
-@pytest.mark.parametrize("row", hooks.LEDGER, ids=lambda row: row.name)
+@pytest.mark.parametrize("row", ledger.LEDGER, ids=lambda row: row.name)
 def test_target_of_every_hook_exists_in_the_installed_sglang(row):
-    assert targets.exists("sglang.srt.server_args.ServerArgs"), "SGLang is not installed"
-    assert hooks.target_exists(row) or not row.needed()
+    assert release.exists("sglang.srt.server_args.ServerArgs"), "SGLang is not installed"
+    assert row.target_exists or not row.needed()
 
 
 def test_targets_tell_what_is_missing():
     for missing in ("sglang.srt.server_args.ServerArgs.nothing", "sglang.srt.nothing.f", "sglang.nothing", "nothing.x"):
-        assert not targets.exists(missing)
+        assert not release.exists(missing)
 
 
 PROGRAM = """

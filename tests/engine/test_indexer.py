@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from nsa_backend_plugin.ops.rotary import apply_leading_rope, hadamard
 
 from nsa_backend_plugin.engine import index_cache
 from nsa_backend_plugin.layouts import index_page_bytes
 from nsa_backend_plugin.ops import index_key_cache, indexer_prep
-from nsa_backend_plugin.ops.rotary import apply_leading_rope, hadamard
 
 pytest.importorskip("sglang", reason="needs SGLang")
 indexer_path = pytest.importorskip("nsa_backend_plugin.engine.indexer")

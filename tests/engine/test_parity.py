@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from nsa_backend_plugin.engine import hooks
-from nsa_backend_plugin.ops import registry
+from nsa_backend_plugin.engine import ledger
+from nsa_backend_plugin.runtime import served as served_calls
 from nsa_backend_plugin.serving import HOST, Server
 from tests.sglang_copies import RELEASES, patched_overlay
 
@@ -162,11 +162,11 @@ def test_every_hook_fired(served, request):
     server, kind, _ = served
     log = server.log_path.read_text()
     patched = request.node.callspec.params["served"] in PATCHED
-    rows = [row for row in hooks.LEDGER if row.stage in ("start", "cpu", "factory") and row.needed()]
+    rows = [row for row in ledger.LEDGER if row.stage in ("start", "cpu", "factory") and row.needed()]
     rows = [row for row in rows if row.kind in ("call", "hook") or (row.kind, kind) == ("op", "dsa")]
     assert len(rows) >= 3
     assert "nsa_plugin hook in use: factory\n" in log
-    down = set(RELEASES[sglang.__version__].index) if patched else {row.name for row in hooks.LEDGER if row.patched}
+    down = set(RELEASES[sglang.__version__].index) if patched else {row.name for row in ledger.LEDGER if row.patched}
     for row in rows:
         said = "hook stands down, its patch is applied" if row.name in down else "hook in use"
         assert f"nsa_plugin {said}: {row.name}\n" in log
@@ -176,11 +176,15 @@ def test_every_hook_fired(served, request):
         assert set(re.findall(r"nsa_plugin hook in use: (\w+)", log)) == used
 
 
+EXAMPLES = {"dsa": "DeepSeek-V3.2, 16 heads", "mla": "DeepSeek-V3, 16 heads"}
+
+
 def test_start_up_reports_every_operation(served):
-    server, _, _ = served
+    server, kind, _ = served
     log = server.log_path.read_text()
-    for line in registry.report("cpu"):
-        assert f"nsa_plugin op {line.split(':')[0]}: torch" in log
+    for line in served_calls.report(served_calls.examples("cpu")[EXAMPLES[kind]], served_calls.TYPICAL, "cpu"):
+        assert f"nsa_plugin op {line.split(':')[0]}: torch for " in log
+    assert "nsa_plugin op topk.select: torch runs" in log or kind == "mla"
     assert "exact mode" in log
 
 

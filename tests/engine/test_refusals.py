@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from pathlib import Path
 
 import pytest
 
-from nsa_backend_plugin.engine import launch
+from nsa_backend_plugin.engine import arguments, launch, release
 from nsa_backend_plugin.serving import ServerError
 
 from .conftest import HERE, run_python
@@ -74,6 +73,48 @@ CASES: dict[str, tuple[str, list[str], dict[str, str], str | None, str | None]] 
         None,
         "--speculative-algorithm NEXTN on cpu: .*NVIDIA GPUs only",
     ),
+    "flexkv": ("dsa", ["--enable-flexkv"], {}, None, "--enable-flexkv is set .*FlexKV"),
+    "radix cache": ("mla", ["--radix-cache-backend=flexkv"], {}, None, "--radix-cache-backend is set .'flexkv'.*radix"),
+    "context parallel": ("dsa", ["--tp=2", "--attn-cp-size=2"], {}, None, r"--attn-cp-size is set \(2\).*context para"),
+    "pipeline": ("mla", ["--pp-size=2"], {}, None, r"--pp-size is set \(2\).*pipeline parallelism"),
+    "dsa kernel": (
+        "dsa",
+        ["--dsa-decode-backend=fa3"],
+        {},
+        None,
+        "--dsa-decode-backend is set .'fa3'.*kernels of its own.*NSA_PLUGIN_SPARSE_MLA_IMPL",
+    ),
+    "top-k kernel": (
+        "dsa",
+        ["--dsa-topk-backend=flashinfer"],
+        {},
+        None,
+        "--dsa-topk-backend is set .'flashinfer'.*NSA_PLUGIN_TOPK_IMPL",
+    ),
+    "logits kernel": (
+        "dsa",
+        ["--dsa-paged-mqa-logits-backend=deepgemm"],
+        {},
+        None,
+        "--dsa-paged-mqa-logits-backend is set .*NSA_PLUGIN_MQA_LOGITS_IMPL",
+    ),
+    "compiled": ("dsa", ["--enable-torch-compile"], {}, None, r"--enable-torch-compile is set .*torch\.compile yet"),
+    "lora on a cpu": ("mla", ["--enable-lora"], {}, None, "--enable-lora True on cpu: .*pinned memory. Start without"),
+    "top-k broadcast": (
+        "dsa",
+        [],
+        {"SGLANG_DSA_TOPK_BROADCAST": "1"},
+        None,
+        "SGLANG_DSA_TOPK_BROADCAST=1: nsa_plugin does not broadcast .*Unset it",
+    ),
+    "positions outside": ("dsa-scaled", [], {}, None, "llama_4_scaling .*scaled by position"),
+    "sinks": (
+        "mla-sink",
+        [],
+        {},
+        None,
+        "has learnable_sink True: nsa_plugin does not serve a learnable attention sink",
+    ),
     "two backends": (
         "mla",
         ["--decode-attention-backend=torch_native"],
@@ -103,6 +144,12 @@ def resolved(models, tmp_path_factory) -> dict[str, dict]:
     paths = dict(models)
     paths["dsa-index64"] = _copy_with(models["dsa"], folder / "dsa-index64", index_head_dim=64)
     paths["dsa-kpool"] = _copy_with(models["dsa"], folder / "dsa-kpool", index_kpool=4)
+    paths["dsa-scaled"] = _copy_with(
+        models["dsa"],
+        folder / "dsa-scaled",
+        llama_4_scaling={"original_max_position_embeddings": 8192, "beta": 0.1},
+    )
+    paths["mla-sink"] = _copy_with(models["mla"], folder / "mla-sink", learnable_sink=True)
     paths["mla-rank256"] = _copy_with(models["mla"], folder / "mla-rank256", kv_lora_rank=256)
     paths["llama"] = folder / "llama"
     paths["llama"].mkdir()
@@ -136,9 +183,9 @@ def test_resolution(resolved, name):
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_no_hook_acts_for_another_backend(resolved, name):
-    """`resolution` wraps SGLang's function, sees that another backend is selected, and must do nothing else."""
+    """`resolution` wraps SGLang's function, sees that another backend is selected, and must do nothing."""
     assert resolved[name]["error"] is None
-    assert set(resolved[name]["hooks"]) <= {"resolution"}
+    assert resolved[name]["hooks"] == []
     assert resolved[name]["taught"] is False
 
 
@@ -157,7 +204,7 @@ SITECUSTOMIZE = """
 import sys
 class Broken:
     def find_spec(self, name, path, target=None):
-        if name == "nsa_backend_plugin.engine.targets":
+        if name == "nsa_backend_plugin.engine.release":
             raise ImportError("libbroken.so: cannot open shared object file")
 sys.meta_path.insert(0, Broken())
 """
@@ -175,10 +222,17 @@ def test_launch_dies_of_the_real_reason(models, start_server, tmp_path, name):
     assert message in server.log_path.read_text()
 
 
-def test_every_refused_argument_is_one_of_sglangs():
-    """A flag that SGLang renames must not silently stop being refused."""
-    folder = importlib.util.find_spec("sglang").submodule_search_locations[0]
-    root = Path(folder) / "srt"
-    files = [root / "server_args.py", *(root / "arg_groups").rglob("*.py")]
-    fields = {name for f in files for name in re.findall(r"^    (\w+): ", f.read_text(), re.MULTILINE)}
-    assert {name for name, _, _ in launch.UNSUPPORTED} <= fields
+def test_the_arguments_of_the_installed_sglang_are_those_in_its_source():
+    """`release.server_arguments` reads the wheels of releases that are not installed: it must find what is there."""
+    from sglang.srt.server_args import ServerArgs
+
+    package = release.installed_package()
+    assert set(launch._defaults(ServerArgs)) == release.server_arguments(package)
+
+
+def test_the_default_of_every_refused_argument_is_served():
+    from sglang.srt.server_args import ServerArgs
+
+    for name, default in launch._defaults(ServerArgs).items():
+        if name in arguments.REFUSED:
+            assert default in arguments.REFUSED[name].served, name

@@ -2,42 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import logging
+import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from nsa_backend_plugin import BACKEND_NAME, settings
-from nsa_backend_plugin.engine import compat, kernels
+from nsa_backend_plugin.engine import arguments, hooks, kernels, ledger, release
 from nsa_backend_plugin.engine.gpu import rocm
 from nsa_backend_plugin.layouts import INDEX_DIM, INDEX_PAGE_SIZE, LATENT_DIM, ROPE_DIM
-from nsa_backend_plugin.ops import dense_mla, registry
+from nsa_backend_plugin.ops import dense_mla, dispatch
 
-#: Algorithms whose draft is the model's own next-token layer; SGLang resolves both to EAGLE.
-SPECULATIVE = ("EAGLE", "NEXTN")
-#: Arguments that move or rewrite cache rows behind the backend's back, or give it batches it does not know.
-#: Name, the values that are served, and what any other value asks for.
-UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
-    ("enable_hierarchical_cache", (False,), "hierarchical cache (HiCache)"),
-    ("enable_lmcache", (False,), "LMCache"),
-    ("enable_hisparse", (False,), "HiSparse"),
-    ("disaggregation_mode", ("null",), "prefill/decode disaggregation"),
-    ("speculative_algorithm", (None, *SPECULATIVE), f"speculative decoding other than {' or '.join(SPECULATIVE)}"),
-    ("speculative_eagle_topk", (None, 1), "drafts that branch into a tree, only chains (topk 1)"),
-    ("speculative_adaptive", (False,), "a number of draft steps that changes while serving"),
-    ("speculative_draft_attention_backend", (None, BACKEND_NAME), "a draft model with another backend"),
-    ("enable_multi_layer_eagle", (False,), "drafts by several next-token layers"),
-    ("enable_prefill_cp", (False,), "prefill context parallelism"),
-    ("dcp_size", (1,), "decode context parallelism"),
-    ("enable_pdmux", (False,), "prefill/decode multiplexing"),
-    ("enable_two_batch_overlap", (False,), "two-batch overlap"),
-    ("enable_unified_memory", (False,), "the unified memory pool"),
-    ("enable_page_major_kv_layout", (False,), "the page-major KV layout"),
-    (
-        "remote_instance_weight_loader_start_seed_via_transfer_engine",
-        (False,),
-        "other instances that read its weights where they first lay (some are merged afterwards)",
-    ),
+logger = logging.getLogger(__name__)
+
+#: Entries of a model's configuration that change its attention: name, the values that are served, the meaning.
+MODEL_FEATURES: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+    ("index_kpool", (None, 1), "pooled index keys"),
+    ("llama_4_scaling", (None,), "queries that are scaled by position"),
+    ("learnable_sink", (None, False), "a learnable attention sink"),
+    ("gated_mla", (None, False), "a gate on the attention's output"),
+    ("gated_attention", (None, False), "a gate on the attention's output"),
+    ("linear_attn_config", (None,), "layers of linear attention"),
 )
 
 
@@ -47,57 +35,98 @@ def selected(server_args: Any) -> bool:
 
 
 def checked_resolution(resolve: Callable[..., Any], server_args: Any, *args: Any, **kwargs: Any) -> Any:
-    """AROUND hook of SGLang's argument resolution: our checks before and after it, when nsa_plugin is selected."""
-    if not selected(server_args):
+    """AROUND hook of SGLang's argument resolution: our checks before and after it, when nsa_plugin is selected.
+
+    A process that got its arguments resolved has nothing to check: they hold SGLang's choices beside the user's.
+    """
+    if not selected(server_args) or getattr(server_args, "_resolution_finished", False):
         return resolve(server_args, *args, **kwargs)
+    hooks.fired("resolution")
     check_settings()
-    check_arguments(server_args)
-    if server_args.device is not None:  # else SGLang finds one, and the factory asks again
-        check_speculation(server_args, torch.device(server_args.device).type)
+    check_arguments(server_args, as_given=True)
+    check_variables()
+    check_platform(_device_kind(server_args))
+    check_untested(server_args)
     page_size = server_args.page_size  # as the user wrote it: SGLang replaces it for DSA models, with a warning only
     with _cpu_resolution(), rocm.resolution():
         result = resolve(server_args, *args, **kwargs)
     if str(server_args.model_path).lower() not in ("none", "dummy"):
-        check_model(compat.model_config(server_args), page_size)
+        check_model(release.model_config(server_args), page_size)
     return result
 
 
 def check_settings() -> None:
     """Raise ValueError for an unsupported SGLang, a bad NSA_PLUGIN_* value or an unknown implementation name."""
-    compat.require_supported()
+    release.require_supported()
     settings.validate()
     kernels.register()
-    registry.validate_forced()
+    dispatch.validate_forced()
 
 
-def check_arguments(server_args: Any) -> None:
-    """Raise ValueError for arguments that nsa_plugin does not serve."""
+def check_arguments(server_args: Any, as_given: bool = False) -> None:
+    """Raise ValueError for arguments that nsa_plugin does not serve.
+
+    as_given: the arguments are those of the user; else SGLang has resolved them, and filled in values of its own.
+    """
     backends = {name for name in _backends(server_args) if name}
     if backends != {BACKEND_NAME}:
         raise ValueError(
             f"attention backends {', '.join(sorted(backends))}: nsa_plugin must serve prefill and decode alike, "
             "because one cache layout serves both. Use --attention-backend nsa_plugin alone"
         )
-    for name, served, meaning in UNSUPPORTED:
-        value = getattr(server_args, name, served[0])
-        if value not in served:
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(
-                f"{flag} is set ({value!r}): nsa_plugin does not support {meaning} yet. Start without it, or choose "
-                "another --attention-backend"
-            )
+    kind = _device_kind(server_args)
+    own = arguments.ON_DEVICE[kind]
+    for name, rule in [*((n, r) for n, r in arguments.REFUSED.items() if n not in own), *own.items()]:
+        value = getattr(server_args, name, rule.served[0])  # a release without the argument
+        if value not in rule.served and (as_given or not rule.asked):
+            given = f"{value} on {kind}" if name in own else f"is set ({value!r})"
+            raise ValueError(f"{_flag(name)} {given}: nsa_plugin {rule.why}. {rule.advice}")
+    if as_given:
+        for name, value, default in unclassified(server_args):
+            if value != default:
+                raise ValueError(
+                    f"{_flag(name)} is set ({value!r}): nsa_plugin does not know this argument of SGLang "
+                    f"{release.version()}. Start without it, or choose another --attention-backend"
+                )
 
 
-def check_speculation(server_args: Any, device: str) -> None:
-    """Raise ValueError for speculative decoding on a device (its type) without it."""
-    algorithm = server_args.speculative_algorithm
-    if algorithm is None:
+def unclassified(server_args: Any) -> Iterator[tuple[str, Any, Any]]:
+    """(name, value, default) of the arguments that `arguments.py` does not list."""
+    for name, default in _defaults(type(server_args)).items():
+        if not arguments.classified(name):
+            yield name, getattr(server_args, name), default
+
+
+def check_variables() -> None:
+    """Raise ValueError for a variable of SGLang's DSA path that nsa_plugin would ignore."""
+    for name, rule in arguments.REFUSED_VARIABLES.items():
+        value = os.environ.get(name, "")
+        if value.strip().lower() not in rule.served:
+            raise ValueError(f"{name}={value}: nsa_plugin {rule.why}. {rule.advice}")
+
+
+def check_untested(server_args: Any) -> None:
+    """On a release that is newer than every supported one, which the user allowed: look at it, and say what is found.
+
+    Raises ValueError when a place that the plugin reaches into is not there.
+    """
+    if release.supported(release.version()):
         return
-    kind = "ROCm" if rocm.on_rocm() else device
-    if kind != "cuda":
+    missing = [row for row in ledger.LEDGER if row.needed() and not row.target_exists]
+    unknown = [name for name, _, _ in unclassified(server_args)]
+    logger.warning(
+        "nsa_plugin was never tried with SGLang %s (NSA_PLUGIN_ALLOW_UNTESTED_SGLANG): %d of %d hooks have their "
+        "target, and it does not know the arguments %s, which must keep their defaults",
+        release.version(),
+        len(ledger.LEDGER) - len(missing),
+        len(ledger.LEDGER),
+        ", ".join(unknown) or "(none)",
+    )
+    if missing:
         raise ValueError(
-            f"--speculative-algorithm {algorithm} on {kind}: nsa_plugin supports speculative decoding on NVIDIA GPUs "
-            "only. Start without it"
+            f"SGLang {release.version()} lacks what nsa_plugin reaches into: "
+            + "; ".join(f"{row.name} ({row.path})" for row in missing)
+            + ". Install a supported release, or choose another --attention-backend"
         )
 
 
@@ -105,12 +134,23 @@ def check_model(model: Any, page_size: int | None) -> None:
     """Raise ValueError for a model (SGLang's ModelConfig) or page size (None = not chosen) that cannot be served."""
     from sglang.srt.configs.model_config import AttentionArch, is_deepseek_dsa
 
-    name = ", ".join(model.hf_config.architectures or ["unknown architecture"])
+    architectures = model.hf_config.architectures or ["unknown architecture"]
+    name = ", ".join(architectures)
     if model.attention_arch != AttentionArch.MLA:
         raise ValueError(
             f"{name} does not use Multi-head Latent Attention: nsa_plugin serves MLA and DSA models only. Choose "
             "another --attention-backend"
         )
+    for architecture in architectures:
+        reason = arguments.ARCHITECTURES.get(architecture, "is a model that nsa_plugin was never tried with")
+        if reason:
+            raise ValueError(
+                f"{architecture} {reason}: nsa_plugin does not serve it. Choose another --attention-backend"
+            )
+    for entry, served, meaning in MODEL_FEATURES:
+        value = next((v for c in (model.hf_config, model.hf_text_config) if (v := getattr(c, entry, None))), None)
+        if value not in served:
+            raise ValueError(f"{name} has {entry} {value}: nsa_plugin does not serve {meaning}")
     if (model.kv_lora_rank, model.qk_rope_head_dim) != (LATENT_DIM, ROPE_DIM):
         raise ValueError(
             f"{name} has kv_lora_rank {model.kv_lora_rank} and qk_rope_head_dim {model.qk_rope_head_dim}: nsa_plugin "
@@ -120,11 +160,8 @@ def check_model(model: Any, page_size: int | None) -> None:
         _check_page_size(name, page_size, dense_mla.PAGE_SIZES)
         return
     _check_page_size(f"{name} (DSA)", page_size, (INDEX_PAGE_SIZE,))
-    config = model.hf_config
-    if config.index_head_dim != INDEX_DIM:
-        raise ValueError(f"{name} has index_head_dim {config.index_head_dim}: nsa_plugin serves {INDEX_DIM}")
-    if getattr(config, "index_kpool", 1) not in (None, 1):
-        raise ValueError(f"{name} has index_kpool {config.index_kpool}: nsa_plugin does not serve pooled index keys")
+    if model.hf_config.index_head_dim != INDEX_DIM:
+        raise ValueError(f"{name} has index_head_dim {model.hf_config.index_head_dim}: nsa_plugin serves {INDEX_DIM}")
 
 
 def check_exact(model_dtype: torch.dtype, device: torch.device) -> None:
@@ -132,6 +169,17 @@ def check_exact(model_dtype: torch.dtype, device: torch.device) -> None:
     if settings.enabled("NSA_PLUGIN_EXACT") and (device.type != "cpu" or model_dtype != torch.float32):
         raise ValueError(
             f"NSA_PLUGIN_EXACT=1 with {model_dtype} on {device.type}: it needs --device cpu and --dtype float32"
+        )
+
+
+def check_platform(device: str) -> None:
+    """Raise ValueError on a CPU that SGLang does not run on our platform. device: SGLang's device type."""
+    from nsa_backend_plugin.engine.cpu import platform
+
+    if device == "cpu" and not platform.active():
+        raise ValueError(
+            "device cpu without nsa_plugin's CPU platform: set NSA_PLUGIN_CPU=1 in the environment of the launch, "
+            "before SGLang is imported"
         )
 
 
@@ -145,6 +193,32 @@ def _check_page_size(name: str, page_size: int | None, served: tuple[int, ...]) 
 def _backends(server_args: Any) -> tuple[str | None, str | None]:
     base = server_args.attention_backend
     return (server_args.prefill_attention_backend or base, server_args.decode_attention_backend or base)
+
+
+def _device_kind(server_args: Any) -> str:
+    """ "rocm", "cpu" or "cuda", also before SGLang has found the device."""
+    if rocm.on_rocm():
+        return "rocm"
+    device = server_args.device or ("cuda" if torch.accelerator.is_available() else "cpu")
+    return "cpu" if torch.device(device).type == "cpu" else "cuda"
+
+
+def _defaults(args_class: type) -> dict[str, Any]:
+    """Default by name of SGLang's argument class, a dataclass in older releases, a msgspec structure in newer ones."""
+    if dataclasses.is_dataclass(args_class):
+        fields: Any = dataclasses.fields(args_class)
+    else:
+        import msgspec
+
+        fields = msgspec.structs.fields(args_class)
+    return {
+        f.name: f.default_factory() if callable(f.default_factory) else f.default  # a marker class without one
+        for f in fields
+    }
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _cpu_resolution() -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from nsa_backend_plugin.engine import indexer, launch
+from nsa_backend_plugin.engine import hooks, indexer, launch
 from nsa_backend_plugin.engine.gpu import query_projection, rocm
 from nsa_backend_plugin.runtime import merged_weights
 
@@ -37,6 +37,7 @@ def load_model(
     arguments = get_server_args()
     if not launch.selected(arguments):
         return loaded
+    hooks.fired("merged_weights")
     backup = arguments.enable_weights_cpu_backup or (is_draft_worker and arguments.enable_draft_weights_cpu_backup)
     with memory_saver_adapter.region(
         GPU_MEMORY_TYPE_WEIGHTS, enable_cpu_backup=backup and arguments.weight_cache_mode == "off"
@@ -63,6 +64,8 @@ def updating(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Iterato
     """AROUND hook of what SGLang's scheduler updates weights in, from any source: rebuilds the merged ones after it."""
     with original(*args, **kwargs):
         yield
+    if _models:
+        hooks.fired("weight_updates")
     for model in _models:
         merged_weights.rebuild_all(model)
 

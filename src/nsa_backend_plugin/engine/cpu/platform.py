@@ -13,7 +13,7 @@ from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 
 from nsa_backend_plugin import BACKEND_NAME
-from nsa_backend_plugin.engine import compat
+from nsa_backend_plugin.engine import release
 
 
 class NsaPluginCpuPlatform(CpuDeviceMixin, SRTPlatform):
@@ -40,7 +40,7 @@ class NsaPluginCpuPlatform(CpuDeviceMixin, SRTPlatform):
 
     def get_paged_allocator_cls(self) -> Any:
         """None where SGLang's own allocator runs without Triton when the platform declares that it cannot."""
-        if compat.platform_declares_triton():
+        if release.platform_declares_triton():
             return None
         from nsa_backend_plugin.engine.cpu import allocator
 

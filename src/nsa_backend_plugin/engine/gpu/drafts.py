@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from nsa_backend_plugin import BACKEND_NAME
+from nsa_backend_plugin.engine import hooks
 
 
 def create_backend(
@@ -23,6 +24,7 @@ def create_backend(
     if make is None:
         return original(factory, backend_name, backends, *args, **kwargs)
     per_step = backends["dsa"] == factory._create_dsa_decode_backend
+    hooks.fired("draft_backends")
     backend = make(factory, per_step)
     for each in (backend, *backend.attn_backends) if per_step else (backend,):
         each.prefill_attention_backend_str = each.decode_attention_backend_str = BACKEND_NAME

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from sglang.srt.model_executor.forward_context import get_attn_backend
 
+from nsa_backend_plugin.engine import hooks
 from nsa_backend_plugin.ops import concat
 
 
@@ -21,6 +22,7 @@ def concat_key(
     """AROUND hook of `_concat_and_cast_mha_k`: k [T, heads, 192] of k_nope [T, heads, 128] and k_rope [T, 1, 64]."""
     if not getattr(get_attn_backend(), "joins_prefill_keys", False):
         return original(attn, k_nope, k_rope, forward_batch)
+    hooks.fired("prefill_key")
     return concat.mla_k(k_nope, k_rope)
 
 

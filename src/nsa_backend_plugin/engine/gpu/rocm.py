@@ -42,12 +42,13 @@ def preshuffled_pages(original: Callable[[], bool]) -> bool:
     """
     from sglang.srt.runtime_context import get_server_args
 
-    from nsa_backend_plugin.engine import launch
+    from nsa_backend_plugin.engine import hooks, launch
 
-    if _resolving:
-        return True
     arguments = get_server_args()
-    return (arguments is not None and launch.selected(arguments)) or original()
+    if not _resolving and (arguments is None or not launch.selected(arguments)):
+        return original()
+    hooks.fired("rocm_pages")
+    return True
 
 
 def unquantized(hidden_states: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor | None:

@@ -1,0 +1,182 @@
+"""The SGLang releases that are supported, and what the installed one has, from its source: nothing is imported.
+
+Importing a target takes half a minute and fails for modules that need a GPU library, also where the target is there.
+Differences between releases are found by looking at what is there, not at version numbers.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib.metadata
+import importlib.util
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from nsa_backend_plugin import settings
+
+OLDEST = (0, 5, 17)
+NEWEST = (0, 5, 23)
+#: Assigned, to the patch's name, in the module that a patch of patches/ changes.
+PATCH_MARKER = "_NSA_PLUGIN_PATCH"
+
+
+def version() -> str:
+    """Version of the installed SGLang."""
+    return importlib.metadata.version("sglang")
+
+
+def supported(release: str) -> bool:
+    numbers = _numbers(release)
+    return numbers is not None and OLDEST <= numbers <= NEWEST
+
+
+def newer(release: str) -> bool:
+    """Whether a release is newer than every supported one."""
+    numbers = _numbers(release)
+    return numbers is not None and numbers > NEWEST
+
+
+def require_supported() -> None:
+    """Raise ValueError when the installed SGLang is outside the range the hooks were written for.
+
+    NSA_PLUGIN_ALLOW_UNTESTED_SGLANG=1 lets a newer one pass; `launch.check_untested` then looks at what it has.
+    """
+    if supported(version()) or (newer(version()) and settings.enabled("NSA_PLUGIN_ALLOW_UNTESTED_SGLANG")):
+        return
+    oldest, newest = (".".join(map(str, v)) for v in (OLDEST, NEWEST))
+    own_risk = ", set NSA_PLUGIN_ALLOW_UNTESTED_SGLANG=1 to try this one at your own risk" if newer(version()) else ""
+    raise ValueError(
+        f"SGLang {version()} is not supported by nsa_plugin: install sglang {oldest} to {newest}{own_risk}, or choose "
+        "another --attention-backend"
+    )
+
+
+def model_config(server_args: Any) -> Any:
+    """SGLang's ModelConfig of resolved arguments: a method, in newer releases a function."""
+    if hasattr(server_args, "get_model_config"):
+        return server_args.get_model_config()
+    from sglang.srt.arg_groups.model_override_base import model_config_of
+
+    return model_config_of(server_args)
+
+
+def platform_declares_triton() -> bool:
+    """Whether SGLang asks the platform if Triton can run (`capabilities.supports_triton`); older ones look at names."""
+    return exists("sglang.srt.platforms.interface.SRTPlatform.capabilities")
+
+
+def installed_package(name: str = "sglang") -> Path | None:
+    """Folder of an installed package."""
+    spec = importlib.util.find_spec(name)
+    return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
+
+
+def exists(target: str, package: Path | None = None) -> bool:
+    """Whether `sglang.module.name` or `sglang.module.Class.attribute` is defined, assigned or imported there.
+
+    package: a folder `sglang` to look into; None takes the installed one.
+    """
+    file, rest = _locate(target, package)
+    if file is None:
+        return False
+    body: Iterable[ast.stmt] = _body(file)
+    for name in rest:
+        found = next((s for s in _statements(body) if name in _names(s)), None)
+        if found is None:
+            return False
+        body = found.body if isinstance(found, ast.ClassDef) else ()
+    return True
+
+
+def patched(target: str, patch: str) -> bool:
+    """Whether the patch is applied to the module of the target."""
+    return mentions(target, f'\n{PATCH_MARKER} = "{patch}"\n')
+
+
+def mentions(target: str, text: str) -> bool:
+    """Whether the installed module of the target has the text."""
+    file, _ = _locate(target)
+    return file is not None and text in _text(file)
+
+
+@functools.cache
+def server_arguments(package: Path) -> set[str]:
+    """Names of the arguments of SGLang's servers: fields of ServerArgs, in newer releases those of its parts."""
+    srt = package / "srt"
+    classes = [c for c in _body(srt / "server_args.py") if isinstance(c, ast.ClassDef) and c.name == "ServerArgs"]
+    for file in (srt / "arg_groups" / "fields").glob("*.py"):
+        classes += [c for c in _body(file) if isinstance(c, ast.ClassDef)]
+    return {
+        s.target.id for c in classes for s in c.body if isinstance(s, ast.AnnAssign) and isinstance(s.target, ast.Name)
+    }
+
+
+@functools.cache
+def dsa_variables(package: Path) -> set[str]:
+    """Environment variables with DSA or NSA in their names, wherever SGLang reads or declares them."""
+    names: set[str] = set()
+    for part in ("srt", "kernels", "jit_kernel"):
+        for file in (package / part).rglob("*.py"):
+            names.update(re.findall(r"SGLANG_[A-Z0-9_]*[A-Z0-9]\b", file.read_text("utf-8")))
+    return {name for name in names if re.search("_[DN]SA_", name)}
+
+
+def mla_architectures(package: Path) -> set[str]:
+    """Architectures that SGLang's ModelConfig calls MLA: the names in the conditions of the branches that say so."""
+    module = ast.Module(list(_body(package / "srt" / "configs" / "model_config.py")), [])
+    branches = [
+        node
+        for node in ast.walk(module)
+        if isinstance(node, ast.If) and any("= AttentionArch.MLA" in ast.unparse(s) for s in node.body)
+    ]
+    words = [n.value for b in branches for n in ast.walk(b.test) if isinstance(n, ast.Constant)]
+    return {w for w in words if isinstance(w, str) and re.search("For[A-Z]", w)}
+
+
+def _numbers(release: str) -> tuple[int, ...] | None:
+    numbers = re.match(r"(\d+)\.(\d+)\.(\d+)", release)
+    return tuple(int(n) for n in numbers.groups()) if numbers else None
+
+
+def _locate(target: str, package: Path | None = None) -> tuple[Path | None, list[str]]:
+    """(file of the target's module or None, names inside the module)."""
+    name, *rest = target.split(".")
+    folder = package or installed_package(name)
+    if folder is None:
+        return None, rest
+    while rest and (folder / rest[0]).is_dir():
+        folder /= rest.pop(0)
+    file = folder / f"{rest.pop(0)}.py" if rest else folder / "__init__.py"
+    return (file if file.exists() else None), rest
+
+
+@functools.cache
+def _text(file: Path) -> str:
+    return file.read_text(encoding="utf-8")
+
+
+@functools.cache
+def _body(file: Path) -> tuple[ast.stmt, ...]:
+    return tuple(ast.parse(_text(file)).body)
+
+
+def _statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
+    """The statements of a body, and those of its conditional blocks."""
+    for statement in body:
+        yield statement
+        if isinstance(statement, ast.If | ast.Try | ast.With):
+            for block in ("body", "orelse", "finalbody"):
+                yield from _statements(getattr(statement, block, ()))
+
+
+def _names(statement: ast.stmt) -> set[str]:
+    """Names that a statement binds."""
+    if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return {statement.name}
+    if isinstance(statement, ast.Import | ast.ImportFrom):
+        return {alias.asname or alias.name for alias in statement.names}
+    targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
+    return {t.id for t in targets if isinstance(t, ast.Name)}
