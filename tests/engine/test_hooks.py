@@ -73,6 +73,7 @@ def test_a_broken_part_keeps_the_name_and_the_reason():
     assert error.startswith("RuntimeError: nsa_plugin could not be loaded: ModuleNotFoundError: import of")
     assert "nsa_backend_plugin.engine.factory" in error
     assert "nsa-plugin doctor" in error
-    # Without our CPU platform only the launch check is hooked.
-    assert len(outcome["hooks"]) == 1
-    assert outcome["hooks"][0].startswith("sglang.srt.server_args.ServerArgs.")
+    # Without our CPU platform only the checks of the launch and of requests are hooked.
+    check, launch = sorted(outcome["hooks"])
+    assert check.startswith("sglang.srt.managers.tokenizer_manager.TokenizerManager.")
+    assert launch.startswith("sglang.srt.server_args.ServerArgs.")
