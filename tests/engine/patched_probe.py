@@ -54,8 +54,9 @@ def echo(original: Any, *args: Any, **kwargs: Any) -> list[Any]:
 def points() -> dict[str, Any]:
     from sglang.srt.layers.attention.dsa import utils
     from sglang.srt.layers.attention.dsa.dsa_indexer import Indexer
+    from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWeightUpdaterManager
     from sglang.srt.managers.tokenizer_manager import TokenizerManager
-    from sglang.srt.model_executor.model_runner_components import weight_updater
+    from sglang.srt.model_executor.model_runner_components import load_model_utils
     from sglang.srt.models.deepseek_common.attention_forward_methods.forward_mha import DeepseekMHAForwardMixin
     from sglang.srt.speculative.draft_utils import DraftBackendFactory
 
@@ -64,7 +65,8 @@ def points() -> dict[str, Any]:
         "rocm_indexer": lambda: Indexer.forward_cuda("indexer", 1, layer_id=2),
         "draft_backends": lambda: DraftBackendFactory._create_backend("factory", "name", 1),
         "prefill_key": lambda: DeepseekMHAForwardMixin._concat_and_cast_mha_k("attn", "nope", "pe", forward_batch=3),
-        "weight_updates": lambda: weight_updater._unsupported_derived_weight_cache_error("model"),
+        "merged_weights": lambda: load_model_utils.load_model_with_memory_saver(device="cpu"),
+        "weight_updates": lambda: SchedulerWeightUpdaterManager._observe_weight_load("manager", "disk"),
     }
     pages = with_handler("rocm_pages", lambda decide: not decide(), utils.aiter_can_use_preshuffle_paged_mqa)
     return {"rocm_pages": pages, **{name: with_handler(name, echo, call) for name, call in calls.items()}}

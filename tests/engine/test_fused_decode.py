@@ -11,14 +11,14 @@ import torch
 
 from nsa_backend_plugin.engine import index_cache
 from nsa_backend_plugin.layouts import index_page_bytes, packed_latent_bytes
-from nsa_backend_plugin.ops import concat, indexer_prep, latent_cache, mqa_logits, norm_quant, sparse_mla, topk
+from nsa_backend_plugin.ops import concat, indexer_prep, latent_cache, mqa_logits, sparse_mla, topk
 from nsa_backend_plugin.ops.rotary import apply_rope
 from tests.engine.lane_races import LaneRaces
 
 pytest.importorskip("sglang", reason="needs SGLang")
 absorb = pytest.importorskip("nsa_backend_plugin.engine.gpu.absorb")
 dsa_backend = pytest.importorskip("nsa_backend_plugin.engine.gpu.dsa_backend")
-gpu_indexer = pytest.importorskip("nsa_backend_plugin.engine.gpu.indexer")
+indexer_path = pytest.importorskip("nsa_backend_plugin.engine.indexer")
 query_projection = pytest.importorskip("nsa_backend_plugin.engine.gpu.query_projection")
 prefill = pytest.importorskip("nsa_backend_plugin.engine.gpu.prefill")
 scratch = pytest.importorskip("nsa_backend_plugin.engine.gpu.scratch")
@@ -54,17 +54,13 @@ class Norm(torch.nn.Module):
         ).to(x.dtype)
 
 
-class UnquantizedLinearMethod:
-    """SGLang's, by name."""
+def linear(outputs: int, inputs: int) -> Any:
+    """SGLang's own plain layer, in bf16."""
+    from sglang.srt.layers.linear import ReplicatedLinear
 
-
-class Linear:
-    def __init__(self, outputs: int, inputs: int):
-        self.quant_method = UnquantizedLinearMethod()
-        self.weight = (torch.randn(outputs, inputs) * inputs**-0.5).to(torch.bfloat16)
-
-    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return x @ self.weight.t(), None
+    layer = ReplicatedLinear(inputs, outputs, bias=False, params_dtype=torch.bfloat16)
+    layer.weight.data.normal_(std=inputs**-0.5)
+    return layer
 
 
 class Case:
@@ -92,14 +88,14 @@ class Case:
             scale_fmt="ue8m0",
             rotary_emb=rope,
             k_norm=Norm(128, bias=True),
-            wk=Linear(128, HIDDEN),
-            weights_proj=Linear(INDEX_HEADS, HIDDEN),
-            wk_weights_proj=Linear(128 + INDEX_HEADS, HIDDEN),
-            wq_b=Linear(INDEX_HEADS * 128, Q_LORA),
+            wk=linear(128, HIDDEN),
+            weights_proj=linear(INDEX_HEADS, HIDDEN),
+            wk_weights_proj=linear(128 + INDEX_HEADS, HIDDEN),
+            wq_b=linear(INDEX_HEADS * 128, Q_LORA),
             _mask_init_and_local_tokens=lambda logits, lengths: logits,
         )
-        gpu_indexer.merge_projection(self.indexer)
-        q_b = Linear(HEADS * (NOPE + 64), Q_LORA)
+        indexer_path.merge_projection(self.indexer)
+        q_b = linear(HEADS * (NOPE + 64), Q_LORA)
 
         def q_b_proj(x: torch.Tensor) -> torch.Tensor:
             self.log.append("q_b_proj")
@@ -337,6 +333,45 @@ def test_capture_uses_the_buffers_allocated_before_it(case: Case, monkeypatch: p
     assert torch.isnan(case.backend.logits_buffer[case.tokens :]).all()
 
 
+@pytest.mark.parametrize("rows", [None, 1])
+def test_a_captured_step_without_room_allocates(case: Case, rows: int | None) -> None:
+    """As wide prefill graphs do: each piece of scratch is asked for its own size."""
+    want = expected(case)["slots"]
+    case.capturing = True
+    case.backend.logits_buffer = None if rows is None else torch.empty(rows, 192)
+    assert torch.equal(case.prepare()[7], want)
+
+
+def test_each_scratch_is_measured_by_its_own_size(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = case.backend
+    monkeypatch.setattr(dsa_backend.sparse_mla, "workspace_bytes", lambda tokens, *args, **options: 10 * tokens)
+    backend.num_q_heads, backend.dsa_index_topk, backend.device, backend.kv_lora_rank = HEADS, TOPK, "cpu", 512
+    backend.attention_workspace = torch.empty(40, dtype=torch.uint8)
+    backend.logits_buffer = torch.empty(2, 192)
+    assert backend._workspace(4) is None, "an eager step"
+    case.capturing = True
+    assert backend._workspace(4) is backend.attention_workspace, "whatever rows the logits have"
+    assert backend._workspace(5) is None
+    assert backend.captured_logits(2) is backend.logits_buffer
+    assert backend.captured_logits(3) is None
+    backend.attention_workspace = backend.logits_buffer = None
+    assert backend._workspace(1) is None
+    assert backend.captured_logits(1) is None
+
+
+def test_unknown_keywords_are_refused(case: Case) -> None:
+    """Newer releases pass `attn_sink`, the learnable sink of some models; what is None asks for nothing."""
+    q_rope, _, q_nope, *_, slots, _, _ = case.prepare()
+    layer = SimpleNamespace(tp_q_head_num=HEADS, v_head_dim=512, head_dim=576, layer_id=0, scaling=0.05)
+    for forward in (case.backend.forward_decode, case.backend.forward_extend):
+        call = functools.partial(
+            forward, q_nope, None, None, layer, case.batch, q_rope=q_rope, topk_indices=slots, attn_sink=None
+        )
+        assert torch.isfinite(call()).all()
+        with pytest.raises(ValueError, match="SGLang passes attn_sink to the attention backend"):
+            call(attn_sink=torch.zeros(HEADS))
+
+
 def test_rare_cases_keep_the_stock_path_and_say_why(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     reasons: list[str] = []
     monkeypatch.setattr(absorb, "_log_once", reasons.append)
@@ -368,168 +403,6 @@ def test_layers_that_reuse_top_k_run_no_indexer(case: Case) -> None:
     slots = case.prepare(prev_topk_indices=previous)[7]
     assert slots is previous
     assert torch.equal(case.index_pages, pages)
-
-
-class BlockFp8Linear:
-    """A projection that SGLang runs as block-fp8 DeepGEMM, told by its function's name."""
-
-    def __init__(self, rows: int):
-        def deepgemm_w8a8_block_fp8_linear_with_fallback(
-            input: torch.Tensor,
-            weight: torch.Tensor,
-            block_size: list[int],
-            weight_scale: torch.Tensor,
-            input_scale: torch.Tensor,
-            act_scale_ue8m0: bool = False,
-        ) -> torch.Tensor:
-            assert not act_scale_ue8m0 or (input_scale.log2() % 1 == 0).all()
-            assert block_size == [128, 128]
-            x = input.float() * input_scale.repeat_interleave(128, 1)
-            return x @ dequantized(weight, weight_scale).t()
-
-        self.quant_method = SimpleNamespace(w8a8_block_fp8_linear=deepgemm_w8a8_block_fp8_linear_with_fallback)
-        self.weight = torch.nn.Parameter(torch.randn(rows, 256).to(torch.float8_e4m3fn), requires_grad=False)
-        self.orig_dtype = torch.bfloat16
-        self.weight_scale_inv = torch.nn.Parameter(torch.rand(-(-rows // 128), 2) + 0.5, requires_grad=False)
-
-
-def dequantized(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return weight.float() * scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
-
-
-def a_layer(q_b_proj: Any, wq_b: Any) -> SimpleNamespace:
-    indexer = SimpleNamespace(wq_b=wq_b, n_heads=2, head_dim=128)
-    return SimpleNamespace(
-        q_b_proj=q_b_proj, indexer=indexer, num_local_heads=4, qk_head_dim=64, q_a_layernorm=Norm(256)
-    )
-
-
-@pytest.mark.parametrize("kind", ["bf16", "fp32", "ue8m0"])
-def test_query_projections_merge_and_follow_an_update(kind: str) -> None:
-    """kind: bf16 weights, or fp8 ones with this format of the activation's scales."""
-    layers = [Linear(256, 256), Linear(256, 256)] if kind == "bf16" else [BlockFp8Linear(256), BlockFp8Linear(256)]
-    if kind == "ue8m0":  # as later releases bind it
-        for layer in layers:
-            linear = layer.quant_method.w8a8_block_fp8_linear
-            layer.quant_method.w8a8_block_fp8_linear = functools.partial(linear, act_scale_ue8m0=True)
-    attn = a_layer(*layers)
-    q_lora = torch.randn(5, 300).to(torch.bfloat16)[:, :256]  # a slice, as it comes
-    norm = attn.q_a_layernorm
-
-    def expected(layer: Any) -> torch.Tensor:
-        if kind == "bf16":
-            return layer(norm(q_lora))[0]
-        values, scales = norm_quant.rms(q_lora, norm.weight, eps=norm.variance_epsilon, scale_format=kind, impl="torch")
-        x = values.float() * scales.repeat_interleave(128, 1)
-        return x @ dequantized(layer.weight, layer.weight_scale_inv).t()
-
-    for update in (False, True):
-        if update:  # as SGLang's loaders write
-            for layer in layers:
-                layer.weight.data.copy_(torch.randn(256, 256))
-                if kind != "bf16":
-                    layer.weight_scale_inv.data.copy_(torch.rand(2, 2) + 0.5)
-        before = [layer.weight.float() for layer in layers]
-        query_projection.merge(attn)  # again by another backend of the same model: graphs keep the first matrix
-        assert all(torch.equal(layer.weight.float(), weight) for layer, weight in zip(layers, before, strict=True))
-        assert query_projection.merged(attn) is not None
-        index_query, project_q = query_projection.project(attn, q_lora)
-        torch.testing.assert_close(project_q(), expected(layers[0]).view(5, 4, 64))
-        torch.testing.assert_close(index_query, expected(layers[1]).view(5, 2, 128))
-
-
-def test_sglangs_own_layers_merge() -> None:
-    """Eligible layers are told by names and types of SGLang's: here are the real ones."""
-    linear = pytest.importorskip("sglang.srt.layers.linear")
-    layers = [linear.ReplicatedLinear(256, 256, bias=False, params_dtype=torch.bfloat16) for _ in range(2)]
-    for layer in layers:
-        layer.weight.data.normal_()
-    attn = a_layer(*layers)
-    query_projection.merge(attn)
-    assert query_projection.merged(attn) is not None
-    q_lora = torch.randn(5, 256).to(torch.bfloat16)
-    index_query, project_q = query_projection.project(attn, q_lora)
-    normalized = attn.q_a_layernorm(q_lora)
-    torch.testing.assert_close(project_q(), layers[0](normalized)[0].view(5, 4, 64))
-    torch.testing.assert_close(index_query, layers[1](normalized)[0].view(5, 2, 128))
-
-
-class LoraWrapper:
-    """As SGLang's: the layer's weight, its own call, no quant_method."""
-
-    def __init__(self, base_layer: Linear):
-        self.base_layer, self.weight = base_layer, base_layer.weight
-
-    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return self.base_layer(x)[0] + 1, None
-
-
-def test_query_projections_stay_apart_where_one_gemm_cannot_take_both() -> None:
-    biased, packed_scales, half = BlockFp8Linear(256), BlockFp8Linear(256), BlockFp8Linear(256)
-    biased.bias = torch.zeros(256)
-    packed_scales.weight_scale_inv = torch.zeros(256, 1, dtype=torch.int32)
-    half.orig_dtype = torch.float16
-    for other in (biased, packed_scales, half, Linear(256, 256), BlockFp8Linear(192)):
-        attn = a_layer(other, BlockFp8Linear(256))
-        query_projection.merge(attn)
-        assert query_projection.merged(attn) is None
-
-
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("which", ["q_b_proj", "wq_b"])
-def test_lora_is_not_bypassed(which: str, when: str) -> None:
-    """SGLang wraps layers before the backend is created."""
-    attn = a_layer(Linear(256, 256), Linear(256, 256))
-    owner = attn if which == "q_b_proj" else attn.indexer
-    if when == "after":
-        query_projection.merge(attn)
-        assert query_projection.merged(attn) is not None
-    setattr(owner, which, LoraWrapper(getattr(owner, which)))
-    if when == "before":
-        query_projection.merge(attn)
-    attn.q_b_proj_forward = lambda x: attn.q_b_proj(x)[0].view(-1, 4, 64)
-    q_lora = torch.randn(5, 256).to(torch.bfloat16)
-    normalized = attn.q_a_layernorm(q_lora)
-    index_query, project_q = query_projection.project(attn, q_lora)
-    assert torch.equal(project_q(), attn.q_b_proj(normalized)[0].view(5, 4, 64))
-    assert torch.equal(index_query, attn.indexer.wq_b(normalized)[0].view(5, 2, 128))
-
-
-def an_indexer(wk: Any, gate: torch.Tensor) -> SimpleNamespace:
-    return SimpleNamespace(use_dsa_indexer_fusion=False, wk=wk, weights_proj=SimpleNamespace(weight=gate), head_dim=128)
-
-
-def test_merged_projection_dequantizes_fp8_blocks_and_refuses_updates(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_indexer, "_copied", set())
-    wk = torch.randn(128, 256)
-    scale = torch.rand(1, 2) + 0.5
-    quantized = (wk / scale.repeat_interleave(128, 1)).to(torch.float8_e4m3fn)
-    blocks = SimpleNamespace(quant_config=SimpleNamespace(weight_block_size=[128, 128]))
-    projection = SimpleNamespace(weight=quantized, weight_scale_inv=scale, quant_method=blocks)
-    indexer = an_indexer(projection, torch.randn(4, 256).to(torch.bfloat16))
-    gpu_indexer.merge_projection(indexer)
-    x = torch.randn(3, 256).to(torch.bfloat16)
-    key, gate = gpu_indexer.project(indexer, x)
-    torch.testing.assert_close(key, x.float() @ dequantized(quantized, scale).to(torch.bfloat16).float().t())
-    torch.testing.assert_close(gate, x.float() @ indexer.weights_proj.weight.float().t())
-    assert "wk is torch.float8_e4m3fn" in gpu_indexer.refuse_weight_update(lambda: None)
-    assert gpu_indexer.refuse_weight_update(lambda model: "another reason", object()) == "another reason"
-
-
-def test_merged_bf16_weights_follow_an_update(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_indexer, "_copied", set())
-    weights = [torch.nn.Parameter(torch.randn(n, 64).to(torch.bfloat16), requires_grad=False) for n in (128, 4)]
-    before = [weight.clone() for weight in weights]
-    indexer = an_indexer(SimpleNamespace(weight=weights[0]), weights[1])
-    gpu_indexer.merge_projection(indexer)
-    assert all(torch.equal(*pair) for pair in zip(weights, before, strict=True))
-    assert gpu_indexer.refuse_weight_update(lambda: None) is None
-    for weight in weights:
-        weight.data.copy_(torch.randn(weight.shape))  # as SGLang's loaders write
-    gpu_indexer.merge_projection(indexer)  # another backend of the same model: graphs keep the first matrix
-    x = torch.randn(3, 64).to(torch.bfloat16)
-    for got, weight in zip(gpu_indexer.project(indexer, x), weights, strict=True):
-        torch.testing.assert_close(got, x.float() @ weight.float().t())
 
 
 def test_scratch_is_shared_and_grows_for_later_backends_only(monkeypatch: pytest.MonkeyPatch) -> None:

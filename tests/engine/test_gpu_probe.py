@@ -17,7 +17,7 @@ from tests.engine.conftest import ROOT, run_python
 from tests.engine.tiny_tasks import MODEL
 
 pytest.importorskip("sglang", reason="needs SGLang")
-gpu_indexer = pytest.importorskip("nsa_backend_plugin.engine.gpu.indexer")
+indexer_path = pytest.importorskip("nsa_backend_plugin.engine.indexer")
 
 HEADS = 2
 
@@ -44,7 +44,7 @@ def test_variants_change_what_they_name_and_nothing_else(monkeypatch: pytest.Mon
     seen = []
 
     def forward(batch: object) -> torch.Tensor:
-        ties_decided = gpu_indexer.topk.select(batch)
+        ties_decided = indexer_path.topk.select(batch)
         q_all = query.absorbed(whole[..., :512], whole[..., 512:], layer)
         seen.append(
             (

@@ -73,6 +73,20 @@ def test_decode_is_the_operations(backend: Any) -> None:
     torch.testing.assert_close(out, want, atol=1e-4, rtol=1e-4)
 
 
+def test_captured_steps_take_the_scratch_that_is_large_enough(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_workspace_bytes", lambda batch: 100 * batch)
+    backend.decode_workspace = torch.empty(300, dtype=torch.uint8)
+    assert backend._workspace(3) is None, "an eager step"
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert backend._workspace(3) is backend.decode_workspace
+    assert backend._workspace(4) is None
+
+
+def test_unknown_keywords_are_refused(backend: Any) -> None:
+    with pytest.raises(ValueError, match="SGLang passes sinks to the attention backend"):
+        backend.forward_decode(None, None, None, LAYER, None, sinks=torch.zeros(HEADS))
+
+
 def test_sglang_decodes_where_the_registry_picks_its_kernel(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     shapes: list[dict[str, int]] = []
 

@@ -37,7 +37,8 @@ def test_every_hook_that_has_a_patch_stands_down(patched) -> None:
         "rocm_indexer": ["forward_cuda", ["indexer", 1], {"layer_id": 2}],
         "draft_backends": ["_create_backend", ["factory", "name", 1], {}],
         "prefill_key": ["_concat_and_cast_mha_k", ["attn", "nope", "pe"], {"forward_batch": 3}],
-        "weight_updates": ["_unsupported_derived_weight_cache_error", ["model"], {}],
+        "merged_weights": ["load_model_with_memory_saver", [], {"device": "cpu"}],
+        "weight_updates": ["_observe_weight_load", ["manager", "disk"], {}],
     }
     assert report["points"] == {
         "rocm_pages": {"gained": 1, "stock": "False", "wrapped": True},

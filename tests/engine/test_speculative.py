@@ -17,7 +17,7 @@ from nsa_backend_plugin.ops.mqa_logits import aiter as aiter_logits
 pytest.importorskip("sglang", reason="needs SGLang")
 dsa_backend = pytest.importorskip("nsa_backend_plugin.engine.gpu.dsa_backend")
 drafts = pytest.importorskip("nsa_backend_plugin.engine.gpu.drafts")
-gpu_indexer = pytest.importorskip("nsa_backend_plugin.engine.gpu.indexer")
+indexer_path = pytest.importorskip("nsa_backend_plugin.engine.indexer")
 scratch = pytest.importorskip("nsa_backend_plugin.engine.gpu.scratch")
 stock = pytest.importorskip("sglang.srt.layers.attention.dsa_backend")
 batch_info = pytest.importorskip("sglang.srt.model_executor.forward_batch_info")
@@ -107,7 +107,8 @@ def check_selection(backend: Any, visible: list[int], per_request: int) -> None:
     tokens = len(visible)
     query, gate = torch.randn(tokens, HEADS, 128), torch.rand(tokens, HEADS)
     positions, cos_sin = torch.tensor(visible) - 1, torch.randn(WIDTH, 64)
-    slots = gpu_indexer.select_slots(an_indexer(cos_sin), query, gate, positions, backend, per_request)
+    rows, pool = backend.decode_rows(per_request), backend.token_to_kv_pool
+    slots = indexer_path.select_slots(an_indexer(cos_sin), query, gate, positions, pool, rows)
     quantized, weights = indexer_prep.query(query, gate, positions, cos_sin, weight_scale=HEADS**-0.5, is_neox=True)
     for row, length in enumerate(visible):
         table = backend.req_to_token[row // per_request]

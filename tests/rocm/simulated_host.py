@@ -197,7 +197,7 @@ def register() -> None:
     """Entry point: the ROCm indexer in place of the CPU platform's, and a record of the pages that it writes."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    HookRegistry.register("nsa_backend_plugin.engine.cpu.indexer.forward", _rocm_forward, HookType.AROUND)
+    HookRegistry.register("nsa_backend_plugin.engine.indexer.forward", _rocm_forward, HookType.AROUND)
     HookRegistry.register("nsa_backend_plugin.ops.indexer_prep.key_store", _record, HookType.AROUND)
 
 
@@ -212,24 +212,21 @@ def _rocm_forward(
     return_indices: bool = True,
     **_: object,
 ) -> object:
-    from sglang.srt.model_executor.forward_context import get_attn_backend, get_token_to_kv_pool
+    from sglang.srt.model_executor.forward_context import get_attn_backend
 
-    from nsa_backend_plugin.engine.gpu import rocm_indexer
+    from nsa_backend_plugin.engine import indexer as path
 
-    rows = get_attn_backend().get_indexer_metadata(layer_id, forward_batch)
+    backend = get_attn_backend()
+    rows = backend.indexer_rows(forward_batch)
     embedding = indexer.rotary_emb
     embedding.cos_sin_cache = embedding.cos_sin_cache.float()  # as on GPUs; the CPU keeps it in the model's dtype
     indexer.layer_id = layer_id
-    metadata = types.SimpleNamespace(
-        real_page_table=rows.page_table,
-        cache_seqlens_int32=forward_batch.seq_lens.int(),
-        dsa_seqlens_expanded=rows.lengths,
-        token_to_batch_idx=rows.request,
-    )
-    backend = types.SimpleNamespace(token_to_kv_pool=get_token_to_kv_pool(), forward_metadata=metadata)
-    return rocm_indexer.store_and_select(
-        backend, indexer, x, q_lora, positions, forward_batch, layer_id, return_indices
-    )
+    if forward_batch.forward_mode.is_decode_or_idle():
+        rows = path.Rows(rows.page_table, None, rows.lengths, rows.page_table.shape[1] * 64)
+    else:
+        rows = path.Rows(rows.page_table, rows.request, rows.lengths, 0, seq_lens=forward_batch.seq_lens.int())
+    pool = backend.token_to_kv_pool
+    return path.store_and_select(indexer, x, q_lora, positions, forward_batch, pool, rows, return_indices)
 
 
 def _record(

@@ -13,7 +13,7 @@ from nsa_backend_plugin.ops import registry
 from tests.rocm import simulated_host
 
 pytest.importorskip("sglang", reason="needs SGLang")
-from tests.engine.test_fused_decode import HEADS, PAGES, Case, gpu_indexer
+from tests.engine.test_fused_decode import HEADS, PAGES, Case
 
 FUSED = "aiter.ops.triton.fused_kv_cache"
 FLAVOURS = {"gfx942": torch.float8_e4m3fnuz, "gfx950": torch.float8_e4m3fn}
@@ -69,26 +69,31 @@ def test_fp8_checkpoints_take_the_fused_path(dtype: torch.dtype, monkeypatch: py
     """SGLang keeps their W_UK in fp8 with one scale on ROCm, and its fused norms hand over (fp8, scale, bf16)."""
     case = Case(monkeypatch, packed=False, is_neox=True, merged=False)
     monkeypatch.setattr(rocm, "on_rocm", lambda: True)
-    monkeypatch.setattr(gpu_indexer, "device_arch", lambda device: "gfx950")
-    monkeypatch.setattr(gpu_indexer, "_copied", set())
     scale = torch.tensor(1 / 32)
     quantized = (case.attn.w_kc / scale).to(dtype)
     case.attn.w_kc = quantized.to(torch.bfloat16) * scale
     want = case.prepare()
-    assert gpu_indexer.refuse_weight_update(lambda: None) is None
+    rocm.merge_key_weight(case.attn)
+    assert rocm.key_weight(case.attn) is case.attn.w_kc, "bf16 needs no copy"
 
     case.attn.w_kc, case.attn.w_scale = quantized, scale
+    assert case.prepare() == "stock", "the copy is made at load, not at the first call"
+    rocm.merge_key_weight(case.attn)
     plain, wk = case.hidden, case.indexer.wk
     case.indexer.wk = lambda x: wk(x[2])
     case.hidden = (plain.to(dtype), torch.ones(case.tokens, 1), plain)
     got = case.prepare()
     for place in (0, 2, 7):  # both parts of the query, the slots
         assert torch.equal(got[place], want[place])
+    case.attn.w_kc.copy_(quantized.flip(0))  # an update of weights
     copy = rocm.key_weight(case.attn)
+    getattr(case.attn, rocm._KEY_WEIGHT).rebuild()
     assert rocm.key_weight(case.attn) is copy
-    assert f"kv_b_proj is {dtype}" in gpu_indexer.refuse_weight_update(lambda: None)
+    assert torch.equal(copy, case.attn.w_kc.to(torch.bfloat16) * scale)
     case.hidden = case.hidden[:2]  # no bf16 part for the head gate
     assert case.prepare() == "stock"
     monkeypatch.setattr(rocm, "on_rocm", lambda: False)
+    delattr(case.attn, rocm._KEY_WEIGHT)
+    rocm.merge_key_weight(case.attn)
     case.hidden = plain
     assert case.prepare() == "stock", "elsewhere SGLang has its own GEMM for fp8"

@@ -9,14 +9,16 @@ import pytest
 import torch
 
 pytest.importorskip("sglang", reason="needs SGLang")
-rocm_indexer = pytest.importorskip("nsa_backend_plugin.engine.gpu.rocm_indexer")
-from tests.engine.test_fused_decode import LENGTHS, Q_LORA, Case, gpu_indexer  # noqa: E402
+indexer_path = pytest.importorskip("nsa_backend_plugin.engine.indexer")
+from nsa_backend_plugin.engine.gpu import rocm  # noqa: E402
+from tests.engine.test_fused_decode import LENGTHS, Q_LORA, Case  # noqa: E402
 
 
 @pytest.fixture
 def case(monkeypatch: pytest.MonkeyPatch) -> Case:
+    monkeypatch.setattr(rocm, "on_rocm", lambda: True)
     made = Case(monkeypatch, packed=False, is_neox=True)
-    monkeypatch.setattr(gpu_indexer, "device_arch", lambda device: "gfx950")
+    monkeypatch.setattr(indexer_path, "get_attn_backend", lambda: made.backend)
     made.indexer._mask_init_and_local_tokens = lambda logits, lengths, row_starts=None: logits
     metadata = made.backend.forward_metadata
     metadata.dsa_seqlens_expanded = metadata.cache_seqlens_int32
@@ -29,8 +31,8 @@ def run(case: Case, decode: bool, x: Any = None, **options: Any) -> torch.Tensor
     case.batch.forward_mode = SimpleNamespace(is_decode_or_idle=lambda: decode)
     x = case.hidden if x is None else x
     q_lora = case.qkv[:, :Q_LORA].contiguous()
-    return rocm_indexer.store_and_select(
-        case.backend, case.indexer, x, q_lora, case.positions, case.batch, 0, **options
+    return indexer_path.forward_rocm(
+        lambda *args: pytest.fail("stock"), case.indexer, x, q_lora, case.positions, case.batch, 0, **options
     )
 
 
@@ -42,7 +44,7 @@ def selected(slots: torch.Tensor | None) -> list[set[int]]:
 @pytest.mark.parametrize("logits_bytes", [1 << 20, 1])
 def test_prefill_selects_what_decode_selects(case: Case, monkeypatch: pytest.MonkeyPatch, logits_bytes: int) -> None:
     """One new token per request: both are the same question, by paged and by ragged logits, in chunks of 3 or 1."""
-    monkeypatch.setattr(rocm_indexer, "LOGITS_BYTES", logits_bytes)
+    monkeypatch.setattr(indexer_path, "LOGITS_BYTES", logits_bytes)
     decoded, pages = selected(run(case, decode=True)), case.index_pages.clone()
     assert selected(run(case, decode=False)) == decoded
     assert torch.equal(case.index_pages, pages), "both modes write the same bytes"
@@ -72,8 +74,14 @@ def test_writing_only_and_idle(case: Case) -> None:
 
 
 def test_another_backend_keeps_the_stock_forward(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rocm_indexer, "get_attn_backend", lambda: object())
-    assert rocm_indexer.forward(lambda *args, **kwargs: (args, kwargs), "indexer", 1, layer_id=2) == (
+    monkeypatch.setattr(indexer_path, "get_attn_backend", lambda: object())
+    assert indexer_path.forward_rocm(lambda *args, **kwargs: (args, kwargs), "indexer", 1, layer_id=2) == (
         ("indexer", 1),
         {"layer_id": 2},
     )
+
+
+def test_unknown_keywords_are_refused(case: Case) -> None:
+    assert run(case, decode=True, use_cuda_graph=None) is not None
+    with pytest.raises(ValueError, match="SGLang passes use_cuda_graph to the indexer"):
+        run(case, decode=True, use_cuda_graph=True)

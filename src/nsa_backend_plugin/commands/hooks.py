@@ -20,7 +20,10 @@ public registration function, `append` adds to a list that SGLang shares, `hook`
 module's forward for our platform, `subclass` derives from a class.
 
 Of a DSA model's weights it changes where they lie, on NVIDIA: q_b_proj and the indexer's wq_b become views of one
-matrix, and in bf16 checkpoints its wk and weights_proj of another, so that one GEMM reads each input.
+matrix, and its wk and weights_proj of another, so that one GEMM reads each input; wk of fp8 blocks is dequantized into
+it. Only plain linear layers are merged, in bf16 or in fp8 blocks with fp32 scales. A layer that is wrapped (LoRA),
+offloaded or quantized otherwise serves itself, and the server's log says so once. The matrices are parameters of the
+model, in the memory of its weights, and are rebuilt after an update of weights.
 
 | name | stage | kind | target | why | releases | upstream |
 |---|---|---|---|---|---|---|

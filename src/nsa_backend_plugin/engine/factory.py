@@ -55,24 +55,12 @@ def _gpu_backend(runner: Any) -> Any:
         from nsa_backend_plugin.engine.gpu.mla_backend import NsaPluginMLABackend
 
         return NsaPluginMLABackend(runner)
+    from nsa_backend_plugin.engine import merging
     from nsa_backend_plugin.engine.gpu.dsa_backend import NsaPluginDSABackend
 
     hooks.install("gpu_dsa")
-    if not rocm.on_rocm():
-        _merge_projections(runner.model)
+    merging.settle(runner.model, torch.device(runner.device).type)
     return NsaPluginDSABackend(runner)
-
-
-def _merge_projections(model: Any) -> None:
-    """Two projections of one input as one GEMM, in every layer with an indexer, after the weights were loaded."""
-    from nsa_backend_plugin.engine.gpu import indexer, query_projection
-
-    for attn in model.modules():
-        if getattr(attn, "indexer", None) is not None:
-            indexer.merge_projection(attn.indexer)
-            if attn.q_lora_rank is not None:
-                query_projection.merge(attn)
-    torch.cuda.empty_cache()  # what the weights occupied before
 
 
 def _report(device: torch.device, backend: str) -> None:

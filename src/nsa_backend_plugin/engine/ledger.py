@@ -58,6 +58,7 @@ _OPEN = "public extension point"
 _FORWARD_METHODS = "sglang.srt.models.deepseek_common.attention_forward_methods"
 _GRAMMAR = "sglang.srt.constrained.xgrammar_backend"
 _FORWARD_BATCH = "sglang.srt.model_executor.forward_batch_info"
+_UPDATER = "sglang.srt.managers.scheduler_components.weight_updater"
 _MLA_POOL = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._build_oot_mla_kv_pool"
 _ROCM_PREPARE = f"{_FORWARD_METHODS}.forward_mla_rocm.DeepseekMLARocmForwardMixin.forward_absorb_rocm_prepare"
 
@@ -66,6 +67,14 @@ def _on_rocm() -> bool:
     from nsa_backend_plugin.engine.gpu import rocm
 
     return rocm.on_rocm()
+
+
+def _on_gpu() -> bool:
+    import torch
+
+    from nsa_backend_plugin.engine.cpu import platform
+
+    return torch.cuda.is_available() and not platform.active()
 
 
 LEDGER: tuple[Hook, ...] = (
@@ -130,7 +139,7 @@ LEDGER: tuple[Hook, ...] = (
         target="sglang.srt.layers.attention.dsa.dsa_indexer.Indexer",
         kind="op",
         stage="cpu",
-        handler="cpu.indexer:forward",
+        handler="indexer:forward",
         why="the DSA indexer has no torch forward",
         upstream=_OPEN,
     ),
@@ -230,17 +239,28 @@ LEDGER: tuple[Hook, ...] = (
         patch_point=f"{_FORWARD_METHODS}.forward_mha.KEY_WRAPPERS",
     ),
     Hook(
+        name="merged_weights",
+        target="sglang.srt.model_executor.model_runner_components.load_model_utils.load_model_with_memory_saver",
+        kind="hook",
+        stage="start",
+        handler="merging:load_model",
+        why=(
+            "two projections of one input are merged, and W_UK on ROCm is copied to bf16, once the weights are loaded: "
+            "before memory is planned, and in a region of the weights' memory"
+        ),
+        upstream="later releases tell the platform, outside that region",
+        needed=_on_gpu,
+        patch_point="sglang.srt.model_executor.model_runner_components.load_model_utils.LOAD_WRAPPERS",
+    ),
+    Hook(
         name="weight_updates",
-        target="sglang.srt.model_executor.model_runner_components.weight_updater._unsupported_derived_weight_cache_error",
+        target=f"{_UPDATER}.SchedulerWeightUpdaterManager._observe_weight_load",
         kind="hook",
         stage="gpu_dsa",
-        handler="gpu.indexer:refuse_weight_update",
-        why=(
-            "an online update of fp8 weights would leave our bf16 copies behind (the indexer's projections, W_UK on "
-            "ROCm)"
-        ),
-        upstream="newer releases ask the model's modules for such a reason",
-        patch_point="sglang.srt.model_executor.model_runner_components.weight_updater.REFUSAL_WRAPPERS",
+        handler="merging:updating",
+        why="merged weights that are copies (dequantized from fp8) are rebuilt after an update from any source",
+        upstream="no extension point",
+        patch_point=f"{_UPDATER}.UPDATE_WRAPPERS",
     ),
     Hook(
         name="rocm_pages",
@@ -259,7 +279,7 @@ LEDGER: tuple[Hook, ...] = (
         target="sglang.srt.layers.attention.dsa.dsa_indexer.Indexer.forward_cuda",
         kind="hook",
         stage="start",
-        handler="gpu.rocm_indexer:forward",
+        handler="indexer:forward_rocm",
         why="ROCm: one writer of index-K pages for prefill and decode, in the layout that the readers take",
         versions="ROCm, 0.5.17 to 0.5.23",
         upstream="no extension point",

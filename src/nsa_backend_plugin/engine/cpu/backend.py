@@ -1,6 +1,6 @@
 """Attention backend on CPU, for MLA and DSA models: absorbed attention through the operations.
 
-Decode, extend, chunked and mixed batches are the same computation on one row per token (`metadata.TokenRows`).
+Decode, extend, chunked and mixed batches are the same computation on one row per token (`metadata.token_rows`).
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
-from nsa_backend_plugin.engine import query
-from nsa_backend_plugin.engine.cpu.metadata import TokenRows, token_rows
+from nsa_backend_plugin.engine import query, unknown
+from nsa_backend_plugin.engine.cpu.metadata import token_rows
+from nsa_backend_plugin.engine.indexer import Rows
 from nsa_backend_plugin.ops import dense_mla, latent_cache, sparse_mla
 
 
@@ -25,7 +26,7 @@ class NsaPluginCpuBackend(AttentionBackend):
         self.kv_cache_dtype = runner.kv_cache_dtype
         self.data_type = runner.kv_cache_dtype
         self.page_size: int = self.token_to_kv_pool.page_size
-        self._rows: TokenRows | None = None
+        self._rows: Rows | None = None
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
         self._rows = token_rows(forward_batch, self.req_to_token_pool.req_to_token, self.page_size)
@@ -39,7 +40,7 @@ class NsaPluginCpuBackend(AttentionBackend):
     def support_triton(self) -> bool:
         return False
 
-    def get_indexer_metadata(self, layer_id: int, forward_batch: Any) -> TokenRows:
+    def indexer_rows(self, forward_batch: Any) -> Rows:
         assert self._rows is not None, "init_forward_metadata was not called"
         return self._rows
 
@@ -54,13 +55,14 @@ class NsaPluginCpuBackend(AttentionBackend):
         q_rope: torch.Tensor | None = None,
         k_rope: torch.Tensor | None = None,
         topk_indices: torch.Tensor | None = None,
-        **_: Any,
+        **keywords: Any,
     ) -> torch.Tensor:
         """Absorbed attention of rotated queries [T, heads*512] and q_rope [T, heads, 64]; returns [T, heads*512].
 
         k [T, 1, 512] and k_rope [T, 1, 64] are this batch's latent rows, normalized and rotated by the model.
         topk_indices: physical slots [T, K] of a DSA model; None attends to the whole context.
         """
+        unknown.refuse("the attention backend", keywords)
         if q_rope is None or k_rope is None:
             raise ValueError(
                 "nsa_plugin got queries that are concatenated already: FORWARD_ABSORB_CORE_ATTENTION_BACKENDS lacks it"

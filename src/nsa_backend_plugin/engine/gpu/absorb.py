@@ -36,7 +36,7 @@ from sglang.srt.models.deepseek_common.attention_forward_methods.forward_mla imp
 )
 
 from nsa_backend_plugin.engine import hooks
-from nsa_backend_plugin.engine.gpu import indexer as indexer_path
+from nsa_backend_plugin.engine import indexer as indexer_path
 from nsa_backend_plugin.engine.gpu import query_projection, rocm
 from nsa_backend_plugin.engine.gpu.dsa_backend import NsaPluginDSABackend, plain_fp8_scale
 from nsa_backend_plugin.engine.gpu.dual_stream import side_lane
@@ -178,7 +178,15 @@ def _prepare(
     slots = prev_topk_indices
     with lane:
         if runs_indexer:
-            slots = indexer_path.select_slots(indexer, index_query, head_gate, positions, backend, per_request)
+            slots = indexer_path.select_slots(
+                indexer,
+                index_query,
+                head_gate,
+                positions,
+                pool,
+                backend.decode_rows(per_request),
+                backend.captured_logits(positions.shape[0]),
+            )
         slots = maybe_capture_indexer_topk(attn.layer_id, slots)
     lane.join()
     return q_all, slots

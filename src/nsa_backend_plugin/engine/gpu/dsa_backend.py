@@ -13,8 +13,9 @@ import torch
 from sglang.srt.layers.attention.dsa_backend import DeepseekSparseAttnBackend, DeepseekSparseAttnMultiStepBackend
 
 from nsa_backend_plugin import BACKEND_NAME
-from nsa_backend_plugin.engine import index_cache, query
+from nsa_backend_plugin.engine import index_cache, query, unknown
 from nsa_backend_plugin.engine.gpu import rocm, scratch
+from nsa_backend_plugin.engine.indexer import Rows
 from nsa_backend_plugin.layouts import FP8_DTYPES, LATENT_DIM, ROPE_DIM
 from nsa_backend_plugin.ops import mqa_logits, sparse_mla
 
@@ -60,11 +61,7 @@ class NsaPluginDSABackend(DeepseekSparseAttnBackend):
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         super().init_cuda_graph_state(max_bs, max_num_tokens)
         self.attention_workspace = scratch.reserve(
-            "sparse attention",
-            sparse_mla.workspace_bytes(
-                max_num_tokens, self.num_q_heads, self.dsa_index_topk, self.device, value_dim=self.kv_lora_rank
-            ),
-            self.device,
+            "sparse attention", self._workspace_bytes(max_num_tokens), self.device
         )
         # As wide as the page table of a captured step, like the logits that stock allocates while capturing.
         page_size = self.token_to_kv_pool.page_size
@@ -89,6 +86,24 @@ class NsaPluginDSABackend(DeepseekSparseAttnBackend):
             return self.speculative_num_draft_tokens
         return None
 
+    def decode_rows(self, per_request: int) -> Rows:
+        """What the queries of a batch of decode, verification or draft-extend see, for the indexer."""
+        metadata = self.forward_metadata
+        table = metadata.real_page_table
+        lengths = metadata.cache_seqlens_int32 if per_request == 1 else metadata.dsa_seqlens_expanded
+        return Rows(table, None, lengths, table.shape[1] * self.token_to_kv_pool.page_size, adjacent=per_request)
+
+    def indexer_rows(self, forward_batch: Any) -> Rows:
+        """As `decode_rows`, for a batch of any mode that ROCm serves."""
+        if forward_batch.forward_mode.is_decode_or_idle():
+            return self.decode_rows(1)
+        return prefill_rows(self.forward_metadata)
+
+    def captured_logits(self, tokens: int) -> torch.Tensor | None:
+        """Scratch for a step's index logits while it is captured; None lets the operation allocate."""
+        fits = self.logits_buffer is not None and tokens <= self.logits_buffer.shape[0]
+        return self.logits_buffer if fits and torch.cuda.is_current_stream_capturing() else None
+
     def prepare_absorbed(self, *arguments: Any) -> tuple[Any, ...] | None:
         """Called by an SGLang with the patch `fused_decode`, in place of the hook of that name."""
         from nsa_backend_plugin.engine.gpu import absorb  # which imports this module
@@ -106,9 +121,10 @@ class NsaPluginDSABackend(DeepseekSparseAttnBackend):
         q_rope: torch.Tensor | None = None,
         k_rope: torch.Tensor | None = None,
         topk_indices: torch.Tensor | None = None,
-        **_: Any,
+        **keywords: Any,
     ) -> torch.Tensor:
         """k None: the fused path has written this token's latent row already."""
+        unknown.refuse("the attention backend", keywords)
         if k is not None and save_kv_cache:
             self.token_to_kv_pool.set_mla_kv_buffer(layer, forward_batch.out_cache_loc, k, k_rope)
         return self._attend(q, q_rope, layer, topk_indices)
@@ -124,13 +140,10 @@ class NsaPluginDSABackend(DeepseekSparseAttnBackend):
         q_rope: torch.Tensor | None = None,
         k_rope: torch.Tensor | None = None,
         topk_indices: torch.Tensor | None = None,
-        **kwargs: Any,
+        **keywords: Any,
     ) -> torch.Tensor:
-        if self.use_mha:
-            return super().forward_extend(
-                q, k, v, layer, forward_batch, save_kv_cache, q_rope, k_rope, topk_indices, **kwargs
-            )
-        return self.forward_decode(q, k, v, layer, forward_batch, save_kv_cache, q_rope, k_rope, topk_indices)
+        forward = super().forward_extend if self.use_mha else self.forward_decode
+        return forward(q, k, v, layer, forward_batch, save_kv_cache, q_rope, k_rope, topk_indices, **keywords)
 
     def _attend(
         self, q: torch.Tensor, q_rope: torch.Tensor | None, layer: Any, topk_indices: torch.Tensor | None
@@ -154,8 +167,25 @@ class NsaPluginDSABackend(DeepseekSparseAttnBackend):
 
     def _workspace(self, tokens: int) -> torch.Tensor | None:
         """None lets the operation allocate: eager steps, and prefill graphs, which are wider than decode's."""
-        planned = self.logits_buffer is not None and tokens <= self.logits_buffer.shape[0]
-        return self.attention_workspace if planned and torch.cuda.is_current_stream_capturing() else None
+        if self.attention_workspace is None or not torch.cuda.is_current_stream_capturing():
+            return None
+        return self.attention_workspace if self._workspace_bytes(tokens) <= self.attention_workspace.numel() else None
+
+    def _workspace_bytes(self, tokens: int) -> int:
+        return sparse_mla.workspace_bytes(
+            tokens, self.num_q_heads, self.dsa_index_topk, self.device, value_dim=self.kv_lora_rank
+        )
+
+
+def prefill_rows(metadata: Any) -> Rows:
+    """What the queries of a prefill see, of SGLang's `DSAMetadata`."""
+    return Rows(
+        metadata.real_page_table,
+        metadata.token_to_batch_idx.int(),
+        metadata.dsa_seqlens_expanded,
+        columns=0,  # the gathered keys'
+        seq_lens=metadata.cache_seqlens_int32,
+    )
 
 
 class NsaPluginDSADraftSteps(DeepseekSparseAttnMultiStepBackend):

@@ -12,7 +12,7 @@ import torch
 from sglang.srt.layers.attention.flashattention_backend import FlashAttentionBackend, FlashAttentionMultiStepBackend
 from sglang.srt.runtime_context import get_parallel
 
-from nsa_backend_plugin.engine import query
+from nsa_backend_plugin.engine import query, unknown
 from nsa_backend_plugin.engine.gpu import prefill, scratch
 from nsa_backend_plugin.ops import dense_mla
 from nsa_backend_plugin.ops.registry import Operation
@@ -47,8 +47,7 @@ class NsaPluginMLABackend(FlashAttentionBackend):
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         super().init_cuda_graph_state(max_bs, max_num_tokens)
-        size = dense_mla.workspace_bytes(max_bs, self.num_q_heads, self.device)
-        self.decode_workspace = scratch.reserve("dense attention", size, self.device)
+        self.decode_workspace = scratch.reserve("dense attention", self._workspace_bytes(max_bs), self.device)
 
     def draft_backend(self, factory: Any, per_step: bool) -> Any:
         """Backend of the draft model that SGLang's factory asks for, by the hook `draft_backends`."""
@@ -67,11 +66,12 @@ class NsaPluginMLABackend(FlashAttentionBackend):
         save_kv_cache: bool = True,
         q_rope: torch.Tensor | None = None,
         k_rope: torch.Tensor | None = None,
-        **kwargs: Any,
+        **keywords: Any,
     ) -> torch.Tensor:
         metadata = self.forward_metadata
         if self._decodes_by_fa3(metadata.page_table):
-            return super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache, q_rope, k_rope, **kwargs)
+            return super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache, q_rope, k_rope, **keywords)
+        unknown.refuse("the attention backend", keywords)
         if k is not None and save_kv_cache:
             self.token_to_kv_pool.set_mla_kv_buffer(layer, forward_batch.out_cache_loc, k, k_rope)
         q_all = query.absorbed(q, q_rope, layer)
@@ -85,9 +85,18 @@ class NsaPluginMLABackend(FlashAttentionBackend):
             page_size=self.page_size,
             value_dim=layer.v_head_dim,
             out=out,
-            workspace=self.decode_workspace if torch.cuda.is_current_stream_capturing() else None,
+            workspace=self._workspace(q_all.shape[0]),
         )
         return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)
+
+    def _workspace(self, batch: int) -> torch.Tensor | None:
+        """None lets the operation allocate: eager steps."""
+        if self.decode_workspace is None or not torch.cuda.is_current_stream_capturing():
+            return None
+        return self.decode_workspace if self._workspace_bytes(batch) <= self.decode_workspace.numel() else None
+
+    def _workspace_bytes(self, batch: int) -> int:
+        return dense_mla.workspace_bytes(batch, self.num_q_heads, self.device)
 
     def _decodes_by_fa3(self, page_table: torch.Tensor) -> bool:
         """Whether the registry prefers FlashAttention 3: then SGLang's own call, whose schedule is made once per step.

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from nsa_backend_plugin.layouts import FP8_DTYPES, LATENT_DIM, ROPE_DIM
+from nsa_backend_plugin.runtime.merged_weights import MergedWeights
 
 _resolving = False
-_KEY_WEIGHT = "_nsa_plugin_w_kc"
+_KEY_WEIGHT = "nsa_plugin_w_kc"
 
 
 def on_rocm() -> bool:
@@ -57,23 +58,17 @@ def unquantized(hidden_states: torch.Tensor | tuple[torch.Tensor, ...]) -> torch
     return hidden_states[2] if on_rocm() and len(hidden_states) == 3 else None
 
 
+def merge_key_weight(attn: Any) -> None:
+    """Give a layer on ROCm a bf16 copy of its W_UK where SGLang keeps that in fp8, with one scale, for its own GEMM."""
+    if hasattr(attn, _KEY_WEIGHT) or not on_rocm() or attn.w_kc is None or attn.w_kc.dtype not in FP8_DTYPES:
+        return
+    setattr(attn, _KEY_WEIGHT, MergedWeights({"weight": [lambda: attn.w_kc.to(torch.bfloat16) * attn.w_scale]}))
+
+
 def key_weight(attn: Any) -> torch.Tensor:
-    """W_UK [heads, nope, 512] of a layer: SGLang's, or on ROCm a bf16 copy of its fp8 one, made at the first call.
-
-    There SGLang keeps it in fp8 with one scale where it has a GEMM for that. A copy that an update of weights would
-    leave behind: `indexer.refuse_weight_update` says so.
-    """
-    weight = attn.w_kc
-    if not on_rocm() or weight.dtype not in FP8_DTYPES:
-        return weight
+    """W_UK [heads, nope, 512] of a layer: SGLang's, or the bf16 copy of it."""
     copy = getattr(attn, _KEY_WEIGHT, None)
-    if copy is None:
-        from nsa_backend_plugin.engine.gpu import indexer
-
-        copy = weight.to(torch.bfloat16) * attn.w_scale
-        setattr(attn, _KEY_WEIGHT, copy)
-        indexer.remember_copy("kv_b_proj", weight.dtype)
-    return copy
+    return attn.w_kc if copy is None else copy.weight
 
 
 def check_latent_cache(pool: Any) -> None:

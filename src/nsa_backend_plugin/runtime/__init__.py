@@ -1,0 +1,1 @@
+"""What any engine needs and no engine owns. Imports torch, never SGLang."""
