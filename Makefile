@@ -22,10 +22,10 @@ setup-test:  ## create .venv and .venv-0.5.23 with what the tests need
 	@MAKEFLAGS= $(MAKE) --no-print-directory -j2 setup-primary setup-newest
 
 setup-primary:
-	@$(PYTHON) requirements/install.py $(VENV) 0.5.17 --dev --plain
+	@$(PYTHON) requirements/install.py $(VENV) 0.5.17 --dev --lines
 
 setup-newest:
-	@$(PYTHON) requirements/install.py $(VENV_NEWEST) 0.5.23 --dev --plain
+	@$(PYTHON) requirements/install.py $(VENV_NEWEST) 0.5.23 --dev --lines
 
 demo: setup  ## serve the tiny DSA model, ask it questions, check the answers, shut down
 	@$(VENV)/bin/nsa-plugin demo

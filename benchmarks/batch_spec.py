@@ -16,7 +16,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-_SEGMENT = re.compile(r"(?P<count>\d+)?q(?P<q>\d+)(?P<qk>k)?(?:s(?P<s>\d+)(?P<sk>k)?)?")
+_SEGMENT = re.compile(r"(?P<count>\d+)?q(?P<q>\d+)(?P<qk>k)?(?:s(?P<s>\d+)(?P<sk>k)?)?", re.ASCII)
+#: Most requests of a batch, and most new tokens of it or tokens of one sequence: what no GPU holds is a typing error.
+MAX_REQUESTS, MAX_TOKENS = 1 << 16, 1 << 24
 _RANGE_KEYS = {"start", "stop", "step", "end_inclusive"}
 
 
@@ -55,7 +57,14 @@ def parse_batch_spec(spec: str) -> list[BatchRequest]:
     """Requests of a batch spec, in order. Raises ValueError that names the bad segment."""
     if not isinstance(spec, str):
         raise ValueError(f"spec={spec!r}: expected a string")
-    return [request for segment in spec.split("_") for request in _parse_segment(segment, spec)]
+    requests = [request for segment in spec.split("_") for request in _parse_segment(segment, spec)]
+    for name, value, most in (
+        ("requests", len(requests), MAX_REQUESTS),
+        ("new tokens", sum(r.q_len for r in requests), MAX_TOKENS),
+    ):
+        if value > most:
+            raise ValueError(f"batch spec {spec!r}: {value} {name}, expected at most {most}")
+    return requests
 
 
 def _parse_segment(segment: str, spec: str) -> list[BatchRequest]:
@@ -66,12 +75,14 @@ def _parse_segment(segment: str, spec: str) -> list[BatchRequest]:
     count = int(match["count"] or 1)
     q_len = int(match["q"]) * (1024 if match["qk"] else 1)
     kv_len = q_len if match["s"] is None else int(match["s"]) * (1024 if match["sk"] else 1)
-    if count == 0:
-        raise ValueError(f"{where}: count is 0, expected at least 1")
+    if not 1 <= count <= MAX_REQUESTS:
+        raise ValueError(f"{where}: count is {count}, expected 1 to {MAX_REQUESTS}")
     if q_len == 0:
         raise ValueError(f"{where}: q_len is 0, expected at least 1")
     if kv_len < q_len:
         raise ValueError(f"{where}: seq_len {kv_len} is less than q_len {q_len}")
+    if kv_len > MAX_TOKENS:
+        raise ValueError(f"{where}: seq_len is {kv_len}, expected at most {MAX_TOKENS}")
     return [BatchRequest(q_len, kv_len)] * count
 
 

@@ -3,38 +3,45 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from backends import is_peer
-from workloads import workload
+from pydantic import Field
+from pydantic.dataclasses import dataclass as checked_dataclass
+
+from benchmarks.backends import is_peer
+from benchmarks.checked import BatchSpec, Count, Heads
+from benchmarks.workloads import workload
+from benchmarks.workloads.base import HEAD_DIM
 
 OK = "ok"
 ERROR = "error"
 UNAVAILABLE = "unavailable"
 
 
-@dataclass
+@checked_dataclass
 class BenchmarkConfig:
-    """One measurement of one backend on one batch.
+    """One measurement of one backend on one batch. Raises pydantic.ValidationError, a ValueError, for bad values.
 
     num_layers: layers whose caches are walked through in turn, each with its own inputs (at least; more are used
     where the data would otherwise stay in the L2 cache). Times are per layer.
     """
 
     backend: str
-    batch_spec: str
-    num_layers: int = 10
-    head_dim: int = 576
-    num_q_heads: int = 128
-    num_kv_heads: int = 1
-    block_size: int = 64
+    batch_spec: BatchSpec
+    num_layers: Count = 10
+    head_dim: Count = HEAD_DIM
+    num_q_heads: Heads = 128
+    num_kv_heads: Heads = 1
+    block_size: Count = 64
     device: str = "cuda:0"
-    repeats: int = 9
-    warmup_iters: int = 3
+    repeats: Count = 9
+    warmup_iters: int = Field(default=3, ge=0)
     profile_memory: bool = False
 
 
@@ -45,6 +52,7 @@ class BenchmarkResult:
     status: "ok"; "error" (failed or wrong, `reason` says how; no time is reported); "unavailable" (cannot run here).
     distance: to the reference, which `checked` describes. spread: interquartile range over the median.
     floor_us: bytes over the read bandwidth measured in the same run. vs_peer: time over the best peer's.
+    speedup: the baseline backend's time over this one's. reduction: percent of the baseline's time that is saved.
     wall_s: what the row cost in all, inputs, compilation, check and timing.
     """
 
@@ -73,6 +81,8 @@ class BenchmarkResult:
     floor_percent: float | None = None
     best_peer: str = ""
     vs_peer: float | None = None
+    speedup: float | None = None
+    reduction: float | None = None
     target_us: float | None = None
     target_vs_peer: float | None = None
     peak_memory_mib: float | None = None
@@ -102,13 +112,14 @@ class BenchmarkResult:
 def job_key(result: BenchmarkResult) -> str:
     """Rows with the same key do the same job and may be compared: all parameters but the cache format."""
     ignored = workload(result.workload).same_job
-    params = {k: v for k, v in result.params.items() if k not in ignored}
+    params = {k: v for k, v in workload(result.workload).complete(result.params).items() if k not in ignored}
     return json.dumps([result.workload, params], sort_keys=True)
 
 
-def add_comparisons(results: Sequence[BenchmarkResult], read_gbps: float | None) -> None:
-    """Fill GB/s, TFLOP/s, the floor and the ratio to the best peer, in place."""
+def add_comparisons(results: Sequence[BenchmarkResult], read_gbps: float | None, baseline: str = "") -> None:
+    """Fill GB/s, TFLOP/s, the floor and the ratios to the best peer and to the baseline backend, in place."""
     best: dict[str, BenchmarkResult] = {}
+    base: dict[str, float] = {}
     for row in results:
         if row.median_us:
             row.gbps = row.bytes / row.median_us / 1e3
@@ -120,11 +131,16 @@ def add_comparisons(results: Sequence[BenchmarkResult], read_gbps: float | None)
                 key = job_key(row)
                 if key not in best or row.median_us < (best[key].median_us or 0):
                     best[key] = row
+            if row.backend == baseline:
+                base.setdefault(job_key(row), row.median_us)
     for row in results:
         peer = best.get(job_key(row))
         if peer is not None and peer.median_us and row.median_us:
             row.best_peer = label(peer, row)
             row.vs_peer = row.median_us / peer.median_us
+        before = base.get(job_key(row))
+        if before and row.median_us:
+            row.speedup, row.reduction = before / row.median_us, 100 * (1 - row.median_us / before)
 
 
 def label(peer: BenchmarkResult, row: BenchmarkResult) -> str:
@@ -144,78 +160,55 @@ def describe(result: BenchmarkResult) -> str:
 _LEADING = ("batch_spec", "tokens", "batch", "rows", "context", "heads", "kv", "layout", "dtype", "page_size")
 
 
+def write(path: str | Path, content: str | bytes, force: bool = False) -> None:
+    """Write a whole file under a temporary name and give it its own, so that a kill leaves no half a file. Raises
+    FileExistsError where it exists, unless forced."""
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        if force:
+            partial.replace(path)
+        else:
+            os.link(partial, path)
+    except FileExistsError:
+        raise FileExistsError(f"{path} exists (--force replaces it)") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 @dataclass
 class ResultsFormatter:
-    """Tables and files of results. environment and ceilings go into the JSON; memory adds a column to tables."""
+    """Files of results. environment and ceilings go into the JSON."""
 
     environment: dict[str, Any] = field(default_factory=dict)
     ceilings: dict[str, float] = field(default_factory=dict)
     config: str = ""
     baseline: str = ""
     complete: bool = False
-    memory: bool = False
 
     #: What every line of a CSV file says of its run.
     CSV_ENVIRONMENT = ("device", "driver", "libraries", "commit", "sources", "date", "command")
-    COLUMNS = ("workload", "case", "backend", "us", "spread", "GB/s", "TFLOP/s", "% floor", "vs peer", "best peer")
 
-    def columns(self) -> tuple[str, ...]:
-        return (
-            *self.COLUMNS,
-            *(("speed-up", "reduction") if self.baseline else ()),
-            *(("peak MiB",) if self.memory else ()),
-        )
-
-    def cells(self, row: BenchmarkResult, results: Sequence[BenchmarkResult] = ()) -> list[str]:
-        """One line of the table. A row without a time shows its status and reason instead."""
-        head = [row.workload, describe(row), row.backend]
-        if row.median_us is None:
-            return [*head, f"{row.status}: {row.reason}", *[""] * (len(self.columns()) - 4)]
-        cells = [
-            *head,
-            f"{row.median_us:.2f}",
-            f"{100 * (row.spread or 0):.1f}%",
-            _number(row.gbps, 0 if (row.gbps or 0) >= 10 else 2),
-            _number(row.tflops, 1),
-            _number(row.floor_percent, 1),
-            _number(row.vs_peer, 2),
-            row.best_peer,
-        ]
-        cells += self._against_baseline(row, results) if self.baseline else []
-        return cells + ([_number(row.peak_memory_mib, 1)] if self.memory else [])
-
-    def _against_baseline(self, row: BenchmarkResult, results: Sequence[BenchmarkResult]) -> list[str]:
-        key = job_key(row)
-        base = next((r.median_us for r in results if r.backend == self.baseline and job_key(r) == key), None)
-        if not base or not row.median_us:
-            return ["", ""]
-        return [f"{base / row.median_us:.2f}x", f"{100 * (1 - row.median_us / base):.1f}%"]
-
-    def text(self, results: Sequence[BenchmarkResult]) -> str:
-        """Plain-text table."""
-        lines = [list(self.columns()), *(self.cells(r, results) for r in results)]
-        # A reason may be long; it must not widen the column of times.
-        widths = [max(len(line[i]) for line in lines if i != 3 or len(line[i]) < 16) for i in range(len(lines[0]))]
-        return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
-
-    def save_csv(self, results: Sequence[BenchmarkResult], path: str | Path) -> None:
-        """One line per row; every parameter of any workload is a column, and so is what the run was measured on."""
+    def save_csv(self, results: Sequence[BenchmarkResult], path: str | Path, force: bool = False) -> None:
+        """One line per row; every parameter of any workload is a column, and so is what the run was measured on. See
+        `write`."""
         params = list(dict.fromkeys(name for r in results for name in r.params))
         env = {name: self.environment.get(name, "") for name in self.CSV_ENVIRONMENT}
         if isinstance(env["libraries"], Mapping):
             env["libraries"] = ", ".join(f"{k} {v}" for k, v in env["libraries"].items())
         plain = [name for name in BenchmarkResult.__dataclass_fields__ if name != "params"]
-        with Path(path).open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow([*plain, *(f"param.{p}" for p in params), *(f"environment.{name}" for name in env)])
-            for r in results:
-                values = r.as_dict()
-                writer.writerow([*(values[name] for name in plain), *(r.params.get(p) for p in params), *env.values()])
+        file = io.StringIO(newline="")
+        writer = csv.writer(file)
+        writer.writerow([*plain, *(f"param.{p}" for p in params), *(f"environment.{name}" for name in env)])
+        for r in results:
+            values = r.as_dict()
+            writer.writerow([*(values[name] for name in plain), *(r.params.get(p) for p in params), *env.values()])
+        write(path, file.getvalue(), force)
 
-    def save_json(self, results: Sequence[BenchmarkResult], path: str | Path) -> None:
-        """Environment, ceilings and one line per row, whose fields are left out where they have their default.
-        Written to a temporary name first, so a kill leaves no half a file."""
-        path = Path(path)
+    def save_json(self, results: Sequence[BenchmarkResult], path: str | Path, force: bool = False) -> None:
+        """Environment, ceilings and one line per row, whose fields are left out where they have their default. See
+        `write`."""
         head = {
             "config": self.config,
             "complete": self.complete,
@@ -224,9 +217,7 @@ class ResultsFormatter:
             "ceilings": self.ceilings,
         }
         lines = ",\n".join("  " + json.dumps(_compact(r)) for r in results)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n{lines}\n ]\n}}\n')
-        partial.replace(path)
+        write(path, json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n{lines}\n ]\n}}\n', force)
 
 
 def load_json(path: str | Path) -> tuple[ResultsFormatter, list[BenchmarkResult]]:
@@ -247,7 +238,3 @@ def _compact(row: BenchmarkResult) -> dict[str, Any]:
     defaults = {name: field.default for name, field in BenchmarkResult.__dataclass_fields__.items()}
     values = {k: v for k, v in row.as_dict().items() if k == "status" or v != defaults[k]}
     return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"

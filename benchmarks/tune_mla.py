@@ -1,6 +1,6 @@
 """Find tile sizes and split counts of the Triton MLA kernels: check each configuration, then time it.
 
-    python benchmarks/tune_mla.py --out tune-mla.json [--only dense] [--tiny]
+    python -m benchmarks.tune_mla --out tune-mla.json [--only dense] [--tiny]
 
 Every configuration is compared with the torch reference on a few rows before it is timed; a wrong one is reported
 and never timed. The table at the end lists the best configurations of each shape, the one that `mla_launch` selects
@@ -19,18 +19,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import clock
 import torch
+
+from benchmarks.timing import clock
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated: before ops are imported
 
 import triton
 
-from nsa_backend_plugin.ops import latent_cache, mla_launch
+from nsa_backend_plugin.ops import latent_cache
+from nsa_backend_plugin.ops._triton import mla_launch
+from nsa_backend_plugin.ops._triton.mla_launch import Tile
 from nsa_backend_plugin.ops.arch import device_arch
 from nsa_backend_plugin.ops.dense_mla import reference as dense_reference
-from nsa_backend_plugin.ops.mla_launch import Tile
 from nsa_backend_plugin.ops.sparse_mla import reference as sparse_reference
 
 SCALE = 192**-0.5
@@ -227,7 +229,7 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
-        import nsa_backend_plugin.ops.triton_interpreter  # noqa: F401  (makes it convert floats as GPUs do)
+        import tools.triton_interpreter  # noqa: F401  (makes it convert floats as GPUs do)
     rows: list[dict[str, Any]] = []
     for shape in shapes(options.tiny):
         if options.only in str(shape):

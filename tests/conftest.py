@@ -10,6 +10,9 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated: set before ops are imported
 
+for _name in [n for n in os.environ if n.startswith("NSA_PLUGIN_") and n.endswith("_IMPL")]:
+    del os.environ[_name]  # a forced implementation would narrow what the tests run
+
 import pytest  # noqa: E402
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from nsa_backend_plugin import cli, settings
+from nsa_backend_plugin import cli, serving, settings
 from nsa_backend_plugin.commands import demo, doctor, hooks
-from nsa_backend_plugin.ops import registry
+from nsa_backend_plugin.ops import dispatch
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -57,6 +59,26 @@ def test_unknown_command_lists_the_valid_ones(capsys):
     assert "doctor" in capsys.readouterr().err
 
 
+def test_without_a_command_it_prints_help(capsys):
+    assert cli.main([]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in cli.command_names())
+
+
+def test_python_m_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "nsa_backend_plugin", "envs"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, settings.markdown())
+
+
+def test_a_missing_module_is_named(monkeypatch, capsys):
+    """`gsm8k --base-url` in an environment without SGLang and what it brings."""
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)
+    monkeypatch.delitem(sys.modules, "nsa_backend_plugin.accuracy.compare", raising=False)
+    monkeypatch.delitem(sys.modules, "nsa_backend_plugin.accuracy.report", raising=False)
+    assert cli.main(["gsm8k", "--base-url=http://host", "--data-path=data.jsonl"]) == 2
+    assert "nsa-plugin gsm8k: import of scipy.stats halted" in capsys.readouterr().err
+
+
 def test_exit_code_is_the_commands(monkeypatch):
     monkeypatch.setattr("nsa_backend_plugin.commands.envs.run", lambda options: 7)
     assert cli.main(["envs"]) == 7
@@ -84,10 +106,12 @@ def test_doctor_reports_everything_and_finds_nothing_wrong():
     assert report["versions"]["torch"]
     assert report["device"]["arch"]
     assert report["device"]["fp8"].startswith("float8_e4m3")
-    assert [row["operation"] for row in report["operations"]] == [o.name for o in registry.operations()]
+    said = {row["operation"] for row in report["operations"]}
+    assert {"topk.select", "sparse_mla.attend", "dense_mla.decode", "mqa_logits.paged", "mqa_logits.ragged"} < said
     for row in report["operations"]:
-        assert sum(i["chosen"] for i in row["implementations"]) == 1
-        assert all(i["ok"] or i["reason"] for i in row["implementations"])
+        assert row["chosen"]
+        assert row["served"]
+        assert all(row["declined"].values())
     assert [row["name"] for row in report["settings"]] == list(settings.SETTINGS)
     assert all(row["exists"] for row in report["hooks"] if row["needed"])
     assert len(report["hooks"]) > 5
@@ -109,12 +133,50 @@ def test_doctor_says_what_is_wrong_and_what_to_do():
     assert "    -> " in done.stdout
 
 
-def test_doctor_disabled_is_a_problem(monkeypatch):
-    monkeypatch.setenv("NSA_PLUGIN_DISABLE", "1")
+@pytest.mark.parametrize("raw", ["1", "Yes"])
+def test_doctor_disabled_is_a_problem(monkeypatch, raw):
+    monkeypatch.setenv("NSA_PLUGIN_DISABLE", raw)
     problems = doctor.Problems()
     rows = doctor.settings_in_force(problems)
-    assert {"name": "NSA_PLUGIN_DISABLE", "value": "1", "source": "environment"} in rows
+    assert {"name": "NSA_PLUGIN_DISABLE", "value": raw, "source": "environment"} in rows
     assert [p["todo"] for p in problems] == ["unset NSA_PLUGIN_DISABLE"]
+
+
+def test_doctor_takes_an_empty_variable_for_an_unset_one(monkeypatch):
+    monkeypatch.setenv("NSA_PLUGIN_DISABLE", "")
+    problems = doctor.Problems()
+    rows = doctor.settings_in_force(problems)
+    assert {"name": "NSA_PLUGIN_DISABLE", "value": "0", "source": "default"} in rows
+    assert problems == []
+
+
+@pytest.mark.parametrize("module", ["transformers", "triton"])
+def test_doctor_in_a_broken_environment(tmp_path, module):
+    """What no server starts without is a problem, exit code 1, and never a traceback of the doctor's own."""
+    (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules[{module!r}] = None\n")
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = command("doctor", "--json", PYTHONPATH=path)
+    report = json.loads(done.stdout)
+    assert done.returncode == 1
+    found = [problem["problem"] for problem in report["problems"]]
+    assert any(text.startswith("SGLang's server does not import (exit code 1): ") and module in text for text in found)
+    assert all(problem["todo"] for problem in report["problems"])
+
+
+def test_doctor_turns_what_a_check_raises_into_a_problem(monkeypatch):
+    """A broken torch, and an implementation file with an error in it."""
+
+    def broken(*arguments):
+        raise SyntaxError("invalid syntax (topk/mine.py, line 3)")
+
+    for name in ("check_versions", "device", "hooks"):
+        monkeypatch.setattr(doctor, name, broken)
+    monkeypatch.setattr(doctor, "start_import", lambda: subprocess.Popen(["true"], stderr=subprocess.PIPE, text=True))
+    report = doctor.collect()
+    assert [p["problem"] for p in report["problems"]] == [
+        f"{what}: SyntaxError: invalid syntax (topk/mine.py, line 3)" for what in ("versions", "torch", "hooks")
+    ]
+    assert doctor.render(report)
 
 
 def test_doctor_without_sglang_or_torch():
@@ -131,10 +193,13 @@ def test_doctor_refuses_an_unsupported_release(monkeypatch):
 
 
 def test_doctor_reports_a_forced_implementation_that_cannot_run(monkeypatch):
-    monkeypatch.setattr(registry, "_available", lambda op, name, arch: registry.Support(False, "no such engine"))
+    monkeypatch.setattr(dispatch, "_unavailable", lambda op, name, arch: "no such engine")
+    dispatch.forget_plans()
     problems = doctor.Problems()
     rows = doctor.operations("cpu", problems)
-    assert len(problems) == len(rows) == len(registry.operations())
+    monkeypatch.undo()
+    dispatch.forget()
+    assert len(problems) == len(rows) > 8
     assert "no such engine" in problems[0]["problem"]
 
 
@@ -251,13 +316,99 @@ def test_demo_counts_right_answers(capsys):
 def test_demo_shows_the_servers_own_kernel_lines(tmp_path, capsys):
     log = tmp_path / "server.log"
     log.write_text(
-        "[t] nsa_plugin op topk.select: torch (x declined)\nnoise: no\n[t] nsa_plugin op concat.q_all: torch\n"
+        "[t] nsa_plugin op topk.select: torch runs k=1 (x)\nnoise: no\n[t] nsa_plugin op concat.q_all: torch runs (x)\n"
     )
     demo.print_kernels(log)
     assert capsys.readouterr().out.split("\n")[2:4] == [
-        "    topk.select: torch (x declined)",
-        "    concat.q_all: torch",
+        "    topk.select: torch runs k=1 (x)",
+        "    concat.q_all: torch runs (x)",
     ]
+
+
+@pytest.fixture
+def no_server(monkeypatch):
+    """Fails where a server would be started."""
+    monkeypatch.setattr(serving.subprocess, "Popen", lambda *_, **__: pytest.fail("started"))
+
+
+@pytest.mark.parametrize("port", ["99999", "-5", "0"])
+def test_demo_refuses_what_is_not_a_port(no_server, capsys, port):
+    assert cli.main(["demo", f"--port={port}"]) == 2
+    assert f"nsa-plugin demo: port {port}: expected 1 to 65535" in capsys.readouterr().err
+
+
+def test_demo_notices_a_taken_port_at_once(no_server, tmp_path, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as used:
+        port = used.getsockname()[1]
+        assert cli.main(["demo", f"--port={port}", f"--log={tmp_path / 'log'}"]) == 1
+    assert f"nsa-plugin demo: port {port} of 127.0.0.1 cannot be used" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "expected at least one question"),
+        ('{"role": "shot", "question": "q", "answer": "#### 1"}', "expected at least one question"),
+        ("{", "questions.jsonl:1: not JSON"),
+        ('{"role": "problem", "question": "q"}', 'questions.jsonl:1: expected an object with "question" and "answer"'),
+        ('{"question": "q", "answer": "seven"}', "expected a number behind #### in every answer, got 'seven'"),
+    ],
+)
+def test_demo_refuses_a_file_without_questions(no_server, tmp_path, capsys, text, message):
+    (tmp_path / "questions.jsonl").write_text(text)
+    assert cli.main(["demo", f"--questions={tmp_path / 'questions.jsonl'}"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_demo_names_a_log_that_cannot_be_written(no_server, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert cli.main(["demo", f"--log={tmp_path / 'file' / 'log'}"]) == 1
+    assert str(tmp_path / "file") in capsys.readouterr().err
+
+
+@pytest.fixture
+def installed(tmp_path) -> dict[str, str]:
+    """The environment of a copy outside of any clone, as `pip install --no-deps .` makes one."""
+    shutil.copytree(ROOT / "src" / "nsa_backend_plugin", tmp_path / "site" / "nsa_backend_plugin")
+    return {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+
+
+def run_installed(installed: dict[str, str], where: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "nsa_backend_plugin", *arguments]
+    return subprocess.run(command, cwd=where, env=installed, capture_output=True, text=True, timeout=300)
+
+
+def test_doctor_with_a_broken_implementation_file(installed, tmp_path):
+    """Somebody's own kernel that does not compile: its name and the error are in the report, and no traceback."""
+    (tmp_path / "site/nsa_backend_plugin/ops/topk/mine.py").write_text("def available(arch:\n")
+    code = """
+import json
+from nsa_backend_plugin.commands import doctor
+problems = doctor.Problems()
+rows = doctor.attempt("operations", problems, doctor.operations, "cpu", problems)
+print(json.dumps([rows, problems]))
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=installed, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "SyntaxError" in done.stdout
+    assert "mine" in done.stdout
+
+
+@pytest.mark.parametrize("folder", ["", "examples/launch"])
+def test_an_installed_package_finds_the_clone_that_the_user_stands_in(installed, folder):
+    patch = run_installed(installed, ROOT / folder, "patch", "--check", "no_such")
+    assert (patch.returncode, "unknown patch no_such: expected draft_backends" in patch.stderr) == (2, True)
+    demo = run_installed(installed, ROOT / folder, "demo", "--port=0")
+    assert (demo.returncode, "port 0: expected" in demo.stderr) == (2, True), "model and questions are there"
+
+
+@pytest.mark.parametrize("arguments", [("patch", "--check"), ("demo",)])
+def test_an_installed_package_elsewhere_says_how_to_get_the_rest(installed, tmp_path, arguments):
+    done = run_installed(installed, tmp_path, *arguments)
+    assert done.returncode == 2
+    assert "pip install --no-deps -e ." in done.stderr
+    assert f"{tmp_path} is not in a source checkout" in done.stderr
 
 
 def test_demo_without_the_model(tmp_path, capsys):

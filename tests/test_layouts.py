@@ -48,9 +48,9 @@ def test_scales_follow_the_values_and_fill_the_page(page_size, dim):
 
 
 def test_published_numbers():
-    """DESIGN constants: an 8448-byte page, the shuffled address of (17, 33), a 656-byte latent row."""
+    """What SGLang, DeepGEMM and AITER agree on: a page, the shuffled address of (17, 33), a latent row."""
     assert layouts.index_page_bytes() == 8448
-    assert layouts.index_scale_offset(3) == 8192 + 12
+    assert layouts.index_scale_offset(3, 64, 128) == 8192 + 12
     t, d = 17, 33
     expected = (t >> 4) * 2048 + (d >> 4) * 256 + (t & 15) * 16 + (d & 15)
     assert layouts.index_value_offsets("preshuffled")[t, d] == expected

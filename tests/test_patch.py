@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from nsa_backend_plugin import cli, patching
-from nsa_backend_plugin.commands import doctor
-from nsa_backend_plugin.commands import patch as patch_command
+from nsa_backend_plugin.commands import _checkout, doctor
 from nsa_backend_plugin.engine import ledger
 from nsa_backend_plugin.engine import release as sglang_release
 from tests.sglang_copies import PATCHES, RELEASES, copy_files, installed_packages, touched
+from tools import index_patches
 
 PACKAGES = installed_packages()
 CASES = [(release, name) for release in RELEASES for name in RELEASES[release].index]
@@ -85,7 +85,7 @@ def test_patches_are_short_and_in_the_ledger(release):
 
 
 def test_committed_index_is_that_of_the_patches(copy):
-    assert patching.make_index(PATCHES / copy.name, copy) == RELEASES[copy.name].index
+    assert index_patches.make_index(PATCHES / copy.name, copy) == RELEASES[copy.name].index
 
 
 def test_all_patches_together_and_idempotent(copy, capsys):
@@ -182,7 +182,7 @@ def test_a_patch_that_does_not_give_the_recorded_file_is_refused(copy, tmp_path,
     broken.write_text(
         broken.read_text().replace(f'+{sglang_release.PATCH_MARKER} = "', f'+{sglang_release.PATCH_MARKER} = "x')
     )
-    monkeypatch.setattr(patch_command, "_PATCHES", folder)
+    monkeypatch.setattr(_checkout, "find", lambda name: folder)
     before = contents(copy)
     assert cli.main(["patch", "--apply", "--sglang", str(copy)]) == 1
     assert contents(copy) == before
@@ -195,7 +195,8 @@ def test_usage_errors(tmp_path, monkeypatch, capsys):
     (tmp_path / "srt").mkdir()
     assert cli.main(["patch", "--check", "no_such", "--sglang", str(tmp_path)]) == 2
     assert "unknown patch no_such: expected dp_padding" in capsys.readouterr().err
-    monkeypatch.setattr(patch_command, "_PATCHES", tmp_path)
+    monkeypatch.setattr(_checkout, "_RUNS_FROM", tmp_path)
+    monkeypatch.chdir(tmp_path)
     assert cli.main(["patch", "--check"]) == 2
     assert "source checkout" in capsys.readouterr().err
     with pytest.raises(SystemExit) as caught:
@@ -248,7 +249,7 @@ def test_a_patch_of_two_files_that_stopped_half_way_is_finished(tmp_path):
     package.mkdir()
     for name in "fg":
         (package / f"{name}.py").write_text("a\n")
-    index = patching.make_index(tmp_path / "0", package)
+    index = index_patches.make_index(tmp_path / "0", package)
     release = patching.Release(tmp_path / "0", index)
     (package / "f.py").write_text("b\n")
     assert patching.state(release, "p", package) == "partly applied"
@@ -273,7 +274,7 @@ def test_two_patches_may_not_share_a_file(tmp_path):
         (tmp_path / f"{name}.patch").write_text("--- a/f.py\n+++ b/f.py\n@@ -1 +1 @@\n-a\n+b\n")
     (tmp_path / "f.py").write_text("a\n")
     with pytest.raises(patching.PatchError, match="another patch"):
-        patching.make_index(tmp_path, tmp_path)
+        index_patches.make_index(tmp_path, tmp_path)
 
 
 def test_index_files_are_sorted_json():

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from nsa_backend_plugin import cli
 from nsa_backend_plugin.commands import profile
 from nsa_backend_plugin.engine import layer_profile
+from tests.processes import gone
 
 
 def kernels(*names: str) -> list[dict]:
@@ -36,42 +44,162 @@ def test_a_trace_without_attention_is_refused() -> None:
         layer_profile.attention_layer(kernels("FusedAddRMSNorm", "gemm", "FusedAddRMSNorm"))
 
 
-def run_profile(*arguments: str) -> int:
-    return cli.main(["profile", "--shapes", "1:64", *arguments, "--", "--model-path=M"])
+#: Stands in for `nsa_backend_plugin.engine.layer_profile`: writes down how it was called, then what BEHAVE says.
+PROGRAM = """
+import json, os, subprocess, sys, time
+from pathlib import Path
+here = Path(os.environ["HERE"])
+with (here / "calls").open("a") as calls:
+    calls.write(json.dumps([sys.argv[1:], os.environ.get("NSA_PLUGIN_DUAL_STREAM")]) + "\\n")
+behave = os.environ.get("BEHAVE")
+if behave == "fail":
+    sys.exit("no such model")
+if behave == "hang":
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+    (here / "children").write_text(f"{os.getpid()} {child.pid}")
+    time.sleep(100)
+row = json.loads((here / "row").read_text())
+row["step_us"] = 50.0 * len((here / "calls").read_text().splitlines())
+Path(sys.argv[sys.argv.index("--output") + 1]).write_text(json.dumps(row) + "\\n")
+"""
 
 
-def test_every_arm_gets_its_own_variables_and_arguments(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    seen = []
+@pytest.fixture
+def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine with a GPU and the stand-in; the folder where its calls are written down."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+    layer = layer_profile.attention_layer(kernels(*LAYER))
+    (tmp_path / "row").write_text(json.dumps({"batch": 1, "context": 64, "attention": layer}))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(profile, "_PROGRAM", [sys.executable, str(tmp_path / "program.py")])
+    monkeypatch.setenv("HERE", str(tmp_path))
+    return tmp_path
 
-    def run(command: list[str], env: dict[str, str], **_: object) -> subprocess.CompletedProcess:
-        seen.append((command, env.get("NSA_PLUGIN_DUAL_STREAM")))
-        layer = layer_profile.attention_layer(kernels(*LAYER))
-        row = {"batch": 1, "context": 64, "step_us": 50.0 * len(seen), "attention": layer}
-        Path(command[command.index("--output") + 1]).write_text(json.dumps(row) + "\n")
-        return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(profile.subprocess, "run", run)
+def calls(folder: Path) -> list:
+    path = folder / "calls"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def run_profile(*arguments: str, model: tuple[str, ...] = ("--model-path=M",)) -> int:
+    return cli.main(["profile", "--shapes", "1:64", *arguments, "--", *model])
+
+
+def test_every_arm_gets_its_own_variables_and_arguments(measured: Path, capsys: pytest.CaptureFixture) -> None:
     arms = ["nsa_plugin NSA_PLUGIN_DUAL_STREAM=0 --page-size=64", "dsa"]
-    assert run_profile("--arms", *arms, "--json", str(tmp_path / "rows.json")) == 0
+    assert run_profile("--arms", *arms, "--json", str(measured / "rows.json")) == 0
+    seen = calls(measured)
     assert [env for _, env in seen] == ["0", None]
     assert seen[0][0][-4:] == ["--attention-backend", "nsa_plugin", "--model-path=M", "--page-size=64"]
     assert seen[1][0][-3:] == ["--attention-backend", "dsa", "--model-path=M"]
-    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    rows = json.loads((measured / "rows.json").read_text())["rows"]
     assert [(row["arm"], row["step_us"]) for row in rows] == list(zip(arms, (50.0, 100.0), strict=True))
     out = capsys.readouterr().out
     assert "stream 7  attend" in out
     assert len([line for line in out.splitlines() if line.split()[:2] == ["1", "64"]]) == 2
 
 
-def test_an_arm_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    failed = subprocess.CompletedProcess([], 3, "", "no such model")
-    monkeypatch.setattr(profile.subprocess, "run", lambda *_, **__: failed)
+def test_an_arm_that_fails_is_named(
+    measured: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("BEHAVE", "fail")
     assert run_profile("--arms", "dsa") == 1
-    assert "dsa: exit 3\nno such model" in capsys.readouterr().err
+    assert "dsa: exit 1\nno such model" in capsys.readouterr().err
 
 
-def test_a_bad_arm_is_refused(capsys: pytest.CaptureFixture) -> None:
-    assert run_profile("--arms", "NAME=1") == 2
-    assert "--arms 'NAME=1'" in capsys.readouterr().err
+def test_an_arm_without_result_is_ended(
+    measured: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("BEHAVE", "hang")
+    assert run_profile("--arms", "dsa", "--timeout", "3") == 1
+    assert "dsa: no result within 3 s" in capsys.readouterr().err
+    assert all(gone(int(pid)) for pid in (measured / "children").read_text().split())
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_what_the_command_started(measured: Path, signum: int) -> None:
+    """A child that lives on would hold the GPU."""
+    command = f"""
+import torch
+from nsa_backend_plugin import cli
+from nsa_backend_plugin.commands import profile
+torch.cuda.is_available = lambda: True
+profile._PROGRAM = {profile._PROGRAM!r}
+raise SystemExit(cli.main(["profile", "--shapes=1:64", "--arms=dsa", "--", "--model-path=M"]))
+"""
+    parent = subprocess.Popen(
+        [sys.executable, "-c", command],
+        env={**os.environ, "BEHAVE": "hang"},
+        preexec_fn=lambda: signal.signal(signum, signal.SIG_DFL),
+    )
+    deadline = time.monotonic() + 120
+    while not (measured / "children").exists() or len((measured / "children").read_text().split()) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    parent.send_signal(signum)
+    assert parent.wait(30) != 0
+    assert all(gone(int(pid)) for pid in (measured / "children").read_text().split())
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--arms", "NAME=1"], "--arms 'NAME=1'"),
+        (["--shapes", "1x8"], "--shapes 1x8: expected BATCH:CONTEXT"),
+        (["--shapes", "1:8", "0:8"], "--shapes 0:8: expected"),
+        (["--shapes", "1:"], "--shapes 1:: expected"),
+        (["--shapes", "\uff11:8"], "--shapes \uff11:8: expected"),
+        (["--shapes=-1:8"], "--shapes -1:8: expected"),
+        (["--timeout", "0"], "--timeout 0: expected more than 0"),
+        (["--json", "missing/rows.json"], "--json missing/rows.json: the folder missing does not exist"),
+        (["--json", "."], "--json .: expected a file"),
+    ],
+)
+def test_bad_arguments_measure_nothing(measured, capsys, arguments, message) -> None:
+    assert run_profile(*arguments) == 2
+    assert message in capsys.readouterr().err
+    assert calls(measured) == []
+
+
+def test_a_full_disk_names_the_file(measured, capsys) -> None:
+    """No file can be longer than this one."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, before[1]))
+    try:
+        assert run_profile("--arms", "dsa", "fa3", "triton", "--json", str(measured / "rows.json")) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    captured = capsys.readouterr()
+    assert f"File too large: '{measured / 'rows.json'}'" in captured.err
+    assert "attention us" in captured.out, "what was measured is on the screen"
+    assert not (measured / "rows.json").exists()
+
+
+def test_every_arm_needs_a_model(measured, capsys) -> None:
+    arms = ["--arms", "dsa --model-path=A", "nsa_plugin --model-path=B"]
+    assert run_profile(*arms, model=()) == 0
+    assert run_profile(*arms, "fa3", model=("--tp=1",)) == 2
+    assert "no --model-path for the arm 'fa3': expected `-- --model-path MODEL`" in capsys.readouterr().err
+    assert len(calls(measured)) == 2
+
+
+def test_a_machine_without_a_gpu_is_refused(measured, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert run_profile() == 2
+    assert "torch sees no GPU" in capsys.readouterr().err
+    assert calls(measured) == []
+
+
+def test_a_trace_without_kernels_says_so() -> None:
+    """`--device cpu` on a machine with a GPU."""
+    with pytest.raises(RuntimeError, match="no GPU kernel in the trace"):
+        layer_profile.trace_kernels(lambda: None)
+
+
+@pytest.mark.parametrize("name", ["tp_size", "pp_size"])
+def test_more_ranks_than_this_process_are_refused(name) -> None:
+    args = SimpleNamespace(tp_size=1, pp_size=1)
+    layer_profile.check_one_rank(args)
+    setattr(args, name, 8)
+    with pytest.raises(SystemExit, match=f"{name} 8: expected 1"):
+        layer_profile.check_one_rank(args)

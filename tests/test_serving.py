@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from nsa_backend_plugin import serving
+from tests.processes import gone
 
 LAUNCH_SERVER = """
 import http.server, subprocess, sys, time
@@ -43,14 +44,6 @@ def fake_sglang(tmp_path: Path) -> dict[str, str]:
     return {"PYTHONPATH": str(package.parent)}
 
 
-def _gone(pid: int) -> bool:
-    """Ended, or a zombie that nobody has reaped."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
-    except FileNotFoundError:
-        return True
-
-
 def _child_pid(log: Path) -> int:
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
@@ -66,8 +59,8 @@ def test_group_ends_with_the_block(tmp_path, fake_sglang):
         assert server.get("/health") == b"ok"
         assert server.running()
         child = _child_pid(tmp_path / "log")
-        assert not _gone(child)
-    assert _gone(child), "a child that ignores SIGTERM must not survive"
+        assert not gone(child)
+    assert gone(child), "a child that ignores SIGTERM must not survive"
     assert not server.running()
     server.stop()
 
@@ -82,6 +75,30 @@ def test_a_taken_port_is_reported_at_once(tmp_path, fake_sglang):
     server = serving.Server("model", ("--taken",), fake_sglang, log_path=tmp_path / "log", timeout=30)
     with pytest.raises(serving.ServerError, match=f"port {server.port} is taken"):
         server.start()
+
+
+def test_a_port_in_use_starts_nothing(tmp_path, fake_sglang):
+    with socket.socket() as used:
+        used.bind((serving.HOST, 0))
+        used.listen()
+        port = used.getsockname()[1]
+        server = serving.Server("model", (), fake_sglang, port=port, log_path=tmp_path / "log", timeout=30)
+        with pytest.raises(serving.ServerError, match=f"port {port} of 127.0.0.1 cannot be used: .*in use"):
+            server.start()
+    assert not (tmp_path / "log").exists()
+
+
+@pytest.mark.parametrize("port", [99999, 65536, 0, -5])
+def test_what_is_not_a_port_is_refused(port):
+    with pytest.raises(ValueError, match=f"port {port}: expected 1 to 65535"):
+        serving.Server("model", port=port)
+
+
+def test_a_program_that_is_not_there_leaves_no_handler(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(FileNotFoundError, match="no-such-program"):
+        serving.Child(["/no-such-program"]).start()
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_free_port_is_free(monkeypatch):
@@ -119,4 +136,4 @@ def test_signal_to_the_parent_ends_the_group(tmp_path, fake_sglang, signum):
     time.sleep(1)
     parent.send_signal(signum)
     assert parent.wait(30) != 0
-    assert _gone(child)
+    assert gone(child)

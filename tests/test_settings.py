@@ -46,6 +46,25 @@ def test_bool(monkeypatch, name, raw, value):
     assert settings.enabled(name) is value
 
 
+WORDS = [("1", "1"), ("true", "1"), ("Yes", "1"), (" ON ", "1"), ("0", "0"), ("False", "0"), ("no", "0"), ("OFF", "0")]
+
+
+@pytest.mark.parametrize("name", [name for name in CHOICES if "1" in settings.SETTINGS[name].choices])
+@pytest.mark.parametrize("raw, value", WORDS)
+def test_on_and_off_are_the_same_words_in_every_setting(monkeypatch, name, raw, value):
+    monkeypatch.setenv(name, raw)
+    assert settings.get(name) == value
+
+
+@pytest.mark.parametrize("name", list(settings.SETTINGS))
+@pytest.mark.parametrize("raw", ["", "  "])
+def test_an_empty_variable_is_an_unset_one(monkeypatch, name, raw):
+    unset = settings.get(name)
+    monkeypatch.setenv(name, raw)
+    assert settings.get(name) == unset
+    settings.validate()
+
+
 @pytest.mark.parametrize("name", CHOICES)
 def test_choice(monkeypatch, name):
     for choice in settings.SETTINGS[name].choices:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from workloads import caches, concat, dense_mla, indexer, mla_batch, sparse_mla, standard
-from workloads.base import Problem, Workload
+from benchmarks.workloads import caches, concat, dense_mla, indexer, mla_batch, sparse_mla, standard
+from benchmarks.workloads.base import Problem, Workload
 
 WORKLOADS: dict[str, Workload] = {
     w.name: w

@@ -5,16 +5,28 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import Field, model_validator
 
-from nsa_backend_plugin.layouts import INDEX_PAGE_SIZE, index_page_bytes
+from benchmarks.checked import Count, Model, check
+from nsa_backend_plugin.layouts import (
+    INDEX_PAGE_SIZE,
+    LATENT_DIM,
+    ROPE_DIM,
+    index_page_bytes,
+    index_scale_offset,
+    packed_latent_bytes,
+)
 from nsa_backend_plugin.ops.arch import fp8_dtype
 from nsa_backend_plugin.ops.latent_cache import reference as latent_reference
 
-HEAD_DIM = 576
-VALUE_DIM = 512
+VALUE_DIM = LATENT_DIM
+HEAD_DIM = LATENT_DIM + ROPE_DIM
+#: Bytes of a latent row by cache format, and of an index key with its scale.
+ROW_BYTES = {"bf16": 2 * HEAD_DIM, "packed": packed_latent_bytes(HEAD_DIM)}
+INDEX_TOKEN_BYTES = index_page_bytes() // INDEX_PAGE_SIZE
 #: 1 / sqrt(128 + 64): MLA's scale before absorption.
 SOFTMAX_SCALE = 192**-0.5
 #: Bars of the operation tests: cosine distance to a reference that is fed the same quantized data.
@@ -34,7 +46,7 @@ class Problem:
     check(output, inputs): distance to the reference; must not exceed bar, or peer_bar for a peer, whose roundings
     are its own business (None: four times the bar). checked: what was compared, in words.
     bytes: least DRAM traffic of one call. flops: of one call, multiplications and additions.
-    extra: what peers need besides the inputs; "peers_need" maps a peer's name to why it cannot run this case.
+    extra: what peers need besides the inputs.
     """
 
     inputs: list[Any]
@@ -53,9 +65,32 @@ class Problem:
         return 4 * self.bar if self.peer_bar is None else self.peer_bar
 
 
+Layout = Literal["row_major", "preshuffled"]
+CacheFormat = Literal["packed", "bf16"]
+
+
+class Params(Model):
+    """Parameters that every workload has; those of a workload are a subclass."""
+
+    min_sets: Count = Field(2, description="input sets made at least")
+
+
+class QueriesOfContext(Params):
+    """Queries that are the last `tokens` of `context` tokens."""
+
+    tokens: Count = 1
+    context: Count = 1
+
+    @model_validator(mode="after")
+    def _no_more_than_there_are(self) -> QueriesOfContext:
+        if self.context < self.tokens:
+            raise ValueError(f"context={self.context}: expected at least tokens={self.tokens}")
+        return self
+
+
 @dataclass(frozen=True)
 class Workload:
-    """build(params, device) -> Problem. defaults: every parameter with its default; unknown ones are refused.
+    """build(params, device) -> Problem, for complete parameters.
 
     operations: registry names ("sparse_mla.attend") whose implementations are the backends; several for a chain.
     same_job: parameters that two rows may differ in and still be compared as doing the same job (cache format).
@@ -66,18 +101,25 @@ class Workload:
     name: str
     operations: tuple[str, ...]
     build: Callable[[Mapping[str, Any], torch.device], Problem]
-    defaults: Mapping[str, Any]
+    params: type[Params]
     same_job: tuple[str, ...] = ()
     mixed: tuple[str, ...] = ()
     batch: Callable[[Mapping[str, Any]], int] = lambda params: int(params.get("tokens", 1))
 
     def complete(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        unknown = sorted(set(params) - set(self.defaults))
-        if unknown:
-            raise ValueError(
-                f"parameter {unknown[0]!r} of workload {self.name!r}: expected one of {', '.join(self.defaults)}"
-            )
-        return {**self.defaults, **params}
+        """The parameters with the defaults of those that are not given. Raises ValueError for unknown or bad ones."""
+        return self.checked(params).model_dump()
+
+    def checked(self, params: Mapping[str, Any], names: Mapping[str, str] | None = None) -> Params:
+        """names: see `checked.check`."""
+        try:
+            return check(self.params, dict(params), names)
+        except ValueError as error:
+            raise ValueError(f"workload {self.name}: {error}") from error
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        return {name: field.default for name, field in self.params.model_fields.items()}
 
 
 def cosine_distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -109,11 +151,11 @@ def poisoned(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Ten
 
 @functools.lru_cache(maxsize=3)
 def latent_pool(kind: str, slots: int, device: torch.device) -> torch.Tensor:
-    """A latent cache of random rows: "bf16" [slots, 1, 576], or "packed" uint8 [slots, 1, 656].
+    """A latent cache of random rows: "bf16" [slots, 1, 576], or "packed" uint8 [slots, 1, row bytes].
 
     The cache is shared by all input sets of a shape, which differ in the slots they read.
     """
-    width = HEAD_DIM if kind == "bf16" else 656
+    width = HEAD_DIM if kind == "bf16" else ROW_BYTES[kind]
     pool = torch.empty(slots, 1, width, dtype=torch.bfloat16 if kind == "bf16" else torch.uint8, device=device)
     for chunk in pool.split(100_000):
         rows = torch.randn(chunk.shape[0], HEAD_DIM, device=device).to(torch.bfloat16)
@@ -124,7 +166,7 @@ def latent_pool(kind: str, slots: int, device: torch.device) -> torch.Tensor:
 @functools.lru_cache(maxsize=2)
 def index_pool(pages: int, device: torch.device) -> torch.Tensor:
     """An index-K cache of random keys, uint8 [pages, 8448]. Independent values, so any layout reads it as random."""
-    values = INDEX_PAGE_SIZE * 128
+    values = index_scale_offset(0)
     pool = torch.empty(pages, index_page_bytes(), dtype=torch.uint8, device=device)
     for chunk in pool.split(20_000):
         keys = torch.randn(chunk.shape[0], values, device=device).to(fp8_dtype(device))

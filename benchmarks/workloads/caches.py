@@ -9,14 +9,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from clock import input_sets
+from pydantic import Field, field_validator
 
+from benchmarks.checked import Count, Heads
+from benchmarks.timing.clock import input_sets
+from benchmarks.workloads import base
+from benchmarks.workloads.base import CacheFormat, Layout, Params, Problem, Workload
 from nsa_backend_plugin.layouts import INDEX_PAGE_SIZE
 from nsa_backend_plugin.ops import index_key_cache, indexer_prep, latent_cache, norm_quant
 from nsa_backend_plugin.ops.index_key_cache import reference as index_reference
 from nsa_backend_plugin.ops.latent_cache import reference as latent_reference
-from workloads import base
-from workloads.base import Problem, Workload
 
 MAX_POSITION = 16384
 
@@ -39,7 +41,7 @@ def build_prep(params: Mapping[str, Any], device: torch.device) -> Problem:
     pages = max(2 * -(-tokens // INDEX_PAGE_SIZE), params["pool_pages"])
     cache = base.index_pool(pages, device)
     weight, bias = torch.rand(128, device=device) + 0.5, torch.randn(128, device=device) * 0.1
-    touched = tokens * (heads * (128 * 3 + 2 + 4) + 128 * 2 + 132 + 64 * 4)
+    touched = tokens * (heads * (128 * 3 + 2 + 4) + 128 * 2 + base.INDEX_TOKEN_BYTES + 64 * 4)
     sets = input_sets(touched, tokens * heads * 128 * 2, device, at_least=params["min_sets"])
     inputs = [
         (
@@ -111,7 +113,7 @@ def build_index_store(params: Mapping[str, Any], device: torch.device) -> Proble
     tokens, layout = params["tokens"], params["layout"]
     pages = max(2 * -(-tokens // INDEX_PAGE_SIZE), params["pool_pages"])
     cache = base.index_pool(pages, device)
-    touched = tokens * (256 + 132 + 8)
+    touched = tokens * (256 + base.INDEX_TOKEN_BYTES + 8)
     sets = input_sets(touched, tokens * 264, device, at_least=params["min_sets"])
     inputs = [
         (_bf16(tokens, 128, device=device), torch.randperm(pages * INDEX_PAGE_SIZE, device=device)[:tokens])
@@ -145,10 +147,7 @@ def build_index_store(params: Mapping[str, Any], device: torch.device) -> Proble
         checked=f"all {tokens} tokens, byte for byte",
         bytes=touched,
         flops=0,
-        extra={
-            "cache": cache,
-            "peers_need": {} if layout == "row_major" else {"sglang_fused_store": "writes row_major only"},
-        },
+        extra={"cache": cache},
     )
 
 
@@ -158,7 +157,7 @@ def build_index_gather(params: Mapping[str, Any], device: torch.device) -> Probl
     pages = -(-context // INDEX_PAGE_SIZE)
     cache = base.index_pool(max(batch * pages, params["pool_pages"]), device)
     lens = torch.full((batch,), context, dtype=torch.int32, device=device)
-    touched = 2 * batch * context * 132 + batch * pages * 4
+    touched = 2 * batch * context * base.INDEX_TOKEN_BYTES + batch * pages * 4
     sets = input_sets(touched, batch * pages * 4, device, at_least=params["min_sets"])
 
     def run(impl: str | None, table: torch.Tensor, poison: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -186,9 +185,9 @@ def build_latent_store(params: Mapping[str, Any], device: torch.device) -> Probl
     tokens, kind = params["tokens"], params["kv"]
     cache = base.latent_pool(kind, max(params["pool_slots"], 2 * tokens), device)
     cos_sin = _cos_sin(64, device) if params["rope"] else None
-    row = 656 if kind == "packed" else 1152
-    touched = tokens * (1152 + row + 8 + (8 + 256 if params["rope"] else 0))
-    sets = input_sets(touched, tokens * 1152, device, at_least=params["min_sets"])
+    row = base.ROW_BYTES["bf16"]
+    touched = tokens * (row + base.ROW_BYTES[kind] + 8 + (8 + 256 if params["rope"] else 0))
+    sets = input_sets(touched, tokens * row, device, at_least=params["min_sets"])
     inputs = [
         (
             _bf16(tokens, base.VALUE_DIM, device=device),
@@ -198,8 +197,6 @@ def build_latent_store(params: Mapping[str, Any], device: torch.device) -> Probl
         )
         for _ in range(sets)
     ]
-
-    why = "rotates in a kernel of its own" if params["rope"] else "" if kind == "packed" else "packs to fp8 only"
 
     def store(impl: str | None, item: Any) -> None:
         nope, rope, slots, positions = item
@@ -234,7 +231,7 @@ def build_latent_store(params: Mapping[str, Any], device: torch.device) -> Probl
         checked=f"all {tokens} rows, dequantized, against torch float32",
         bytes=touched,
         flops=0,
-        extra={"cache": cache, "peers_need": {"sglang_two_kernels": why} if why else {}},
+        extra={"cache": cache},
     )
 
 
@@ -267,8 +264,8 @@ def build_dequantize(params: Mapping[str, Any], device: torch.device) -> Problem
 
 def _rows_problem(params: Mapping[str, Any], device: torch.device, run, check, bar: float, packed: bool) -> Problem:
     tokens = params["tokens"]
-    touched = tokens * (1152 + 656)
-    sets = input_sets(touched, tokens * 1152, device, at_least=params["min_sets"])
+    touched = tokens * sum(base.ROW_BYTES.values())
+    sets = input_sets(touched, tokens * base.ROW_BYTES["bf16"], device, at_least=params["min_sets"])
     rows = [_bf16(tokens, base.HEAD_DIM, device=device) for _ in range(sets)]
     return Problem(
         inputs=[latent_reference.pack(r, base.VALUE_DIM) for r in rows] if packed else rows,
@@ -309,36 +306,57 @@ def build_norm_quant(params: Mapping[str, Any], device: torch.device) -> Problem
     )
 
 
-PREP = Workload(
-    "indexer_prep",
-    ("indexer_prep.query", "indexer_prep.key_store"),
-    build_prep,
-    {"tokens": 1, "heads": 64, "is_neox": False, "pool_pages": 20_000, "min_sets": 2},
-)
-INDEX_STORE = Workload(
-    "index_store",
-    ("index_key_cache.store",),
-    build_index_store,
-    {"tokens": 64, "layout": "row_major", "pool_pages": 20_000, "min_sets": 2},
-    same_job=("layout",),
-)
+class Tokens(Params):
+    tokens: Count = Field(64, description="rows to write")
+
+
+class Prep(Tokens):
+    tokens: Count = Field(1, description="tokens of the step")
+    heads: Heads = Field(64, description="indexer heads")
+    is_neox: bool = Field(False, description="rotary halves apart (NeoX) instead of interleaved")
+    pool_pages: Count = Field(20_000, description="pages of the index-K cache, at least")
+
+
+class IndexStore(Tokens):
+    layout: Layout = Field("row_major", description="of the index-K cache")
+    pool_pages: Count = Field(20_000, description="pages of the cache, at least")
+
+
+class IndexGather(Params):
+    batch: Count = Field(1, description="requests")
+    context: Count = Field(8192, description="tokens of each request")
+    layout: Layout = Field("row_major", description="of the index-K cache")
+    pool_pages: Count = Field(20_000, description="pages of the cache, at least")
+
+
+class LatentStore(Tokens):
+    kv: CacheFormat = Field("packed", description="format of the latent cache")
+    rope: bool = Field(True, description="rotate the key's rotary part in the same call")
+    pool_slots: Count = Field(1_000_000, description="slots of the cache, at least")
+
+
+class NormQuant(Tokens):
+    width: Count = Field(1536, description="values of a row, a multiple of the quantization group")
+
+    @field_validator("width")
+    @classmethod
+    def _whole_groups(cls, width: int) -> int:
+        if width % norm_quant.GROUP:
+            raise ValueError(f"{width}: expected a multiple of {norm_quant.GROUP}")
+        return width
+
+
+PREP = Workload("indexer_prep", ("indexer_prep.query", "indexer_prep.key_store"), build_prep, Prep)
+INDEX_STORE = Workload("index_store", ("index_key_cache.store",), build_index_store, IndexStore, same_job=("layout",))
 INDEX_GATHER = Workload(
     "index_gather",
     ("index_key_cache.gather",),
     build_index_gather,
-    {"batch": 1, "context": 8192, "layout": "row_major", "pool_pages": 20_000, "min_sets": 2},
+    IndexGather,
     same_job=("layout",),
     batch=lambda params: int(params["batch"]),
 )
-LATENT_STORE = Workload(
-    "latent_store",
-    ("latent_cache.store",),
-    build_latent_store,
-    {"tokens": 64, "kv": "packed", "rope": True, "pool_slots": 1_000_000, "min_sets": 2},
-    same_job=("rope",),
-)
-NORM_QUANT = Workload("norm_quant", ("norm_quant.rms",), build_norm_quant, {"tokens": 64, "width": 1536, "min_sets": 2})
-QUANTIZE = Workload("latent_quantize", ("latent_cache.quantize",), build_quantize, {"tokens": 64, "min_sets": 2})
-DEQUANTIZE = Workload(
-    "latent_dequantize", ("latent_cache.dequantize",), build_dequantize, {"tokens": 64, "min_sets": 2}
-)
+LATENT_STORE = Workload("latent_store", ("latent_cache.store",), build_latent_store, LatentStore, same_job=("rope",))
+NORM_QUANT = Workload("norm_quant", ("norm_quant.rms",), build_norm_quant, NormQuant)
+QUANTIZE = Workload("latent_quantize", ("latent_cache.quantize",), build_quantize, Tokens)
+DEQUANTIZE = Workload("latent_dequantize", ("latent_cache.dequantize",), build_dequantize, Tokens)

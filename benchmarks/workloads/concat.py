@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from clock import input_sets
+from pydantic import Field
 
+from benchmarks.checked import Count, Heads
+from benchmarks.timing.clock import input_sets
+from benchmarks.workloads.base import Params, Problem, Workload, poisoned
 from nsa_backend_plugin.ops import concat
-from workloads.base import Problem, Workload, poisoned
 
 DTYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 
@@ -56,7 +58,7 @@ def build_mla_k(params: Mapping[str, Any], device: torch.device) -> Problem:
         checked=f"all {tokens} tokens, byte for byte",
         bytes=touched,
         flops=0,
-        extra={"out": out, "peers_need": {} if size == 2 else {"sglang_jit": "copies 2-byte values only"}},
+        extra={"out": out},
     )
 
 
@@ -88,9 +90,17 @@ def build_q_all(params: Mapping[str, Any], device: torch.device) -> Problem:
     )
 
 
-MLA_K = Workload(
-    "concat_k", ("concat.mla_k",), build_mla_k, {"tokens": 512, "heads": 128, "dtype": "bf16", "min_sets": 2}
-)
-Q_ALL = Workload(
-    "concat_q", ("concat.q_all",), build_q_all, {"tokens": 64, "heads": 16, "joined": False, "min_sets": 2}
-)
+class MlaK(Params):
+    tokens: Count = Field(512, description="tokens of the prefill")
+    heads: Heads = Field(128, description="query heads")
+    dtype: Literal["bf16", "fp8"] = Field("bf16", description="of the key")
+
+
+class QAll(Params):
+    tokens: Count = Field(64, description="tokens of the step")
+    heads: Heads = Field(16, description="query heads")
+    joined: bool = Field(False, description="the parts already lie in one buffer, so that no kernel should run")
+
+
+MLA_K = Workload("concat_k", ("concat.mla_k",), build_mla_k, MlaK)
+Q_ALL = Workload("concat_q", ("concat.q_all",), build_q_all, QAll)

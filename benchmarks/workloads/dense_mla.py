@@ -10,12 +10,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from batch_spec import parse_batch_spec
-from clock import input_sets
+from pydantic import Field
 
+from benchmarks.batch_spec import parse_batch_spec
+from benchmarks.checked import BatchSpec, Count, Heads
+from benchmarks.timing.clock import input_sets
+from benchmarks.workloads import base
+from benchmarks.workloads.base import Params, Problem, Workload
 from nsa_backend_plugin.ops import dense_mla
-from workloads import base
-from workloads.base import Problem, Workload
 
 
 def build(params: Mapping[str, Any], device: torch.device) -> Problem:
@@ -81,7 +83,6 @@ def build(params: Mapping[str, Any], device: torch.device) -> Problem:
             "lengths": lengths,
             "page_size": page,
             "heads": heads,
-            "peers_need": {} if page == 64 else {"flash_mla_planned": "reads pages of 64 tokens only"},
         },
     )
 
@@ -98,17 +99,18 @@ def reference_row(q: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
     return scores @ latent[:, : base.VALUE_DIM]
 
 
+class Dense(Params):
+    batch_spec: BatchSpec = Field("8q1s1k", description="requests; each new token of one is a row")
+    heads: Heads = Field(128, description="query heads")
+    page_size: Count = Field(64, description="tokens per page")
+    num_kv_splits: Count | None = Field(None, description="splits of each context (null: the kernel's choice)")
+    pool_slots: Count = Field(1_200_000, description="slots of the latent cache, at least")
+
+
 WORKLOAD = Workload(
     "dense_decode",
     ("dense_mla.decode",),
     build,
-    {
-        "batch_spec": "8q1s1k",
-        "heads": 128,
-        "page_size": 64,
-        "num_kv_splits": None,
-        "pool_slots": 1_200_000,
-        "min_sets": 2,
-    },
+    Dense,
     batch=lambda params: len(parse_batch_spec(params["batch_spec"])),
 )

@@ -6,15 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from clock import input_sets
+from pydantic import Field
 
-from nsa_backend_plugin.layouts import INDEX_PAGE_SIZE
+from benchmarks.checked import Count, Heads
+from benchmarks.timing.clock import input_sets
+from benchmarks.workloads import base
+from benchmarks.workloads.base import Layout, Params, Problem, QueriesOfContext, Workload
+from nsa_backend_plugin.layouts import INDEX_DIM, INDEX_PAGE_SIZE
 from nsa_backend_plugin.ops import mqa_logits, topk
 from nsa_backend_plugin.ops.arch import fp8_dtype
-from workloads import base
-from workloads.base import Problem, Workload
 
-TOKEN_BYTES = 132
 #: Share of selected tokens that may differ from the reference's: logits near the threshold differ in the last bits.
 CHAIN_BAR = 5e-3
 
@@ -29,7 +30,7 @@ def _pool(pages_needed: int, device: torch.device) -> torch.Tensor:
 
 
 def _queries(rows: int, next_n: int, heads: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    q = torch.randn(rows, next_n, heads, 128, device=device).to(fp8_dtype(device))
+    q = torch.randn(rows, next_n, heads, INDEX_DIM, device=device).to(fp8_dtype(device))
     return q, torch.randn(rows * next_n, heads, device=device)
 
 
@@ -39,8 +40,8 @@ def build_paged(params: Mapping[str, Any], device: torch.device) -> Problem:
     pool = _pool(batch * pages, device)
     lens = torch.full((batch,), context, dtype=torch.int32, device=device)
     rows = batch * next_n
-    touched = batch * context * TOKEN_BYTES + rows * (heads * (128 + 4) + context * 4)
-    sets = input_sets(touched, rows * heads * 132 + batch * pages * 4, device, at_least=params["min_sets"])
+    touched = batch * context * base.INDEX_TOKEN_BYTES + rows * (heads * (INDEX_DIM + 4) + context * 4)
+    sets = input_sets(touched, rows * heads * (INDEX_DIM + 4) + batch * pages * 4, device, at_least=params["min_sets"])
     inputs = [
         (*_queries(batch, next_n, heads, device), base.own_pages([pages] * batch, pool.shape[0], device))
         for _ in range(sets)
@@ -78,33 +79,31 @@ def build_paged(params: Mapping[str, Any], device: torch.device) -> Problem:
         bar=base.FP8_BAR,
         checked=f"{min(batch, 2)} of {batch} requests against torch float32",
         bytes=touched,
-        flops=2 * rows * context * heads * 128,
+        flops=2 * rows * context * heads * INDEX_DIM,
         extra={
             "pool": pool,
             "lens": lens,
             "pages": pages,
-            "peers_need": _row_major_only(params, "deep_gemm_planned"),
         },
     )
-
-
-def _row_major_only(params: Mapping[str, Any], peer: str) -> dict[str, str]:
-    return {} if params["layout"] == "row_major" else {peer: "DeepGEMM reads row_major only"}
 
 
 def build_ragged(params: Mapping[str, Any], device: torch.device) -> Problem:
     """One prefill of `tokens` queries at the end of `context` gathered keys."""
     tokens, context, heads = params["tokens"], params["context"], params["heads"]
-    if context < tokens:
-        raise ValueError(f"context={context}: expected at least tokens={tokens}")
     start = torch.zeros(tokens, dtype=torch.int32, device=device)
     end = torch.arange(context - tokens + 1, context + 1, dtype=torch.int32, device=device)
-    touched = context * TOKEN_BYTES + tokens * (heads * 132 + context * 4)
-    sets = input_sets(touched, context * 132 + tokens * heads * 132, device, at_least=params["min_sets"])
+    touched = context * base.INDEX_TOKEN_BYTES + tokens * (heads * (INDEX_DIM + 4) + context * 4)
+    sets = input_sets(
+        touched,
+        context * base.INDEX_TOKEN_BYTES + tokens * heads * (INDEX_DIM + 4),
+        device,
+        at_least=params["min_sets"],
+    )
 
     def item() -> tuple[torch.Tensor, ...]:
         q, weights = _queries(tokens, 1, heads, device)
-        k = torch.randn(context, 128, device=device).to(fp8_dtype(device))
+        k = torch.randn(context, INDEX_DIM, device=device).to(fp8_dtype(device))
         return q[:, 0].contiguous(), k, torch.rand(context, device=device) * 0.02 + 0.005, weights
 
     def run(impl: str | None, item: Any, poison: bool) -> torch.Tensor:
@@ -126,20 +125,22 @@ def build_ragged(params: Mapping[str, Any], device: torch.device) -> Problem:
         bar=base.FP8_BAR,
         checked=base.rows_checked(tokens),
         bytes=touched,
-        flops=2 * int(end.sum()) * heads * 128,
+        flops=2 * int(end.sum()) * heads * INDEX_DIM,
     )
 
 
 def build_topk(params: Mapping[str, Any], device: torch.device) -> Problem:
-    """Selection from rows of `context` logits in a buffer `width` wide (what a server allocates), as physical slots."""
+    """Selection from rows of `context` logits in a buffer `width` wide (what a server allocates), as physical slots,
+    or as positions where there is no page table."""
     rows, context, k = params["rows"], params["context"], params["k"]
     width = max(params["width"] or context, context)
     pages = -(-context // INDEX_PAGE_SIZE)
     lens = torch.full((rows,), context, dtype=torch.int32, device=device)
     table = base.own_pages([pages] * rows, rows * pages + 1, device)
+    page_table: dict[str, Any] = {"page_table": table, "page_size": INDEX_PAGE_SIZE} if params["page_table"] else {}
     column_of_page = torch.full((rows * pages + 1,), -1, dtype=torch.long, device=device)
     column_of_page[table.long()] = torch.arange(pages, device=device).expand(rows, -1)
-    touched = rows * context * 4 + rows * pages * 4 + rows * k * 4
+    touched = rows * context * 4 + bool(page_table) * rows * pages * 4 + rows * k * 4
     sets = input_sets(touched, rows * width * 4, device, at_least=params["min_sets"])
 
     def logits() -> torch.Tensor:
@@ -154,11 +155,10 @@ def build_topk(params: Mapping[str, Any], device: torch.device) -> Problem:
             item,
             lens,
             k,
-            page_table=table,
-            page_size=INDEX_PAGE_SIZE,
             deterministic=params["deterministic"],
             out=out,
             impl=impl,
+            **page_table,
         )
 
     def check(out: torch.Tensor, item: torch.Tensor) -> float:
@@ -166,7 +166,7 @@ def build_topk(params: Mapping[str, Any], device: torch.device) -> Problem:
         wanted = min(k, context)
         selected = out[:, :wanted].sort(dim=1).values.long()
         page = (selected // INDEX_PAGE_SIZE).clamp(0, rows * pages)
-        position = column_of_page[page] * INDEX_PAGE_SIZE + selected % INDEX_PAGE_SIZE
+        position = column_of_page[page] * INDEX_PAGE_SIZE + selected % INDEX_PAGE_SIZE if page_table else selected
         own = (position >= 0) & (position < context) & (selected >= 0)
         repeated = (selected[:, 1:] == selected[:, :-1]).sum()
         values = item.gather(1, position.clamp(0, context - 1)).masked_fill(~own, float("-inf"))
@@ -193,8 +193,8 @@ def build_chain(params: Mapping[str, Any], device: torch.device) -> Problem:
     pages = -(-context // INDEX_PAGE_SIZE)
     pool = _pool(batch * pages, device)
     lens = torch.full((batch,), context, dtype=torch.int32, device=device)
-    touched = batch * context * TOKEN_BYTES + batch * heads * 132 + batch * k * 4
-    sets = input_sets(touched, batch * heads * 132 + batch * pages * 4, device, at_least=params["min_sets"])
+    touched = batch * context * base.INDEX_TOKEN_BYTES + batch * heads * (INDEX_DIM + 4) + batch * k * 4
+    sets = input_sets(touched, batch * heads * (INDEX_DIM + 4) + batch * pages * 4, device, at_least=params["min_sets"])
     inputs = [
         (*_queries(batch, 1, heads, device), base.own_pages([pages] * batch, pool.shape[0], device))
         for _ in range(sets)
@@ -227,41 +227,59 @@ def build_chain(params: Mapping[str, Any], device: torch.device) -> Problem:
         bar=CHAIN_BAR,
         checked=f"the sets of {min(batch, 2)} of {batch} requests against torch float32",
         bytes=touched,
-        flops=2 * batch * context * heads * 128,
+        flops=2 * batch * context * heads * INDEX_DIM,
         extra={
             "pool": pool,
             "lens": lens,
             "pages": pages,
             "k": k,
-            "peers_need": _row_major_only(params, "sglang_chain"),
         },
     )
+
+
+class Paged(Params):
+    batch: Count = Field(1, description="requests")
+    context: Count = Field(8192, description="tokens of each request")
+    heads: Heads = Field(64, description="indexer heads")
+    next_n: Count = Field(1, description="queries per request (speculative decoding)")
+    layout: Layout = Field("row_major", description="of the index-K cache")
+
+
+class Ragged(QueriesOfContext):
+    tokens: Count = Field(1024, description="queries, the last ones of the context")
+    context: Count = Field(8192, description="keys")
+    heads: Heads = Field(64, description="indexer heads")
+
+
+class TopK(Params):
+    rows: Count = Field(1, description="rows of logits")
+    context: Count = Field(8192, description="logits of a row")
+    k: Count = Field(2048, description="how many are selected")
+    width: Count | None = Field(None, description="columns of the buffer (null: the context), at least the context")
+    deterministic: bool = Field(False, description="ties broken the same way in every run")
+    page_table: bool = Field(True, description="physical slots through a page table instead of positions")
+
+
+class Chain(Params):
+    batch: Count = Field(1, description="requests")
+    context: Count = Field(8192, description="tokens of each request")
+    heads: Heads = Field(64, description="indexer heads")
+    k: Count = Field(2048, description="how many tokens are selected")
+    layout: Layout = Field("row_major", description="of the index-K cache")
 
 
 def _batch(params: Mapping[str, Any]) -> int:
     return int(params["batch"])
 
 
-_PAGED = {"batch": 1, "context": 8192, "heads": 64, "next_n": 1, "layout": "row_major", "min_sets": 2}
-PAGED = Workload("logits_paged", ("mqa_logits.paged",), build_paged, _PAGED, same_job=("layout",), batch=_batch)
-RAGGED = Workload(
-    "logits_ragged",
-    ("mqa_logits.ragged",),
-    build_ragged,
-    {"tokens": 1024, "context": 8192, "heads": 64, "min_sets": 2},
-)
-TOPK = Workload(
-    "topk",
-    ("topk.select",),
-    build_topk,
-    {"rows": 1, "context": 8192, "k": 2048, "width": None, "deterministic": False, "min_sets": 2},
-    batch=lambda params: int(params["rows"]),
-)
+PAGED = Workload("logits_paged", ("mqa_logits.paged",), build_paged, Paged, same_job=("layout",), batch=_batch)
+RAGGED = Workload("logits_ragged", ("mqa_logits.ragged",), build_ragged, Ragged)
+TOPK = Workload("topk", ("topk.select",), build_topk, TopK, batch=lambda params: int(params["rows"]))
 CHAIN = Workload(
     "indexer_chain",
     ("mqa_logits.paged", "topk.select"),
     build_chain,
-    {"batch": 1, "context": 8192, "heads": 64, "k": 2048, "layout": "row_major", "min_sets": 2},
+    Chain,
     same_job=("layout",),
     mixed=("triton+cuda",),
     batch=_batch,

@@ -12,21 +12,23 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from batch_spec import BatchRequest, parse_batch_spec
-from clock import input_sets
+from pydantic import Field
 
+from benchmarks.batch_spec import BatchRequest, parse_batch_spec
+from benchmarks.checked import BatchSpec, Count, Heads
+from benchmarks.timing.clock import input_sets
+from benchmarks.workloads import base
+from benchmarks.workloads.base import Params, Problem, Workload
+from benchmarks.workloads.dense_mla import row_slots
+from nsa_backend_plugin.layouts import ROPE_DIM
 from nsa_backend_plugin.ops import concat, dense_mla
-from workloads import base
-from workloads.base import Problem, Workload
-from workloads.dense_mla import row_slots
 
-NOPE, ROPE = 128, 64
+NOPE, ROPE = 128, ROPE_DIM
 #: Two bf16 projections lie between the attention and the output.
 BAR = 5e-5
-PIPELINES = ("auto", "decode", "prefill")
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,6 @@ class Part:
 
 def split(requests: Sequence[BatchRequest], pipeline: str, threshold: int, device: torch.device) -> tuple[Part, Part]:
     """(decode part, prefill part)."""
-    if pipeline not in PIPELINES:
-        raise ValueError(f"pipeline={pipeline!r}: expected one of {', '.join(PIPELINES)}")
     starts = [sum(r.q_len for r in requests[:i]) for i in range(len(requests))]
     parts = []
     for wants_decode in (True, False):
@@ -217,19 +217,16 @@ def _flops(decode: Part, prefill: Part, heads: int) -> int:
     return projections + latent + up + ordinary
 
 
+class Batch(Params):
+    batch_spec: BatchSpec = Field("2q2k_32q1s1k", description="requests, any mix")
+    heads: Heads = Field(128, description="query heads")
+    page_size: Count = Field(64, description="tokens per page")
+    pipeline: Literal["auto", "decode", "prefill"] = Field("auto", description="auto: by reorder_batch_threshold")
+    reorder_batch_threshold: Count = Field(1, description="most new tokens of a request that takes the decode pipeline")
+    num_kv_splits: Count | None = Field(None, description="splits of each context (null: the kernel's choice)")
+    pool_slots: Count = Field(1_200_000, description="slots of the latent cache, at least")
+
+
 WORKLOAD = Workload(
-    "mla_batch",
-    ("dense_mla.decode",),
-    build,
-    {
-        "batch_spec": "2q2k_32q1s1k",
-        "heads": 128,
-        "page_size": 64,
-        "pipeline": "auto",
-        "reorder_batch_threshold": 1,
-        "num_kv_splits": None,
-        "pool_slots": 1_200_000,
-        "min_sets": 2,
-    },
-    batch=lambda params: len(parse_batch_spec(params["batch_spec"])),
+    "mla_batch", ("dense_mla.decode",), build, Batch, batch=lambda params: len(parse_batch_spec(params["batch_spec"]))
 )

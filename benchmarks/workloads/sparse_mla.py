@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from clock import input_sets
+from pydantic import Field
 
+from benchmarks.checked import Count, Heads
+from benchmarks.timing.clock import input_sets
+from benchmarks.workloads import base
+from benchmarks.workloads.base import CacheFormat, Params, Problem, QueriesOfContext, Workload
 from nsa_backend_plugin.ops import sparse_mla
-from workloads import base
-from workloads.base import Problem, Workload
-
-ROW_BYTES = {"bf16": 2 * base.HEAD_DIM, "packed": 656}
 
 
 def build_decode(params: Mapping[str, Any], device: torch.device) -> Problem:
@@ -29,8 +29,6 @@ def build_decode(params: Mapping[str, Any], device: torch.device) -> Problem:
 def build_prefill(params: Mapping[str, Any], device: torch.device) -> Problem:
     """The last `tokens` queries of a context of `context` tokens; query t selects among what it sees."""
     tokens, topk, context = params["tokens"], params["topk"], params["context"]
-    if context < tokens:
-        raise ValueError(f"context={context}: expected at least tokens={tokens}")
     pool = base.latent_pool(params["kv"], max(params["pool_slots"], context), device)
 
     def indices() -> torch.Tensor:
@@ -53,7 +51,7 @@ def _problem(params: Mapping[str, Any], pool: torch.Tensor, indices, rows_read: 
     tokens, heads, topk = params["tokens"], params["heads"], params["topk"]
     q_bytes = tokens * heads * base.HEAD_DIM * 2
     index_bytes = tokens * topk * 4
-    touched = rows_read * ROW_BYTES[params["kv"]] + q_bytes + index_bytes + tokens * heads * base.VALUE_DIM * 2
+    touched = rows_read * base.ROW_BYTES[params["kv"]] + q_bytes + index_bytes + tokens * heads * base.VALUE_DIM * 2
     sets = input_sets(touched, q_bytes + index_bytes, device, at_least=params["min_sets"])
     inputs = [
         (torch.randn(tokens, heads, base.HEAD_DIM, device=device).to(torch.bfloat16), indices()) for _ in range(sets)
@@ -87,38 +85,26 @@ def _problem(params: Mapping[str, Any], pool: torch.Tensor, indices, rows_read: 
             "tokens": tokens,
             "heads": heads,
             "topk": topk,
-            "peers_need": _peers_need(params),
         },
     )
 
 
-def _peers_need(params: Mapping[str, Any]) -> dict[str, str]:
-    if params["kv"] != "bf16":
-        return dict.fromkeys(("fa3_planned", "sglang_tilelang"), "reads bf16 rows only")
-    if params["heads"] % 16 or params["topk"] != 2048:
-        return {"sglang_tilelang": "takes a multiple of 16 heads and top-k 2048"}
-    return {}
+class Decode(Params):
+    tokens: Count = Field(1, description="queries, each with its own selected rows")
+    heads: Heads = Field(16, description="query heads")
+    topk: Count = Field(2048, description="rows that a query selects")
+    kv: CacheFormat = Field("bf16", description="format of the latent cache")
+    pool_slots: Count = Field(1_200_000, description="slots of the cache, at least")
 
 
-DECODE = Workload(
-    "sparse_decode",
-    ("sparse_mla.attend",),
-    build_decode,
-    {"tokens": 1, "heads": 16, "topk": 2048, "kv": "bf16", "pool_slots": 1_200_000, "min_sets": 2},
-    same_job=("kv",),
-)
-PREFILL = Workload(
-    "sparse_prefill",
-    ("sparse_mla.attend",),
-    build_prefill,
-    {
-        "tokens": 2048,
-        "heads": 16,
-        "topk": 2048,
-        "context": 32768,
-        "kv": "bf16",
-        "pool_slots": 1_200_000,
-        "min_sets": 2,
-    },
-    same_job=("kv",),
-)
+class Prefill(QueriesOfContext):
+    tokens: Count = Field(2048, description="queries, the last ones of the context")
+    heads: Heads = Field(16, description="query heads")
+    topk: Count = Field(2048, description="rows that a query selects")
+    context: Count = Field(32768, description="tokens that the queries select from")
+    kv: CacheFormat = Field("bf16", description="format of the latent cache")
+    pool_slots: Count = Field(1_200_000, description="slots of the cache, at least")
+
+
+DECODE = Workload("sparse_decode", ("sparse_mla.attend",), build_decode, Decode, same_job=("kv",))
+PREFILL = Workload("sparse_prefill", ("sparse_mla.attend",), build_prefill, Prefill, same_job=("kv",))

@@ -6,18 +6,18 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from batch_spec import parse_batch_spec
-from clock import input_sets
+from pydantic import Field, model_validator
 
-from workloads import base
-from workloads.base import Problem, Workload
-from workloads.dense_mla import row_slots
+from benchmarks.batch_spec import parse_batch_spec
+from benchmarks.checked import BatchSpec, Count, Heads
+from benchmarks.timing.clock import input_sets
+from benchmarks.workloads import base
+from benchmarks.workloads.base import Params, Problem, Workload
+from benchmarks.workloads.dense_mla import row_slots
 
 
 def build(params: Mapping[str, Any], device: torch.device) -> Problem:
     heads, kv_heads, dim, page = (params[k] for k in ("heads", "kv_heads", "head_dim", "page_size"))
-    if heads % kv_heads:
-        raise ValueError(f"heads={heads}: expected a multiple of kv_heads={kv_heads}")
     requests = parse_batch_spec(params["batch_spec"])
     tokens, kv_tokens = sum(r.q_len for r in requests), sum(r.kv_len for r in requests)
     counts = [-(-r.kv_len // page) for r in requests]
@@ -67,23 +67,23 @@ def build(params: Mapping[str, Any], device: torch.device) -> Problem:
             "values": values,
             "requests": requests,
             "page_size": page,
-            "peers_need": {"triton": "takes one query per request"} if tokens > len(requests) else {},
         },
     )
 
 
-WORKLOAD = Workload(
-    "standard",
-    (),
-    build,
-    {
-        "batch_spec": "8q1s1k",
-        "heads": 32,
-        "kv_heads": 8,
-        "head_dim": 128,
-        "page_size": 16,
-        "pool_slots": 300_000,
-        "min_sets": 2,
-    },
-    batch=lambda params: len(parse_batch_spec(params["batch_spec"])),
-)
+class Standard(Params):
+    batch_spec: BatchSpec = Field("8q1s1k", description="requests, any mix")
+    heads: Heads = Field(32, description="query heads, a multiple of kv_heads")
+    kv_heads: Heads = Field(8, description="key and value heads")
+    head_dim: Count = Field(128, description="values of a head")
+    page_size: Count = Field(16, description="tokens per page")
+    pool_slots: Count = Field(300_000, description="slots of the cache, at least")
+
+    @model_validator(mode="after")
+    def _whole_groups(self) -> Standard:
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads={self.heads}: expected a multiple of kv_heads={self.kv_heads}")
+        return self
+
+
+WORKLOAD = Workload("standard", (), build, Standard, batch=lambda params: len(parse_batch_spec(params["batch_spec"])))

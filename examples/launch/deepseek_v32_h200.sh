@@ -4,7 +4,8 @@
 # Expect: no public figure for this backend; compare with the stock one on your own host:
 #   nsa-plugin gsm8k --model-path MODEL --data-path test.jsonl --arms nsa_plugin,dsa -- --tp 8 --kv-cache-dtype fp8_e4m3
 set -euo pipefail
-model="${1:-deepseek-ai/DeepSeek-V3.2}"
+model=deepseek-ai/DeepSeek-V3.2
+if [[ "${1:--}" != -* ]]; then model="$1"; shift; fi
 
 args=(
   --model-path "$model" --host 0.0.0.0 --port 30000
@@ -15,4 +16,4 @@ args=(
   --tool-call-parser deepseekv32 --reasoning-parser deepseek-v3
   --model-loader-extra-config '{"enable_multithread_load": true, "num_threads": 8}'  # minutes less to load
 )
-exec python3 -m sglang.launch_server "${args[@]}"
+exec python3 -m sglang.launch_server "${args[@]}" "$@"

@@ -3,7 +3,8 @@
 # AMD: compile-checked, not run.
 # Expect: no public figure with these flags. Compare arms on your host: nsa-plugin gsm8k --arms nsa_plugin,dsa -- --tp 8
 set -euo pipefail
-model="${1:-deepseek-ai/DeepSeek-V3.2}"
+model=deepseek-ai/DeepSeek-V3.2
+if [[ "${1:--}" != -* ]]; then model="$1"; shift; fi
 
 export SGLANG_ROCM_FUSED_DECODE_MLA=0            # stock MLA decode fusion, which does not know DSA's cache
 export ROCM_QUICK_REDUCE_QUANTIZATION=INT4       # all-reduce of TP8 in four bits: bandwidth between GPUs is the limit
@@ -20,4 +21,4 @@ args=(
   --tool-call-parser deepseekv32 --reasoning-parser deepseek-v3
   --model-loader-extra-config '{"enable_multithread_load": true, "num_threads": 8}'
 )
-exec python3 -m sglang.launch_server "${args[@]}"
+exec python3 -m sglang.launch_server "${args[@]}" "$@"

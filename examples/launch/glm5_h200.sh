@@ -4,7 +4,8 @@
 # Expect: GSM8K about 0.95 (public: GLM-5.1-FP8 0.951, 8 x MI355X, sglang pull request 23562). Measure your own with
 #   nsa-plugin gsm8k --base-url http://127.0.0.1:30000 --data-path test.jsonl
 set -euo pipefail
-model="${1:-zai-org/GLM-5.1-FP8}"
+model=zai-org/GLM-5.1-FP8
+if [[ "${1:--}" != -* ]]; then model="$1"; shift; fi
 
 args=(
   --model-path "$model" --host 0.0.0.0 --port 30000
@@ -15,4 +16,4 @@ args=(
   --tool-call-parser glm47 --reasoning-parser glm45
   --model-loader-extra-config '{"enable_multithread_load": true, "num_threads": 8}'  # minutes less to load
 )
-exec python3 -m sglang.launch_server "${args[@]}"
+exec python3 -m sglang.launch_server "${args[@]}" "$@"

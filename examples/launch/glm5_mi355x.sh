@@ -4,7 +4,8 @@
 # Expect: GSM8K about 0.95 (public: 0.951 with these flags and the stock backend, MI355X TP8, sglang pull request 23562;
 # there, 0.942 to 0.953 over repeated runs).
 set -euo pipefail
-model="${1:-zai-org/GLM-5.1-FP8}"
+model=zai-org/GLM-5.1-FP8
+if [[ "${1:--}" != -* ]]; then model="$1"; shift; fi
 
 export SGLANG_ROCM_FUSED_DECODE_MLA=0            # stock MLA decode fusion, which does not know DSA's cache
 export ROCM_QUICK_REDUCE_QUANTIZATION=INT4       # all-reduce of TP8 in four bits: bandwidth between GPUs is the limit
@@ -21,4 +22,4 @@ args=(
   --tool-call-parser glm47 --reasoning-parser glm45
   --model-loader-extra-config '{"enable_multithread_load": true, "num_threads": 8}'
 )
-exec python3 -m sglang.launch_server "${args[@]}"
+exec python3 -m sglang.launch_server "${args[@]}" "$@"

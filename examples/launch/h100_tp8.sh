@@ -4,7 +4,8 @@
 # Not run here: no host with eight GPUs and such weights was at hand.
 # Expect: GSM8K 0.972 to 0.976 for GLM-5.3-Flash (public figures for H100, quoted, not repeated here).
 set -euo pipefail
-model="${1:?usage: h100_tp8.sh MODEL [more server arguments]}"
+if [[ "${1:--}" == -* ]]; then echo "usage: h100_tp8.sh MODEL [more server arguments]" >&2; exit 2; fi
+model="$1"; shift
 
 args=(
   --model-path "$model" --host 0.0.0.0 --port 30000
@@ -14,4 +15,4 @@ args=(
   --mem-fraction-static 0.85
   --cuda-graph-max-bs-decode 64   # each captured batch size takes memory; larger batches run without a graph
 )
-exec python3 -m sglang.launch_server "${args[@]}" "${@:2}"
+exec python3 -m sglang.launch_server "${args[@]}" "$@"

@@ -3,7 +3,8 @@
 # AMD: compile-checked, not run.
 # Expect: no public figure. gfx942 has another fp8 (e4m3fnuz, largest value 240): cached bytes are not those of MI355X.
 set -euo pipefail
-model="${1:?usage: mi300x.sh MODEL [more server arguments]}"
+if [[ "${1:--}" == -* ]]; then echo "usage: mi300x.sh MODEL [more server arguments]" >&2; exit 2; fi
+model="$1"; shift
 
 export SGLANG_ROCM_FUSED_DECODE_MLA=0            # stock MLA decode fusion, which does not know DSA's cache
 export ROCM_QUICK_REDUCE_QUANTIZATION=INT4       # all-reduce of TP8 in four bits: bandwidth between GPUs is the limit
@@ -19,4 +20,4 @@ args=(
   --mem-fraction-static 0.80      # 192 GB per GPU instead of 288: leave more for activations
   --model-loader-extra-config '{"enable_multithread_load": true, "num_threads": 8}'
 )
-exec python3 -m sglang.launch_server "${args[@]}" "${@:2}"
+exec python3 -m sglang.launch_server "${args[@]}" "$@"

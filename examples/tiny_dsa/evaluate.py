@@ -10,17 +10,16 @@ only. `--require 0.95` makes the exit code 1 when either accuracy is lower. Neve
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import re
 import sys
 import time
-import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import requests
 from data import RECALL, Problem, test_prompt
 from tokenizer import Encoder
 
@@ -65,10 +64,9 @@ def transformers_generate(folder: Path, dtype: str) -> Generate:
 
 
 def _request(url: str, body: dict[str, Any] | None, timeout: float) -> Any:
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=timeout) as response:
-        return json.load(response)
+    reply = requests.request("GET" if body is None else "POST", url, json=body, timeout=timeout)
+    reply.raise_for_status()
+    return reply.json()
 
 
 def server_generate(base_url: str, api: str, timeout: float = 600.0) -> Generate:

@@ -23,6 +23,8 @@ MIN_AMAX = 1e-4
 LATENT_DIM = 512
 ROPE_DIM = 64
 LATENT_TILE = 128
+#: Of packed rows on every architecture: their bytes are FlashMLA's.
+PACKED_FP8 = torch.float8_e4m3fn
 
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
 
@@ -36,22 +38,35 @@ def index_page_bytes(page_size: int = INDEX_PAGE_SIZE, dim: int = INDEX_DIM) -> 
     return page_size * (dim + 4)
 
 
+def index_value_offset(token, dim, PRESHUFFLED, DIM):
+    """Byte offset inside a page of value `dim` of DIM of the page's `token`-th token.
+
+    Arithmetic only: it takes ints, torch tensors and, compiled with `triton.jit`, Triton tensors.
+    """
+    if PRESHUFFLED:
+        return (token // 16) * (16 * DIM) + (dim // 16) * 256 + (token % 16) * 16 + dim % 16
+    return token * DIM + dim
+
+
+def index_scale_offset(token, PAGE_SIZE, DIM):
+    """Byte offset inside a page of the fp32 scale of the page's `token`-th token; as `index_value_offset`."""
+    return PAGE_SIZE * DIM + 4 * token
+
+
 def index_value_offsets(layout: str, page_size: int = INDEX_PAGE_SIZE, dim: int = INDEX_DIM) -> torch.Tensor:
     """[page_size, dim] int64: `index_value_offset` of every value of a page."""
-    t = torch.arange(page_size)[:, None]
-    d = torch.arange(dim)[None, :]
-    if layout == "row_major":
-        return t * dim + d
-    if layout == "preshuffled":
-        return (t // 16) * 16 * dim + (d // 16) * 256 + (t % 16) * 16 + d % 16
-    raise ValueError(f"layout={layout!r}: expected one of {', '.join(INDEX_LAYOUTS)}")
+    if layout not in INDEX_LAYOUTS:
+        raise ValueError(f"layout={layout!r}: expected one of {', '.join(INDEX_LAYOUTS)}")
+    return index_value_offset(
+        torch.arange(page_size)[:, None], torch.arange(dim)[None, :], layout == "preshuffled", dim
+    )
 
 
-def index_scale_offset(token: int, page_size: int = INDEX_PAGE_SIZE, dim: int = INDEX_DIM) -> int:
-    """Byte offset inside a page of the scale of the page's `token`-th token."""
-    return page_size * dim + 4 * token
+def packed_rope_offset(value_dim: int = LATENT_DIM, tile_size: int = LATENT_TILE) -> int:
+    """Byte offset of the RoPE part inside a packed fp8 latent row: behind the values and their scales."""
+    return value_dim + 4 * (value_dim // tile_size)
 
 
 def packed_latent_bytes(dim: int, value_dim: int = LATENT_DIM, tile_size: int = LATENT_TILE, itemsize: int = 2) -> int:
-    """Bytes of one packed fp8 latent row of `dim` values (656 for dim 576)."""
-    return value_dim + 4 * (value_dim // tile_size) + itemsize * (dim - value_dim)
+    """Bytes of one packed fp8 latent row of `dim` values (656 for dim 576); itemsize: of a RoPE value."""
+    return packed_rope_offset(value_dim, tile_size) + itemsize * (dim - value_dim)

@@ -3,8 +3,7 @@
 Standard library only. `patches/<release>/<name>.patch` is a unified diff with paths relative to the package folder;
 `patches/<release>/index.json` holds {name: {file: {"before": sha256, "after": sha256}}}. No two patches of a release
 touch the same file, so the hash of a file says which state it is in.
-
-After editing a patch: python -m nsa_backend_plugin.patching patches/0.5.17 FOLDER_OF_PRISTINE_SGLANG
+`tools/index_patches.py` writes index.json.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import hashlib
 import json
 import os
 import re
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -199,22 +197,6 @@ def write(changes: Sequence[Change]) -> None:
             path.unlink(missing_ok=True)
 
 
-def make_index(folder: Path, sglang: Path) -> dict[str, dict[str, dict[str, str]]]:
-    """The content of index.json for the patches of a folder and a pristine package. Raises PatchError."""
-    index: dict[str, dict[str, dict[str, str]]] = {}
-    seen: set[str] = set()
-    for patch in sorted(folder.glob("*.patch")):
-        index[patch.stem] = {}
-        for file, hunks in parse(patch.read_text(encoding="utf-8")).items():
-            if file in seen:
-                raise PatchError(f"{patch}: {file} is touched by another patch of this release")
-            seen.add(file)
-            old = (sglang / file).read_bytes()
-            new = apply_hunks(old.decode(), hunks).encode()
-            index[patch.stem][file] = {BEFORE: sha256(old), AFTER: sha256(new)}
-    return index
-
-
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
@@ -247,9 +229,3 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-if __name__ == "__main__":
-    release_folder, package = map(Path, sys.argv[1:])
-    text = json.dumps(make_index(release_folder, package), indent=1) + "\n"
-    (release_folder / "index.json").write_text(text)

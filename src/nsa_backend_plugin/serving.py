@@ -1,10 +1,10 @@
-"""Start an SGLang server as a child process, wait until it is healthy, and leave no process behind."""
+"""Child processes that leave nothing behind, and an SGLang server among them: start it, wait until it is healthy."""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import json
+import functools
 import os
 import secrets
 import signal
@@ -13,27 +13,45 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import requests
+
+from nsa_backend_plugin import BACKEND_NAME
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 HOST = "127.0.0.1"
 #: Arguments that serve a small model on a CPU through the plugin.
 CPU_ARGS = (
     "--device=cpu",
-    "--attention-backend=nsa_plugin",
+    f"--attention-backend={BACKEND_NAME}",
     "--sampling-backend=pytorch",
     "--disable-cuda-graph",
     "--max-total-tokens=8192",
     "--max-running-requests=8",
     "--sleep-on-idle",  # the scheduler polls at full speed otherwise
 )
+_SERVER_FIELDS = (
+    "version",
+    "device",
+    "model_path",
+    "attention_backend",
+    "dtype",
+    "kv_cache_dtype",
+    "page_size",
+    "tp_size",
+    "dp_size",
+)
+#: What stock DSA runs; another backend leaves these at values that mean nothing.
+_STOCK_FIELDS = ("dsa_prefill_backend", "dsa_decode_backend", "dsa_topk_backend", "dsa_paged_mqa_logits_backend")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _PORT_TAKEN = "error while attempting to bind on address"  # uvicorn's words
-_TERM_SECONDS = 5.0
+_STOP_SECONDS = 5.0
 _KILL_SECONDS = 3.0
 
 
@@ -48,60 +66,88 @@ def free_port() -> int:
     """
     while True:
         port = 10_000 + secrets.randbelow(20_000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((HOST, port))
+        with contextlib.suppress(OSError):
+            _bind(port)
             return port
 
 
-class Server:
-    """`python -m sglang.launch_server` in a process group of its own.
+def _bind(port: int) -> None:
+    """Raises OSError when this process cannot listen on the port."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((HOST, port))
 
-    model_path: a checkpoint folder. args: command-line arguments after it (`CPU_ARGS` for a small model on a CPU).
-    env: variables added to this process's environment. port: None picks a free one. log_path: the server's stdout
-    and stderr. timeout: seconds until it must be healthy. python: interpreter that has SGLang (None = this one).
 
-    SIGINT or SIGTERM in this process, its exit, and the end of the `with` block all end the whole group.
+def server_facts(base_url: str) -> dict[str, Any]:
+    """Version and arguments as the server reports them; empty where it does not say (another kind of server)."""
+    try:
+        info = requests.get(f"{base_url}/server_info", timeout=30).json()
+    except requests.RequestException:  # no answer, or none in JSON
+        return {}
+    fields = _SERVER_FIELDS if info.get("attention_backend") == BACKEND_NAME else (*_SERVER_FIELDS, *_STOCK_FIELDS)
+    return {field: info[field] for field in fields if field in info}
+
+
+class Child:
+    """A command in a process group of its own.
+
+    env: variables added to this process's environment. log_path: where its stdout and stderr go (None: to ours).
+    stop_signal: what asks it to end; whatever is still there some seconds later is killed.
+
+    SIGINT or SIGTERM in this process, its exit, and the end of the `with` block all end the whole group. It holds
+    what a process tree has lost: children whose parent has died.
     """
 
     def __init__(
         self,
-        model_path: str | Path,
-        args: Sequence[str] = CPU_ARGS,
+        command: Sequence[str],
         env: Mapping[str, str] | None = None,
-        port: int | None = None,
-        log_path: str | Path = "server.log",
-        timeout: float = 300.0,
-        python: str | None = None,
+        log_path: str | Path | None = None,
+        stop_signal: signal.Signals = signal.SIGTERM,
     ):
-        self.port = port or free_port()
-        self.url = f"http://{HOST}:{self.port}"
-        self.log_path = Path(log_path)
-        self.timeout = timeout
-        self.command = [python or sys.executable, "-m", "sglang.launch_server", f"--model-path={model_path}"]
-        self.command += [f"--host={HOST}", f"--port={self.port}", *args]
+        self.command = list(command)
+        self.log_path = Path(log_path or os.devnull)
+        self._to_log = log_path is not None
         self._env = {**os.environ, **(env or {})}
+        self._stop_signal = stop_signal
         self._process: subprocess.Popen[bytes] | None = None
         self._previous: dict[int, Any] = {}
         self._signalled: int | None = None
 
-    def start(self) -> Server:
-        """Start and wait for health. Raises ServerError with the log's tail when the server dies or is too late."""
+    def start(self) -> Self:
+        """Raises OSError when the log cannot be written or the program is not there."""
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         atexit.register(self.stop)
         self._install_handlers()
-        with self.log_path.open("wb") as log:
-            self._process = subprocess.Popen(
-                self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._env, start_new_session=True
-            )
-        if self._signalled is not None:  # arrived while there was nothing to end yet
-            self._on_signal(self._signalled, None)
         try:
-            self._wait_healthy()
+            with self.log_path.open("wb") as log:
+                self._process = subprocess.Popen(
+                    self.command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log if self._to_log else None,
+                    stderr=log if self._to_log else None,
+                    env=self._env,
+                    start_new_session=True,
+                    # A program that was started in the background ignores SIGINT, and its children inherit that.
+                    preexec_fn=functools.partial(signal.signal, self._stop_signal, signal.SIG_DFL),
+                )
+            if self._signalled is not None:  # arrived while there was nothing to end yet
+                self._on_signal(self._signalled, None)
+            self._wait_ready()
         except BaseException:
             self.stop()
             raise
         return self
+
+    def _wait_ready(self) -> None:
+        """Returns when the command can be used; what it raises ends the command."""
+
+    def wait(self, timeout: float) -> int | None:
+        """Exit code of the command, or None when it still runs after `timeout` seconds."""
+        assert self._process is not None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self._process.wait(timeout)
+        return None
 
     def stop(self) -> None:
         """End the whole process group; does nothing when it has ended already."""
@@ -110,14 +156,13 @@ class Server:
         atexit.unregister(self.stop)
         if process is None:
             return
-        self._signal_group(process, signal.SIGTERM)
+        self._signal_group(process, self._stop_signal)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_TERM_SECONDS)
+            process.wait(_STOP_SECONDS)
         self._signal_group(process, signal.SIGKILL)  # also what outlived the group's leader
         process.wait()
-        deadline = (
-            time.monotonic() + _KILL_SECONDS
-        )  # a child that nobody reaps stays in the group: do not wait for ever
+        # A child that nobody reaps stays in the group: do not wait for ever.
+        deadline = time.monotonic() + _KILL_SECONDS
         while time.monotonic() < deadline and self._signal_group(process, 0):
             time.sleep(0.05)
 
@@ -127,38 +172,11 @@ class Server:
     def log_tail(self, lines: int = 40) -> str:
         return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-lines:])
 
-    def get(self, path: str, timeout: float = 60.0) -> bytes:
-        """Body of a GET request. Raises urllib.error.URLError."""
-        with urllib.request.urlopen(self.url + path, timeout=timeout) as reply:
-            return reply.read()
-
-    def post(self, path: str, body: Mapping[str, Any], timeout: float = 300.0) -> Any:
-        """Parsed JSON answer to a JSON POST. Raises urllib.error.URLError."""
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), headers)
-        with urllib.request.urlopen(request, timeout=timeout) as reply:
-            return json.loads(reply.read())
-
-    def __enter__(self) -> Server:
+    def __enter__(self) -> Self:
         return self.start()
 
     def __exit__(self, *exception: object) -> None:
         self.stop()
-
-    def _wait_healthy(self) -> None:
-        deadline = time.monotonic() + self.timeout
-        while time.monotonic() < deadline:
-            assert self._process is not None
-            code = self._process.poll()
-            if code is not None:
-                raise ServerError(f"the server exited with code {code}; end of {self.log_path}:\n{self.log_tail()}")
-            if _PORT_TAKEN in (tail := self.log_tail()):  # SGLang's processes live on
-                raise ServerError(f"port {self.port} is taken; end of {self.log_path}:\n{tail}")
-            with contextlib.suppress(OSError):  # URLError is one
-                self.get("/health", timeout=10.0)
-                return
-            time.sleep(0.5)
-        raise ServerError(f"not healthy after {self.timeout:.0f} s; end of {self.log_path}:\n{self.log_tail()}")
 
     @staticmethod
     def _signal_group(process: subprocess.Popen[bytes], signum: int) -> bool:
@@ -187,3 +205,66 @@ class Server:
             return
         self.stop()  # puts the previous handlers back
         os.kill(os.getpid(), signum)
+
+
+class Server(Child):
+    """`python -m sglang.launch_server`.
+
+    model_path: a checkpoint folder. args: command-line arguments after it (`CPU_ARGS` for a small model on a CPU).
+    port: 1 to 65535, None picks a free one. timeout: seconds until it must be healthy. python: interpreter that has
+    SGLang (None = this one). Raises ValueError for another port.
+    """
+
+    def __init__(
+        self,
+        model_path: str | Path,
+        args: Sequence[str] = CPU_ARGS,
+        env: Mapping[str, str] | None = None,
+        port: int | None = None,
+        log_path: str | Path = "server.log",
+        timeout: float = 300.0,
+        python: str | None = None,
+    ):
+        if port is not None and not 1 <= port <= 65535:
+            raise ValueError(f"port {port}: expected 1 to 65535")
+        self.port = port or free_port()
+        self.url = f"http://{HOST}:{self.port}"
+        self.timeout = timeout
+        command = [python or sys.executable, "-m", "sglang.launch_server", f"--model-path={model_path}"]
+        super().__init__([*command, f"--host={HOST}", f"--port={self.port}", *args], env, log_path)
+
+    def start(self) -> Self:
+        """Start and wait for health. Raises ServerError at once when the port is taken, and with the log's tail when
+        the server dies or is too late."""
+        try:
+            _bind(self.port)
+        except OSError as error:
+            raise ServerError(f"port {self.port} of {HOST} cannot be used: {error.strerror}") from None
+        return super().start()
+
+    def get(self, path: str, timeout: float = 60.0) -> bytes:
+        """Body of a GET request. Raises requests.RequestException, also for an HTTP error."""
+        reply = requests.get(self.url + path, timeout=timeout)
+        reply.raise_for_status()
+        return reply.content
+
+    def post(self, path: str, body: Mapping[str, Any], timeout: float = 300.0) -> Any:
+        """Parsed JSON answer to a JSON POST. Raises requests.RequestException, also for an HTTP error."""
+        reply = requests.post(self.url + path, json=body, timeout=timeout)
+        reply.raise_for_status()
+        return reply.json()
+
+    def _wait_ready(self) -> None:
+        deadline = time.monotonic() + self.timeout
+        while time.monotonic() < deadline:
+            assert self._process is not None
+            code = self._process.poll()
+            if code is not None:
+                raise ServerError(f"the server exited with code {code}; end of {self.log_path}:\n{self.log_tail()}")
+            if _PORT_TAKEN in (tail := self.log_tail()):  # SGLang's processes live on
+                raise ServerError(f"port {self.port} is taken; end of {self.log_path}:\n{tail}")
+            with contextlib.suppress(requests.RequestException):
+                self.get("/health", timeout=10.0)
+                return
+            time.sleep(0.5)
+        raise ServerError(f"not healthy after {self.timeout:.0f} s; end of {self.log_path}:\n{self.log_tail()}")

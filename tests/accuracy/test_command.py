@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ from nsa_backend_plugin.accuracy import runs
 from nsa_backend_plugin.serving import ServerError
 from tests.accuracy.conftest import FakeServer
 
-KERNELS = "[t] nsa_plugin op topk.select: torch (triton no GPU)\n[t] nsa_plugin op sparse_mla.attend: triton (x)\n"
+KERNELS = "[t] nsa_plugin op topk.select: torch runs k=1 (x)\n[t] nsa_plugin op sparse_mla.attend: triton runs (x)\n"
 
 
 class FakeLaunch:
@@ -181,6 +184,42 @@ def test_full_disk_keeps_answers(launches, data, capsys, monkeypatch):
     assert report(data)["arms"][0]["accuracy"]["right"] == 10
 
 
+@contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """No file can be longer than `size` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(
+    "size, shots, name", [(20, "8", "settings.json"), (300, "8", "answers.jsonl"), (600, "11", "report.json")]
+)
+def test_full_disk_names_the_file(server, data, capsys, size, shots, name):
+    base = ["gsm8k", "--base-url", server.url, "--data-path", str(data), "--num-shots", shots]
+    with full_disk(size):
+        assert cli.main([*base, "--out", str(data.parent / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "File too large" in error
+    assert f"{name}'" in error
+    assert not list(data.parent.rglob("*.partial"))
+
+
+def test_the_same_model_by_another_path_resumes(launches, data, monkeypatch, capsys):
+    model = data.parent / "models" / "m"
+    model.mkdir(parents=True)
+    assert cli.main(command(data, model=str(model))) == 0
+    monkeypatch.chdir(model.parent)
+    assert cli.main(command(data, model="m")) == 0
+    assert cli.main(command(data, model="../models/m/")) == 0
+    assert len(launches.started) == 1
+    assert launches.started[0][3] == f"--model-path={model}"
+    assert "every answer is in" in capsys.readouterr().out
+
+
 def test_server_that_does_not_start(launches, data, capsys):
     def prepare(launch, server):
         server.close()
@@ -201,6 +240,10 @@ def test_server_that_does_not_start(launches, data, capsys):
         (["--num-examples", "0"], "--num-examples 0"),
         (["--concurrency", "0"], "--concurrency 0: expected more than 0"),
         (["--timeout", "-1"], "--timeout -1.0: expected more than 0"),
+        (["--min-accuracy", "5"], "--min-accuracy 5.0: expected a share, 0 to 1"),
+        (["--min-accuracy", "-0.1"], "--min-accuracy -0.1: expected a share, 0 to 1"),
+        (["--min-accuracy", "nan"], "--min-accuracy nan: expected a share, 0 to 1"),
+        (["--timeout", "nan"], "--timeout nan: expected more than 0"),
         (["--arms", "nsa_plugin what"], "'what' is neither NAME=VALUE nor --flag=value"),
         (["--sgl-eval-data", "missing.jsonl"], "sgl-eval is not on PATH"),
     ],

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from nsa_backend_plugin.accuracy.arms import kernel_lines, parse_arms
 from nsa_backend_plugin.accuracy.ask import Answer, AskError, answer_all
 from nsa_backend_plugin.accuracy.compare import accuracy, compare, mcnemar
 from nsa_backend_plugin.accuracy.questions import last_number, load_items
+from nsa_backend_plugin.arms import kernel_lines, parse_arms
 from tests.accuracy.conftest import FakeServer
 
 
@@ -198,6 +198,9 @@ def test_arms() -> None:
 def test_kernel_lines(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text(
-        "[x] nsa_plugin op topk.select: torch (triton no)\nother\n[x] nsa_plugin op topk.select: torch (triton no)\n"
+        "[x] nsa_plugin op topk.select: cuda for rows=1 (x); triton comes later\n"
+        "[x] nsa_plugin op topk.select: cuda declines k=9000: at most 4096\n"
+        "[x] nsa_plugin op topk.select: torch runs k=9000 (x)\nother\n"
+        "[y] nsa_plugin op topk.select: torch runs k=9000 (x)\n"
     )
-    assert kernel_lines(log) == ["topk.select: torch (triton no)"]
+    assert kernel_lines(log) == ["topk.select: torch runs k=9000 (x)"]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,15 +15,17 @@ import pytest
 from nsa_backend_plugin import cli
 from nsa_backend_plugin.accuracy import sgl_eval
 from nsa_backend_plugin.accuracy.ask import AskError
+from tests.processes import gone
 
 #: Writes what sgl-eval 0.1.3 writes; questions named in the file `fail` beside it get its error samples.
 PROGRAM = """#!{python}
-import json, sys, time
+import json, os, sys, time
 from pathlib import Path
 options = dict(zip(sys.argv[3::2], sys.argv[4::2]))
 here = Path(__file__).parent
 with (here / "calls").open("a") as calls: calls.write(json.dumps(sys.argv[1:]) + "\\n")
 if (here / "hang").exists():
+    (here / "pid").write_text(f"{{os.getpid()}}\\n")
     time.sleep(60)
 out = Path(options["--out-dir"]) / f"sgl_eval_gsm8k_{{len((here / 'calls').read_text().splitlines())}}"
 out.mkdir()
@@ -93,6 +97,29 @@ def test_a_dead_server_ends_it(program, chat, tmp_path, in_the_background):
     (program / "hang").touch()
     with pytest.raises(AskError, match="left 6 of 6"):
         ask(chat, tmp_path / "out", alive=lambda: not (program / "calls").exists())
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_too(program, chat, tmp_path, signum):
+    (program / "hang").touch()
+    code = f"""
+from pathlib import Path
+from nsa_backend_plugin.accuracy import sgl_eval
+rows = sgl_eval.load_questions(Path({str(chat)!r}), None)
+folder = Path({str(tmp_path / "out")!r})
+sgl_eval.answer_all("http://host", rows, folder, concurrency=3, max_tokens=8, alive=lambda: True)
+"""
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code], preexec_fn=lambda: signal.signal(signum, signal.SIG_DFL), stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 60
+    while not (program / "pid").exists() or not (program / "pid").read_text().endswith("\n"):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    parent.send_signal(signum)
+    parent.communicate(timeout=30)
+    assert parent.returncode != 0
+    assert gone(int((program / "pid").read_text()))
 
 
 @pytest.mark.parametrize("line, message", [("{", "chat.jsonl:7: not JSON"), ('{"problem": "x"}', "chat.jsonl:7: exp")])

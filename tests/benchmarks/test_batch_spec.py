@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from batch_spec import BatchRequest, expand_batch_specs, format_batch_spec, get_batch_stats, parse_batch_spec
+
+from benchmarks.batch_spec import BatchRequest, expand_batch_specs, format_batch_spec, get_batch_stats, parse_batch_spec
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import clock
 import pytest
 import torch
+
+from benchmarks.timing import clock
 
 CPU = torch.device("cpu")
 

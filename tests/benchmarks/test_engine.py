@@ -7,11 +7,12 @@ import sys
 import time
 from pathlib import Path
 
-import engine_h200
 import pytest
-import run_engine
 import torch
-from engine_model import FAMILIES, config, weights, write_config
+
+from benchmarks.engine import measure as engine_h200
+from benchmarks.engine import steps as run_engine
+from benchmarks.engine.model import FAMILIES, config, weights, write_config
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -124,7 +125,7 @@ def test_every_step_of_the_whole_run_parses(tmp_path: Path, monkeypatch: pytest.
     assert {"tests", "memcheck"} <= set(steps)
     for name in run_engine.MEASUREMENTS:
         words = steps[name][1]
-        options = engine_h200.arguments().parse_args(words[2:])
+        options = engine_h200.arguments().parse_args(words[3:])
         assert options.out == tmp_path
         engine_h200.parse_arms(options.arms or ["nsa_plugin", "dsa"])
         assert engine_h200._shapes(options)

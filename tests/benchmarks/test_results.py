@@ -6,16 +6,15 @@ import csv
 import json
 from pathlib import Path
 
-import backends
-import compare
-import configs
-import peer_baseline
 import pytest
-import report
-import report_tables
-import screen
-from common import BenchmarkResult, ResultsFormatter, add_comparisons, load_json
-from crossover import crossovers, tables
+
+from benchmarks import backends
+from benchmarks import schema as configs
+from benchmarks.common import BenchmarkResult, ResultsFormatter, add_comparisons, load_json
+from benchmarks.report import compare, peer_baseline
+from benchmarks.report import page as report
+from benchmarks.report import tables as report_tables
+from benchmarks.report.crossover import crossovers, tables
 
 from .conftest import SUITE
 
@@ -64,41 +63,23 @@ def test_a_failed_row_has_no_time() -> None:
     with pytest.raises(RuntimeError, match="broken"):
         failed.mean_time  # noqa: B018
     assert row("fa3", 2.0).mean_time == pytest.approx(2e-6)
-    assert "error: broken" in ResultsFormatter().text([failed])
 
 
-def test_speed_up_over_a_baseline() -> None:
+def test_speed_up_over_a_baseline(tmp_path: Path) -> None:
+    """Ratio and percent saved, in the row and so in every file that has it."""
     params = {"tokens": 8, "dtype": "bf16"}
     rows = [row(b, us, workload="concat_k", params=params) for b, us in (("torch_cat", 8.0), ("triton", 2.0))]
-    cells = ResultsFormatter(baseline="torch_cat").cells(rows[1], rows)
-    assert cells[-2:] == ["4.00x", "75.0%"]
-
-
-def test_memory_has_a_column_where_it_was_asked_for() -> None:
-    text = ResultsFormatter(memory=True).text([row("triton", 10.0, peak_memory_mib=12.5), row("fa3", None)])
-    assert [line.split()[-1] for line in text.splitlines()] == ["MiB", "12.5", "broken"]
-
-
-def test_a_terminal_gets_a_table_and_a_progress_bar(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pytest.importorskip("rich")
-    config = configs.load(SUITE / "configs" / "mla_concat.yaml")
-    rows = [row("triton", 2.0), row("fa3", 4.0), row("aiter", None)]
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    formatter = ResultsFormatter(ENVIRONMENT, {"read_gbps": 4000.0}, config.name)
-    with screen.Screen(config, ENVIRONMENT, len(rows), reused=1) as shown:
-        shown.row(formatter.cells(rows[1]), 2, len(rows))
-        shown.row(formatter.cells(rows[2]), 3, len(rows))
-        assert shown.progress.tasks[0].completed == 3
-    shown.table(formatter, rows)
-    out = capsys.readouterr().out
-    assert "1 of 3 rows kept" in out
-    assert "3/3" in out
-    assert "┃" in out
-    assert "error: broken" in out
-    assert "ceilings: read_gbps 4000.0" in out
+    add_comparisons(rows, None, "torch_cat")
+    assert [(r.speedup, r.reduction) for r in rows] == [(1.0, 0.0), (4.0, 75.0)]
+    formatter = ResultsFormatter(ENVIRONMENT, baseline="torch_cat")
+    formatter.save_json(rows, tmp_path / "a.json")
+    formatter.save_csv(rows, tmp_path / "a.csv")
+    assert json.loads((tmp_path / "a.json").read_text())["rows"][1]["speedup"] == 4.0
+    with (tmp_path / "a.csv").open() as file:
+        assert [(line["speedup"], line["reduction"]) for line in csv.DictReader(file)] == [
+            ("1.0", "0.0"),
+            ("4.0", "75.0"),
+        ]
 
 
 def test_json_round_trip(tmp_path: Path) -> None:

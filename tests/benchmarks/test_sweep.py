@@ -11,26 +11,21 @@ import sys
 import time
 from pathlib import Path
 
-import backends
-import benchmark
-import child
-import clock
-import configs
-import measure
-import mla_runner
-import prepare
 import pytest
-import run_h200
-import sweep
 import torch
-from child import Child
-from common import ERROR, OK, UNAVAILABLE, BenchmarkConfig, BenchmarkResult, load_json
-from measure import Settings
-from workloads import WORKLOADS, indexer
 
-from nsa_backend_plugin.ops.registry import operations
+from benchmarks import backends, mla_runner
+from benchmarks import cli as benchmark
+from benchmarks import schema as configs
+from benchmarks.common import ERROR, OK, UNAVAILABLE, BenchmarkConfig, BenchmarkResult, load_json
+from benchmarks.run import child, environment, measure, prepare, suite, sweep
+from benchmarks.run.child import Child
+from benchmarks.run.measure import Settings
+from benchmarks.timing import clock
+from benchmarks.workloads import WORKLOADS, indexer
+from nsa_backend_plugin.ops.dispatch import operations
 
-from .conftest import SUITE
+from .conftest import SUITE, code
 
 CONFIGS = sorted((SUITE / "configs").glob("*.yaml"))
 FAST = Settings(repeats=1, warmup_iters=1, budget_s=0.0)
@@ -97,7 +92,7 @@ def test_every_config_plans_at_full_size(path: Path) -> None:
 
 
 def test_all_named_configs_exist() -> None:
-    from run_h200 import ORDER
+    from benchmarks.run.suite import ORDER
 
     assert sorted(p.stem for p in CONFIGS) == sorted(ORDER)
 
@@ -193,9 +188,7 @@ def test_a_crashing_row_costs_one_row(tmp_path: Path) -> None:
     script = tmp_path / "worker_that_dies.py"
     script.write_text(
         "import os, sys\n"
-        f"sys.path[:0] = [{str(SUITE)!r}]\n"
-        "import worker\n"
-        "import measure\n"
+        "from benchmarks.run import measure, worker\n"
         "real = measure.measure\n"
         "def dying(name, params, *rest):\n"
         "    if params['tokens'] in (2, 4, 5):\n"
@@ -207,7 +200,7 @@ def test_a_crashing_row_costs_one_row(tmp_path: Path) -> None:
     )
     config = small_config(params={"tokens": [1, 2, 3, 4, 5], "heads": 2})
     journal = sweep.Journal.open(tmp_path / "rows.jsonl", "mark")
-    with Child(script) as child:
+    with Child([str(script)]) as child:
         results, complete = sweep.run(sweep.plan(config, "cpu"), "cpu", FAST, journal, child=child)
     assert complete
     assert [r.status for r in results] == [OK, ERROR, OK, ERROR, ERROR]
@@ -228,7 +221,7 @@ def test_last_words_are_read_to_the_end(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(child, "_keep", late)
     script = tmp_path / "dies.py"
     script.write_text("import sys\nsys.exit('out of luck')\n")
-    with Child(script) as dying:
+    with Child([str(script)]) as dying:
         assert dying.run({}, lambda event: None) == "the process ended with code 1: out of luck"
 
 
@@ -244,9 +237,8 @@ def test_a_wrong_backend_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_backends_that_cannot_run_say_why() -> None:
-    missing = measure.measure("concat_k", SMALL, "nonsense", CPU, FAST)
-    assert missing.status == UNAVAILABLE
-    assert "torch_cat" in missing.reason
+    with pytest.raises(ValueError, match=r"backend='nonsense': expected all or a name .* torch_cat"):
+        measure.measure("concat_k", SMALL, "nonsense", CPU, FAST)
     peer = measure.measure("concat_k", SMALL, "sglang_jit", CPU, FAST)
     assert (peer.status, peer.reason) == (UNAVAILABLE, "needs a GPU")
 
@@ -273,7 +265,7 @@ def test_a_chain_may_mix_implementations(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_an_exception_is_an_error_row(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    import peers
+    from benchmarks import peers
 
     def broken(problem):
         raise RuntimeError("no such kernel")
@@ -287,7 +279,8 @@ def test_an_exception_is_an_error_row(monkeypatch: pytest.MonkeyPatch, capsys: p
 def test_all_leaves_the_reference_out_on_a_gpu_only() -> None:
     assert "torch" in backends.choose(["all"], "topk", "cpu")
     assert "torch" not in backends.choose(["all"], "topk", "cuda:0")
-    assert backends.choose(["torch", "flashmla", "torch"], "topk", "cuda:0") == ["torch", "flash_mla"]
+    assert backends.choose(["torch", "flashmla", "torch"], "dense_decode", "cuda:0") == ["torch", "flash_mla"]
+    assert backends.choose(["torch", "flashmla"], "topk", "cuda:0") == ["torch"]
     known = {n for w in ("dense_decode", "logits_paged") for n in backends.names(w)}
     assert set(backends.ALIASES.values()) <= known | {"deep_gemm"}
 
@@ -356,22 +349,39 @@ def test_compilation_runs_every_row_once(tmp_path: Path) -> None:
     assert "compiled for 0 rows" in prepare.compile_all(rows[:8], "cpu", 2, 0.0)
 
 
-def test_run_h200_keeps_what_is_complete(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A second run measures nothing; with other sources or fewer cases it would, and says that it had no time to."""
-    words = ["--configs", "mla_concat", "--quick", "--device", "cpu", "--out", str(tmp_path), "--suffix", "x"]
-    assert run_h200.main([*words, "--compile-seconds", "0"]) == 0
+def test_the_suite_keeps_what_is_complete(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A second run measures nothing; with other sources or fewer cases it is refused, and measures when forced."""
+    words = ["--configs", "mla_concat", "--quick", "--device", "cpu", "--out", str(tmp_path)]
+    assert suite.main([*words, "--compile-seconds", "0"]) == 0
     assert "mla_concat: complete\n" in capsys.readouterr().out
-    path = tmp_path / "mla_concat-x.json"
+    [path] = tmp_path.iterdir()
+    assert path.name == f"mla_concat-{environment.machine('cpu')}.json"
     before = path.read_text()
-    assert run_h200.main(words) == 0
+    assert suite.main(words) == 0
     assert "mla_concat: complete before" in capsys.readouterr().out
     assert path.read_text() == before
     changed = json.loads(before)
-    environment = {**changed["environment"], "sources": "other"}
-    for change in ({"environment": environment}, {"rows": changed["rows"][:-20]}):
+    other = {**changed["environment"], "sources": "other"}
+    for change in ({"environment": other}, {"rows": changed["rows"][:-20]}):
         path.write_text(json.dumps({**changed, **change}))
-        assert run_h200.main([*words, "--compile-seconds", "0", "--total-seconds", "1"]) == 75
+        late = [*words, "--compile-seconds", "0", "--total-seconds", "1"]
+        assert suite.main(late) == 2
+        assert "--force" in capsys.readouterr().err
+        assert suite.main([*late, "--force"]) == 75
         assert "mla_concat: incomplete" in capsys.readouterr().out
+    path.write_text(json.dumps({**changed, "complete": False}))
+    assert suite.main([*words, "--compile-seconds", "0"]) == 0  # an interrupted run's file needs no force
+    assert json.loads(path.read_text())["complete"]
+
+
+def test_a_machines_name_is_part_of_a_files_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    for device, name in (
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H100 80GB HBM3", "h100-80gb-hbm3"),
+        ("AMD Instinct MI300X", "mi300x"),
+    ):
+        monkeypatch.setattr(environment, "_device_name", lambda _, device=device: device)
+        assert environment.machine("cuda:0") == name
 
 
 @pytest.mark.parametrize(
@@ -387,7 +397,7 @@ def test_run_h200_keeps_what_is_complete(tmp_path: Path, capsys: pytest.CaptureF
     ],
 )
 def test_bad_command_lines(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
-    assert benchmark.main([*words]) == 2
+    assert code(*words) == 2
     assert "error:" in capsys.readouterr().err
 
 
@@ -397,7 +407,7 @@ def test_killed_run_resumes(tmp_path: Path) -> None:
     tokens = list(range(1, 41))
     config.write_text(f"workload: concat_k\nbackends: [torch]\nparams: {{heads: 4, tokens: {tokens}}}\n")
     output = tmp_path / "out.json"
-    command = [sys.executable, str(SUITE / "benchmark.py"), "--config", str(config), "--device", "cpu"]
+    command = [sys.executable, "-m", "benchmarks", "--config", str(config), "--device", "cpu"]
     command += ["--repeats", "3", "--output-json", str(output), "--output-csv", str(tmp_path / "out.csv")]
     journal = tmp_path / "out.json.rows.jsonl"
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})

@@ -12,7 +12,8 @@ import torch
 from nsa_backend_plugin.engine import index_cache
 from nsa_backend_plugin.layouts import index_page_bytes, packed_latent_bytes
 from nsa_backend_plugin.ops import concat, indexer_prep, latent_cache, mqa_logits, sparse_mla, topk
-from nsa_backend_plugin.ops.rotary import apply_rope
+from nsa_backend_plugin.ops._torch.rotary import apply_rope
+from nsa_backend_plugin.ops.call import Step
 from tests.engine.lane_races import LaneRaces
 
 pytest.importorskip("sglang", reason="needs SGLang")
@@ -146,8 +147,12 @@ class Case:
         self.backend = object.__new__(dsa_backend.NsaPluginDSABackend)
         self.backend.token_to_kv_pool = pool
         self.backend.forward_metadata = SimpleNamespace(
-            real_page_table=self.page_table, cache_seqlens_int32=lengths, dsa_seqlens_expanded=self.lengths
+            real_page_table=self.page_table,
+            cache_seqlens_int32=lengths,
+            dsa_seqlens_expanded=self.lengths,
+            dsa_cache_seqlens_int32=self.lengths.clamp_max(TOPK),
         )
+        self.backend.step = Step()
         self.backend.speculative_num_draft_tokens = per_request
         self.backend.attention_workspace = self.backend.logits_buffer = None
         self.backend.use_mha = False
@@ -234,9 +239,39 @@ def test_one_step_equals_the_unfused_pieces(case: Case) -> None:
     assert torch.equal(slots, want["slots"])
 
 
+def pad(case: Case, rows: int) -> None:
+    """Rows behind the batch's own, as SGLang appends them for data parallelism, which write to a slot of nobody's."""
+    unused = int(case.page_table[1 * case.tokens // len(LENGTHS), 0]) * 64 + 63  # past the second request's end
+    case.hidden, case.qkv = (torch.cat([t, torch.randn(rows, t.shape[1]).to(t.dtype)]) for t in (case.hidden, case.qkv))
+    case.positions = torch.cat([case.positions, case.positions.new_zeros(rows)])
+    case.batch.out_cache_loc = torch.cat([case.slots, case.slots.new_full((rows,), unused)])
+
+
+def test_a_batch_padded_for_data_parallelism_keeps_the_fused_path(case: Case) -> None:
+    want = expected(case)
+    pad(case, 2)
+    q_rope, _, q_nope, *_, slots, _, _ = case.prepare()
+    assert torch.equal(torch.cat([q_nope, q_rope], -1)[: case.tokens], want["q_all"])
+    own = case.slots
+    assert torch.equal(case.latent[own].view(torch.uint8), want["latent"][own].view(torch.uint8))
+    assert torch.equal(slots[: case.tokens], want["slots"])
+    assert slots[case.tokens :].eq(-1).all()
+    layer = SimpleNamespace(tp_q_head_num=HEADS, v_head_dim=512, head_dim=576, layer_id=0, scaling=0.05)
+    forward = case.backend.forward_decode if case.batch.forward_mode.is_decode() else case.backend.forward_extend
+    out = forward(q_nope, None, None, layer, case.batch, q_rope=q_rope, topk_indices=slots)
+    assert torch.isfinite(out).all()
+    assert out[case.tokens :].eq(0).all()
+
+
+def test_a_batch_with_rows_that_have_no_slot_is_left_to_sglang(case: Case) -> None:
+    pad(case, 2)
+    case.batch.out_cache_loc = case.slots
+    assert case.prepare() == "stock"
+
+
 def test_cat_skip_is_a_view_and_bitwise_equal(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     q_rope, _, q_nope, _, _, _, _, slots, _, _ = case.prepare()
-    assert concat.joined(q_nope, q_rope)
+    assert concat.joined(q_nope, q_rope) is not None
     seen: list[torch.Tensor] = []
     attend = sparse_mla.attend
 
@@ -377,11 +412,11 @@ def test_rare_cases_keep_the_stock_path_and_say_why(case: Case, monkeypatch: pyt
     monkeypatch.setattr(absorb, "_log_once", reasons.append)
     before = case.latent.clone()
     assert case.prepare(llama_4_scaling=torch.ones(1)) == "stock"
-    case.batch.batch_size -= 1  # rows padded for tensor parallelism
+    case.batch.out_cache_loc = case.slots[:-1]  # rows without a slot
     assert case.prepare() == "stock"
-    case.batch.batch_size += 1
-    table = case.backend.forward_metadata.real_page_table  # rows padded for data parallelism after the metadata
-    case.backend.forward_metadata.real_page_table = table[:-1]
+    case.batch.out_cache_loc = case.slots
+    table = case.backend.forward_metadata.real_page_table
+    case.backend.forward_metadata.real_page_table = torch.cat([table, table[:1]])  # metadata of more rows
     assert case.prepare() == "stock"
     case.backend.forward_metadata.real_page_table = table
     case.attn.w_kc = case.attn.w_kc.float()

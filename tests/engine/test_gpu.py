@@ -17,11 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.engine.model import write_model
 from tests.engine import gpu_probe, tiny_tasks
 from tests.engine.conftest import ROOT
-
-sys.path.append(str(ROOT / "benchmarks"))
-from engine_model import write_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.engine]
 

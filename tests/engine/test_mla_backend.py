@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from nsa_backend_plugin.ops import preferences
+from nsa_backend_plugin.ops import dense_mla, preferences
+from nsa_backend_plugin.ops.arch import pretended
+from nsa_backend_plugin.ops.call import Step
+from nsa_backend_plugin.ops.dense_mla import fa3
 
 pytest.importorskip("sglang", reason="needs SGLang")
 if importlib.util.find_spec("sgl_kernel") is None:  # SGLang's FlashAttention backend imports it, and no CPU has it
@@ -30,7 +33,7 @@ LENGTHS = [40, 1, 17]
 def backend(monkeypatch: pytest.MonkeyPatch) -> Any:
     made = object.__new__(mla_backend.NsaPluginMLABackend)
     made.device, made.page_size, made.num_q_heads = torch.device("cpu"), PAGE, HEADS
-    made.decode_workspace, made._fa3_wins = None, {}
+    made.decode_workspace, made.step = None, Step()
     made.latent = torch.randn(8 * PAGE, 1, 576)
 
     def set_mla_kv_buffer(layer: Any, slots: torch.Tensor, k: torch.Tensor, k_rope: torch.Tensor) -> None:
@@ -87,29 +90,42 @@ def test_unknown_keywords_are_refused(backend: Any) -> None:
         backend.forward_decode(None, None, None, LAYER, None, sinks=torch.zeros(HEADS))
 
 
-def test_sglang_decodes_where_the_registry_picks_its_kernel(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes: list[dict[str, int]] = []
+def test_every_set_of_metadata_has_a_step_of_its_own(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the first layer makes serves the others, until SGLang makes other metadata: eagerly or for a graph."""
+    steps: list[Step] = []
+    operation = mla_backend.dense_mla.decode
 
-    def candidates(device: torch.device, shape: dict[str, int]) -> list[SimpleNamespace]:
-        shapes.append(shape)
-        return [SimpleNamespace(name="fa3", chosen=True), SimpleNamespace(name="triton", chosen=False)]
+    def recording(*args: Any, step: Step, **kwargs: Any) -> torch.Tensor:
+        assert kwargs["rows_have_keys"]
+        assert kwargs["kv_is_finite"]
+        steps.append(step)
+        return operation(*args, step=step, **kwargs)
 
-    operation = SimpleNamespace(candidates=candidates)
-    monkeypatch.setitem(mla_backend.Operation.all, "dense_mla.decode", operation)
+    monkeypatch.setattr(mla_backend.dense_mla, "decode", recording)
     stock = mla_backend.FlashAttentionBackend
-    monkeypatch.setattr(stock, "forward_decode", lambda self, *args, **kwargs: ("stock", args, kwargs))
-    for _ in range(2):
-        assert backend.forward_decode("q", "k", "v", LAYER, "batch", True, "q_rope", "k_rope", sinks=None) == (
-            "stock",
-            ("q", "k", "v", LAYER, "batch", True, "q_rope", "k_rope"),
-            {"sinks": None},
-        )
-    assert shapes == [{"batch": 3, "heads": HEADS, "page_size": PAGE, "context": 48}], "asked once for each batch"
+    monkeypatch.setattr(stock, "init_forward_metadata", lambda self, batch: None)
+    monkeypatch.setattr(stock, "init_forward_metadata_out_graph", lambda self, batch, in_capture=False: None)
+    for renew in (lambda: None, lambda: backend.init_forward_metadata("batch")):
+        renew()
+        decode(backend)
+        decode(backend)
+    backend.init_forward_metadata_out_graph("batch", in_capture=True)
+    decode(backend)
+    assert steps[0] is steps[1]
+    assert steps[2] is steps[3]
+    assert len({id(step) for step in steps}) == 3
 
 
 @pytest.mark.parametrize("page_size", [1, 64])
 @pytest.mark.parametrize("heads, batch", [(32, 32), (64, 8), (128, 8), (128, 128)])
-def test_many_heads_are_left_to_sglang_on_hopper(heads: int, batch: int, page_size: int) -> None:
-    """Its FA3 call is up to 2.7 times faster than Triton there, at any page size (benchmarks: cutlass_mla)."""
-    shape = {"batch": batch, "heads": heads, "page_size": page_size, "context": 8192}
-    assert preferences.order("dense_mla.decode", "sm_90", shape)[0] == "fa3"
+def test_many_heads_are_fa3s_on_hopper(heads: int, batch: int, page_size: int) -> None:
+    """It is up to 2.7 times faster than Triton there, at any page size (benchmarks: cutlass_mla)."""
+    with pretended("sm_90") as device:
+        q = torch.empty(batch, heads, 576, dtype=torch.bfloat16, device=device)
+        table = torch.empty(batch, 8192 // page_size, dtype=torch.int32, device=device)
+        kv = torch.empty(batch * 8192, 1, 576, dtype=torch.bfloat16, device=device)
+        arguments = (q, kv, table, table[:, 0], 1.0)
+        call = dense_mla.decode.call(*arguments, page_size=page_size, rows_have_keys=True, kv_is_finite=True)
+    row = preferences.applying("dense_mla.decode", "sm_90", call.facts)
+    assert preferences.TABLE[row].order[0] == "fa3"
+    assert fa3.declines_decode(call) is None

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from nsa_backend_plugin.engine import ledger
-from nsa_backend_plugin.ops import registry
+from nsa_backend_plugin.runtime import served as served_calls
 from nsa_backend_plugin.serving import HOST, Server
 from tests.sglang_copies import RELEASES, patched_overlay
 
@@ -179,11 +179,15 @@ def test_every_hook_fired(served, request):
         assert set(re.findall(r"nsa_plugin hook in use: (\w+)", log)) == used
 
 
+EXAMPLES = {"dsa": "DeepSeek-V3.2, 16 heads", "mla": "DeepSeek-V3, 16 heads"}
+
+
 def test_start_up_reports_every_operation(served):
-    server, _, _ = served
+    server, kind, _ = served
     log = server.log_path.read_text()
-    for line in registry.report("cpu"):
-        assert f"nsa_plugin op {line.split(':')[0]}: torch" in log
+    for line in served_calls.report(served_calls.examples("cpu")[EXAMPLES[kind]], served_calls.TYPICAL, "cpu"):
+        assert f"nsa_plugin op {line.split(':')[0]}: torch for " in log
+    assert "nsa_plugin op topk.select: torch runs" in log or kind == "mla"
     assert "exact mode" in log
 
 

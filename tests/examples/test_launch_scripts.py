@@ -78,6 +78,59 @@ def test_flags_exist(launched, python):
     assert done.stdout.splitlines()[-len(commands) - 1 :] == ["2", *['"nsa_plugin"'] * len(commands)]
 
 
+def run(script: Path, path: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PATH": path, "CAPTURED": path.partition(":")[0]}
+    return subprocess.run([script, *arguments], env=env, capture_output=True, text=True, timeout=30)
+
+
+@pytest.fixture
+def stub(tmp_path: Path) -> Path:
+    (tmp_path / "python3").write_text(STUB)
+    (tmp_path / "python3").chmod(0o755)
+    return tmp_path
+
+
+MTP = ("--speculative-algorithm", "NEXTN", "--json-model-override-args", '{"a": 1, "b": 2}')
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+@pytest.mark.parametrize("model", [("some/model",), ()], ids=["model", "default"])
+def test_more_arguments_reach_the_server(script, model, stub):
+    path = f"{stub}:{os.environ['PATH']}"
+    done = run(script, path, *model, *MTP)
+    if not model and "usage:" in done.stderr:  # a script without a model of its own
+        assert done.returncode == 2
+        assert done.stderr.strip() == f"usage: {script.name} MODEL [more server arguments]"
+        assert not (stub / "argv").exists()
+        return
+    assert done.returncode == 0, done.stderr
+    argv = _captured(stub / "argv")
+    assert argv[-4:] == list(MTP)
+    served = argv[argv.index("--model-path") + 1]
+    assert served == "some/model" if model else "/" in served
+
+
+def test_laptop_finds_the_environment_of_make_setup_or_names_it(tmp_path):
+    """In a copy of the clone, with a python3 that has no SGLang."""
+    script = tmp_path / "clone" / "examples" / "launch" / "laptop.sh"
+    script.parent.mkdir(parents=True)
+    script.write_text((ROOT / "examples" / "launch" / "laptop.sh").read_text())
+    script.chmod(0o755)
+    (tmp_path / "python3").write_text("#!/usr/bin/env bash\nexit 1\n")
+    (tmp_path / "python3").chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = run(script, path)
+    python = tmp_path / "clone" / ".venv" / "bin" / "python"
+    assert done.returncode == 1
+    assert f"python3 has no sglang and {python} does not exist: run make setup" in done.stderr
+    python.parent.mkdir(parents=True)
+    python.write_text(STUB)
+    python.chmod(0o755)
+    assert run(script, path).returncode == 0
+    argv = _captured(tmp_path / "argv")
+    assert argv[:4] == ["-m", "sglang.launch_server", "--model-path", str(tmp_path / "clone/examples/models/tiny-dsa")]
+
+
 def test_there_is_a_script_for_every_promised_host():
     names = " ".join(script.stem for script in SCRIPTS)
     for host in ("glm5_h200", "deepseek_v32_h200", "glm5_mi355x", "deepseek_v32_mi355x", "mi300x", "h100", "laptop"):

@@ -5,22 +5,41 @@ from __future__ import annotations
 import torch
 
 
-def cosine_distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """1 - 2*sum(x*y) / sum(x*x + y*y) in float64 (DeepGEMM's calc_diff); NaN in either never passes."""
+def cosine_distances(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """Per row of the last dimension: 1 - 2*sum(x*y) / sum(x*x + y*y) in float64 (DeepGEMM's calc_diff); 0 of zeros."""
     x, y = actual.double(), expected.double()
-    denominator = (x * x + y * y).sum()
-    return 0.0 if denominator == 0 else float(1 - 2 * (x * y).sum() / denominator)
+    denominator = (x * x + y * y).sum(-1)
+    distance = 1 - 2 * (x * y).sum(-1) / denominator
+    return torch.where(denominator == 0, 0.0, distance)
 
 
-def assert_close(actual: torch.Tensor, expected: torch.Tensor, bar: float) -> None:
-    """Same inf/NaN masks, and a cosine distance below the bar on the finite part."""
-    assert actual.shape == expected.shape
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, bar: float, row_dims: int = 1) -> None:
+    """Same inf/NaN masks, and in every row a cosine distance below the bar on the finite part.
+
+    A row is the last `row_dims` dimensions. A bar on rows implies the same bar on the whole tensor, whose distance is a
+    mean of its rows'; a whole tensor would hide one lost row among many.
+    """
+    assert actual.shape == expected.shape, f"shape {list(actual.shape)}, expected {list(expected.shape)}"
+    for mask in (torch.isfinite, torch.isposinf, torch.isneginf):
+        wrong = (mask(actual) != mask(expected)).nonzero()
+        assert not len(wrong), f"{mask.__name__} differs at {wrong[0].tolist()} and {len(wrong) - 1} more places"
     finite = torch.isfinite(expected)
-    assert torch.equal(torch.isfinite(actual), finite), "inf/NaN masks differ"
-    assert torch.equal(torch.isposinf(actual), torch.isposinf(expected))
-    assert torch.equal(torch.isneginf(actual), torch.isneginf(expected))
-    distance = cosine_distance(actual[finite], expected[finite])
-    assert distance < bar, f"cosine distance {distance:.3e}, expected < {bar:.1e}"
+    x, y = actual.where(finite, 0).double(), expected.where(finite, 0).double()
+    distances = cosine_distances(*(t.flatten(-row_dims) if t.dim() else t[None] for t in (x, y)))
+    if distances.numel() == 0:
+        return
+    rows = distances.flatten()
+    row = int(rows.nan_to_num(float("inf")).argmax())
+    if not rows[row] < bar:
+        shape = x.shape
+        error = (x - y).abs().reshape(rows.numel(), -1)[row]
+        flat = row * error.numel() + int(error.argmax())
+        position = [int(i) for i in torch.unravel_index(torch.tensor(flat), shape)]
+        raise AssertionError(
+            f"cosine distance {float(rows[row]):.3e} in the worst of {rows.numel()} rows, expected < {bar:.1e}; "
+            f"{int((~(rows < bar)).sum())} rows miss it; its worst value, at {position}, "
+            f"is {float(x[tuple(position)]):.6g}, expected {float(y[tuple(position)]):.6g}"
+        )
 
 
 def permuted_block_table(lengths: list[int], page_size: int, device: torch.device) -> tuple[torch.Tensor, int]:

@@ -1,3 +1,3 @@
 """Kernels run in Triton's interpreter on a CPU: make it convert floats as GPUs do."""
 
-import nsa_backend_plugin.ops.triton_interpreter  # noqa: F401
+import tools.triton_interpreter  # noqa: F401

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from nsa_backend_plugin.ops import aiter_contract
-from nsa_backend_plugin.ops.index_key_cache import reference as index_reference
-from nsa_backend_plugin.ops.rotary import apply_rope
+from nsa_backend_plugin.ops import index_key_cache
+from nsa_backend_plugin.ops._torch.rotary import apply_rope
+from nsa_backend_plugin.ops._vendor import aiter_contract
 
 _CALLS = {call.function: call for call in aiter_contract.CALLS}
 _FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
@@ -54,7 +54,7 @@ def indexer_k_quant_and_cache(k, kv_cache, slot_mapping, quant_block_size, scale
     assert quant_block_size == 128
     assert scale_fmt in ("ue8m0", "")
     assert isinstance(preshuffle, bool)
-    index_reference.store(
+    index_key_cache.store(
         k,
         cache,
         slot_mapping,
@@ -62,6 +62,7 @@ def indexer_k_quant_and_cache(k, kv_cache, slot_mapping, quant_block_size, scale
         scale_format=scale_fmt or "fp32",
         page_size=page_size,
         fp8_dtype=kv_cache.dtype,
+        impl="torch",
     )
 
 
@@ -79,7 +80,7 @@ def cp_gather_indexer_k_quant_cache(kv_cache, dst_k, dst_scale, block_table, cu_
     assert cu_seq_lens[0] == 0
     assert cu_seq_lens[-1] == dst_k.shape[0]
     assert isinstance(preshuffle, bool)
-    value, scale = index_reference.gather(
+    value, scale = index_key_cache.gather(
         cache,
         block_table,
         cu_seq_lens.diff(),
@@ -87,6 +88,7 @@ def cp_gather_indexer_k_quant_cache(kv_cache, dst_k, dst_scale, block_table, cu_
         page_size=page_size,
         total_tokens=dst_k.shape[0],
         fp8_dtype=kv_cache.dtype,
+        impl="torch",
     )
     dst_k.copy_(value)
     dst_scale.view(torch.uint8).copy_(scale[:, None].contiguous().view(torch.uint8))

@@ -25,17 +25,18 @@ from nsa_backend_plugin.layouts import INDEX_LAYOUTS, index_page_bytes
 from nsa_backend_plugin.ops import (
     concat,
     dense_mla,
+    dispatch,
     index_key_cache,
     indexer_prep,
     latent_cache,
     mqa_logits,
     norm_quant,
-    registry,
     sparse_mla,
     topk,
 )
 from nsa_backend_plugin.ops.arch import device_arch, fp8_dtype
-from nsa_backend_plugin.ops.compile_matrix import kernel_modules
+from nsa_backend_plugin.ops.call import Declined
+from tools.compile_matrix import kernel_modules
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SCALE = 192**-0.5
@@ -51,7 +52,7 @@ def ints(*values: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
 
 
 def runs_here(op: str, *names: str) -> list[str]:
-    return [n for n in names if n in registry.implementation_names(op) and registry._available(op, n, ARCH).ok]
+    return [n for n in names if n in dispatch.implementation_names(op) and dispatch._unavailable(op, n, ARCH) is None]
 
 
 ARCH = device_arch(DEVICE)
@@ -169,10 +170,6 @@ def attention_calls() -> Iterator[Call]:
         yield f"dense {heads} heads", call
 
 
-def declines(error: ValueError) -> bool:
-    return "forced implementation cannot run" in str(error)
-
-
 def main(wanted: list[str]) -> int:
     launched: set[str] = set()
     triton.knobs.runtime.launch_enter_hook.add(lambda metadata: launched.add(metadata.get()["name"]))
@@ -183,10 +180,8 @@ def main(wanted: list[str]) -> int:
             print(name, flush=True)
             try:
                 call()
-            except ValueError as error:
-                if not declines(error):
-                    raise
-                print(f"  {error}")
+            except Declined as declined:
+                print(f"  {declined}")
             if DEVICE.type == "cuda":
                 torch.cuda.synchronize()
     modules = kernel_modules(settings.OPERATIONS).values()

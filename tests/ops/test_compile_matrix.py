@@ -14,7 +14,7 @@ import sys
 import pytest
 
 from nsa_backend_plugin import settings
-from nsa_backend_plugin.ops import compile_matrix, compile_table, compile_tilelang
+from tools import compile_matrix, compile_table, compile_tilelang
 
 COMPILE = {**os.environ, "TRITON_INTERPRET": "0"}  # interpreted kernels, as in this process, have nothing to compile
 
@@ -31,8 +31,8 @@ INSTRUCTIONS = {
 
 SPILLING_KERNEL = """
 import triton, triton.language as tl
-from nsa_backend_plugin.ops.compile_matrix import compile_case
-from nsa_backend_plugin.ops.triton_support import CompileCase
+from tools.compile_matrix import compile_case
+from nsa_backend_plugin.ops._triton.support import CompileCase
 
 @triton.jit
 def kernel(x_ptr, N: tl.constexpr):
@@ -54,7 +54,7 @@ def test_all_kernels_compile_without_spills_as_in_the_table(target, tmp_path):
     command = [
         sys.executable,
         "-m",
-        "nsa_backend_plugin.ops.compile_matrix",
+        "tools.compile_matrix",
         "--targets",
         target,
         "--json",
@@ -87,7 +87,7 @@ def test_all_kernels_compile_without_spills_as_in_the_table(target, tmp_path):
 def test_other_targets_compile_a_case_of_each_kernel_and_have_the_rest_in_the_table():
     """sm_80, sm_89, sm_120, gfx1201: all cases take as long as those above. `--targets all` compiles them."""
     others = [target for target in compile_matrix.ALL_TARGETS if target not in compile_matrix.DEFAULT_TARGETS]
-    command = [sys.executable, "-m", "nsa_backend_plugin.ops.compile_matrix", "--targets", *others, "--sample"]
+    command = [sys.executable, "-m", "tools.compile_matrix", "--targets", *others, "--sample"]
     finished = subprocess.run([*command, "--check-table", str(TABLE)], capture_output=True, text=True, env=COMPILE)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert finished.stdout.count("0 with problems") == len(others)
@@ -112,7 +112,7 @@ def test_spills_are_found(tmp_path):
 
 
 def test_interpreted_kernels_are_refused():
-    command = [sys.executable, "-m", "nsa_backend_plugin.ops.compile_matrix", "--ops", "concat"]
+    command = [sys.executable, "-m", "tools.compile_matrix", "--ops", "concat"]
     finished = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"})
     assert finished.returncode == 2
     assert "TRITON_INTERPRET" in finished.stderr
@@ -143,7 +143,7 @@ def test_unknown_targets_are_refused():
 
 def test_reports_are_written_where_asked(tmp_path):
     report = pathlib.Path(tmp_path / "concat.json")
-    command = [sys.executable, "-m", "nsa_backend_plugin.ops.compile_matrix", "--targets", "sm_90", "--ops", "concat"]
+    command = [sys.executable, "-m", "tools.compile_matrix", "--targets", "sm_90", "--ops", "concat"]
     subprocess.run([*command, "--json", str(report)], check=True, capture_output=True, env=COMPILE)
     assert {(r["target"], r["op"]) for r in json.loads(report.read_text())} == {("sm_90", "concat")}
 
@@ -180,7 +180,7 @@ def test_a_changed_kernel_shows_in_the_table(tmp_path):
 def test_tilelang_kernels_lower_for_amd_as_in_the_table(tmp_path):
     pytest.importorskip("tilelang", reason="TileLang is not installed")
     sources, table = tmp_path / "sources", tmp_path / "table.csv"
-    command = [sys.executable, "-m", "nsa_backend_plugin.ops.compile_tilelang"]
+    command = [sys.executable, "-m", "tools.compile_tilelang"]
     finished = subprocess.run(
         [*command, "--sources", str(sources), "--write-table", str(table)], capture_output=True, text=True, env=COMPILE
     )

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+import types
+
 import pytest
 import torch
 
 from nsa_backend_plugin.ops import concat
 from nsa_backend_plugin.ops.arch import fp8_dtype
-from tests.ops.implementations import others, run
+from nsa_backend_plugin.ops.concat import sgl_kernel
+from tests.ops.implementations import run, runnable
 
 
 def parts(tokens: int, heads: int, nope: int, rope: int, rope_heads: int, device: torch.device, dtype=torch.bfloat16):
@@ -27,7 +31,7 @@ def same_bits(actual: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 3, 65])
-@pytest.mark.parametrize("impl", others("concat.q_all"))
+@pytest.mark.parametrize("impl", runnable(concat.q_all))
 def test_q_all(impl, tokens, device):
     for heads, dtype in [(1, torch.bfloat16), (12, torch.float16), (2, fp8_dtype(device))]:
         nope, rope = parts(tokens, heads, 512, 64, heads, device, dtype)
@@ -36,14 +40,38 @@ def test_q_all(impl, tokens, device):
         assert same_bits(actual, concat.q_all(nope, rope, impl="torch"))
 
 
-def test_q_all_of_one_buffer_is_a_view(device):
+def test_q_all_of_one_buffer_is_a_view(device, monkeypatch):
     buffer = torch.randn(3, 4, 576, device=device)
+    monkeypatch.setattr(concat.Operation, "run", None)  # nothing is dispatched
     joined = concat.q_all(buffer[..., :512], buffer[..., 512:])
     assert joined.data_ptr() == buffer.data_ptr()
     assert torch.equal(joined, buffer)
+    with pytest.raises(ValueError, match="impl='magic'"):
+        concat.q_all(buffer[..., :512], buffer[..., 512:], impl="magic")
 
 
-@pytest.mark.parametrize("impl", others("concat.mla_k"))
+def test_parts_that_only_look_joined_are_copied(device):
+    """Another buffer, another order, a gap, a row of another part, another dtype in the same bytes."""
+    buffer, other = torch.randn(2, 3, 4, 576, device=device)
+    wide = torch.randn(3, 4, 640, device=device)
+    for nope, rope in [
+        (buffer[..., :512], other[..., 512:]),
+        (buffer[..., 64:], buffer[..., :64]),
+        (wide[..., :512], wide[..., 512:576]),
+        (wide[..., :512], wide[..., 576:]),
+        (buffer[:2, :, :512], buffer[1:, :, 512:]),
+        (buffer[:1, :1, :512], other[:1, :1, 512:]),
+    ]:
+        assert concat.joined(nope, rope) is None
+        joined = concat.q_all(nope, rope, impl="torch")
+        assert torch.equal(joined, torch.cat([nope, rope], dim=-1))
+        assert joined.data_ptr() != nope.data_ptr()
+    halves = buffer.to(torch.bfloat16)
+    assert concat.joined(halves[..., :512], halves.view(torch.float16)[..., 512:]) is None
+    assert concat.joined(buffer.int()[..., :512], buffer.int()[..., 512:]) is None
+
+
+@pytest.mark.parametrize("impl", runnable(concat.mla_k))
 def test_mla_k(impl, device):
     fp8 = fp8_dtype(device)
     for tokens, heads, source, target in [
@@ -61,10 +89,67 @@ def test_mla_k(impl, device):
         assert same_bits(out, concat.mla_k(nope, rope, dtype=target, impl="torch")), (tokens, heads, source, target)
 
 
-@pytest.mark.parametrize("impl", others("concat.mla_k"))
+@pytest.mark.parametrize("impl", runnable(concat.mla_k))
 def test_mla_k_with_widths_that_are_no_powers_of_two(impl, device):
     nope, rope = parts(5, 3, 96, 48, 1, device)
     assert same_bits(run(concat.mla_k, impl, nope, rope), concat.mla_k(nope, rope, impl="torch"))
+
+
+@pytest.mark.parametrize("impl", runnable(concat.mla_k))
+@pytest.mark.parametrize(
+    "nope_pad, rope_pad, start", [(5, 0, 0), (4, 0, 0), (0, 3, 0), (0, 2, 0), (6, 2, 1), (8, 8, 8)]
+)
+def test_mla_k_of_rows_that_start_anywhere(impl, nope_pad, rope_pad, start, device):
+    """The served shape, 128 heads, cut out of longer rows."""
+    nope = torch.randn(3, 128, 128 + nope_pad + start, device=device).bfloat16()[..., start : start + 128]
+    rope = torch.randn(3, 1, 64 + rope_pad + start, device=device).bfloat16()[..., start : start + 64]
+    out = torch.full((3, 128, 192), float("nan"), device=device).bfloat16()
+    assert same_bits(run(concat.mla_k, impl, nope, rope, out=out), concat.mla_k(nope, rope, impl="torch"))
+
+
+def misreading_concat_mla_k(out, nope, rope):
+    """SGLang's kernel: 4 values of k_nope and 2 of k_rope at a time, strides divided by as many."""
+    assert all(t.data_ptr() % 16 == 0 for t in (out, nope, rope))
+    tokens = nope.shape[0]
+    token, head = torch.arange(tokens)[:, None, None], torch.arange(128)[None, :, None]
+    chunk = head // 16 * 16 * nope.stride(1)  # a warp starts here, and goes on by whole loads of 4
+    at = (token * nope.stride(0) + chunk) // 4 + head % 16 * (nope.stride(1) // 4)
+    flat = nope.as_strided((nope.untyped_storage().nbytes() // 2 - nope.storage_offset(),), (1,))
+    out[..., :128] = flat[(4 * at + torch.arange(128)).clamp_max(len(flat) - 1)]
+    flat = rope.as_strided((rope.untyped_storage().nbytes() // 2 - rope.storage_offset(),), (1,))
+    rows = flat[(2 * (torch.arange(tokens) * rope.stride(0) // 2)[:, None] + torch.arange(64)).clamp_max(len(flat) - 1)]
+    out[..., 128:] = rows[:, None]
+
+
+def test_sgl_kernel_takes_what_its_kernel_reads_right(monkeypatch):
+    """Every call that the adapter takes is right with the kernel's own addressing, and it takes the usual ones."""
+    monkeypatch.setitem(sys.modules, "sgl_kernel", types.SimpleNamespace(concat_mla_k=misreading_concat_mla_k))
+    taken = set()
+    for nope_pad in range(9):
+        for rope_pad in range(5):
+            for start in (0, 1, 8):
+                nope = torch.randn(3, 128, 128 + nope_pad + start).bfloat16()[..., start : start + 128]
+                rope = torch.randn(3, 1, 64 + rope_pad + start).bfloat16()[..., start : start + 64]
+                call = concat.mla_k.call(nope, rope)
+                if sgl_kernel.declines_mla_k(call) is None:
+                    taken.add((nope_pad, rope_pad, start))
+                    assert same_bits(sgl_kernel.mla_k(call), concat.mla_k(nope, rope, impl="torch"))
+    assert taken == {(n, r, s) for n in (0, 4, 8) for r in (0, 2, 4) for s in (0, 8)}
+
+
+def test_sgl_kernel_declines_other_shapes_dtypes_and_outputs():
+    def reason(heads=128, nope=128, rope=64, dtype=torch.bfloat16, **options):
+        parts = torch.zeros(2, heads, nope, dtype=dtype), torch.zeros(2, 1, rope, dtype=dtype)
+        return sgl_kernel.declines_mla_k(concat.mla_k.call(*parts, **options))
+
+    assert reason() is None
+    assert "heads, nope, rope" in reason(heads=64)
+    assert "heads, nope, rope" in reason(rope=32)
+    assert "float16" in reason(dtype=torch.float16)
+    assert "float8" in reason(dtype=torch.bfloat16, out=torch.zeros(2, 128, 192).to(torch.float8_e4m3fn))
+    shifted = torch.zeros(2 * 128 * 192 + 1).bfloat16()[1:].view(2, 128, 192)
+    assert "16-byte" in reason(out=shifted)
+    assert "CUDA" in sgl_kernel.available("gfx950")
 
 
 def test_fp8_saturates(device):
@@ -78,7 +163,7 @@ def test_fp8_saturates(device):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("impl", others("concat.mla_k"))
+@pytest.mark.parametrize("impl", runnable(concat.mla_k))
 @pytest.mark.parametrize("target", ["bf16", "fp8"])
 def test_output_past_two_to_the_31_elements(impl, target, device):
     dtype = torch.bfloat16 if target == "bf16" else fp8_dtype(device)
@@ -92,7 +177,7 @@ def test_output_past_two_to_the_31_elements(impl, target, device):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("impl", others("concat.mla_k"))
+@pytest.mark.parametrize("impl", runnable(concat.mla_k))
 @pytest.mark.parametrize("tokens", [64, 300, 4096])
 def test_served_shape_is_bitwise_repeatable(impl, tokens, device):
     nope, rope = parts(tokens, 128, 128, 64, 1, device)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nsa_backend_plugin.ops import cuda_jit
+from nsa_backend_plugin.ops._cuda import jit
 from nsa_backend_plugin.ops.arch import device_arch
 
 SOURCE = """
@@ -31,44 +31,59 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def needs_nvrtc(arch: str = "sm_90") -> None:
-    support = cuda_jit.available(arch)
-    if not support.ok:
-        pytest.skip(support.reason)
+    reason = jit.available(arch)
+    if reason is not None:
+        pytest.skip(reason)
 
 
 def test_declines_other_vendors_and_names_the_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "not gfx942" in cuda_jit.available("gfx942").reason
-    assert "not cpu" in cuda_jit.available("cpu").reason
+    assert "not gfx942" in jit.available("gfx942")
+    assert "not cpu" in jit.available("cpu")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    cuda_jit.available.cache_clear()
+    jit.available.cache_clear()
     try:
-        assert "cuda-bindings" in cuda_jit.available("sm_90").reason
+        assert "cuda-bindings" in jit.available("sm_90")
     finally:
-        cuda_jit.available.cache_clear()
+        jit.available.cache_clear()
 
 
 def test_declines_an_architecture_the_compiler_does_not_know() -> None:
     needs_nvrtc()
-    assert "no target sm_10" in cuda_jit.available("sm_10").reason
+    assert "no target sm_10" in jit.available("sm_10")
 
 
 def test_compiles_or_says_why(source: Path) -> None:
     needs_nvrtc()
-    assert cuda_jit.compiles(source, "sm_90", {"ADD": 1}).ok
-    missing_define = cuda_jit.compiles(source, "sm_90")
-    assert not missing_define.ok
-    assert 'identifier "ADD" is undefined' in missing_define.reason
+    assert jit.compiles(source, "sm_90", {"ADD": 1}) is None
+    missing_define = jit.compiles(source, "sm_90")
+    assert 'identifier "ADD" is undefined' in missing_define
+
+
+def test_a_failed_write_leaves_no_file(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*paths: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(jit.os, "replace", full)
+    target = jit.cache_dir() / "x.cubin"
+    jit._write(target, b"cubin")
+    assert list(jit.cache_dir().iterdir()) == []
+
+
+def test_meta_tensors_launch_nothing() -> None:
+    """A call with them prepares a served one: its kernels are loaded, and nothing runs."""
+    tensor = torch.empty(4, device="meta")
+    jit.launch(jit.Kernel("never", None), (1, 1, 1), (32, 1, 1), [tensor])
 
 
 def test_cubin_is_cached_by_content_and_defines(source: Path) -> None:
     needs_nvrtc()
-    assert cuda_jit.compiles(source, "sm_90", {"ADD": 1}).ok
-    (cached,) = cuda_jit.cache_dir().iterdir()
+    assert jit.compiles(source, "sm_90", {"ADD": 1}) is None
+    (cached,) = jit.cache_dir().iterdir()
     cached.write_bytes(b"from the cache")
-    assert cuda_jit._cubin(source, "sm_90", (("ADD", 1),)) == b"from the cache"
-    assert cuda_jit._cubin(source, "sm_90", (("ADD", 2),)) != b"from the cache"
+    assert jit._cubin(source, "sm_90", (("ADD", 1),)) == b"from the cache"
+    assert jit._cubin(source, "sm_90", (("ADD", 2),)) != b"from the cache"
     source.write_text(SOURCE + "\n// edited\n")
-    assert cuda_jit._cubin(source, "sm_90", (("ADD", 1),)) != b"from the cache"
+    assert jit._cubin(source, "sm_90", (("ADD", 1),)) != b"from the cache"
 
 
 def test_an_edited_header_compiles_again(source: Path) -> None:
@@ -76,34 +91,34 @@ def test_an_edited_header_compiles_again(source: Path) -> None:
     header = source.with_name("part.cuh")
     header.write_text("#define EXTRA 1\n")
     source.write_text('#include "part.cuh"\n' + SOURCE.replace("ADD", "EXTRA"))
-    first = cuda_jit._cubin(source, "sm_90", ())
+    first = jit._cubin(source, "sm_90", ())
     header.write_text("#define EXTRA 2\n")
-    assert cuda_jit._cubin(source, "sm_90", ()) != first
+    assert jit._cubin(source, "sm_90", ()) != first
 
 
 def test_arguments_become_c_values() -> None:
     tensor = torch.zeros(3)
-    assert cuda_jit._as_ctype(tensor).value == tensor.data_ptr()
-    assert cuda_jit._as_ctype(None).value is None
-    assert isinstance(cuda_jit._as_ctype(7), ctypes.c_int)
-    assert isinstance(cuda_jit._as_ctype(0.5), ctypes.c_float)
-    assert cuda_jit._as_ctype(ctypes.c_longlong(2**40)).value == 2**40
+    assert jit._as_ctype(tensor).value == tensor.data_ptr()
+    assert jit._as_ctype(None).value is None
+    assert isinstance(jit._as_ctype(7), ctypes.c_int)
+    assert isinstance(jit._as_ctype(0.5), ctypes.c_float)
+    assert jit._as_ctype(ctypes.c_longlong(2**40)).value == 2**40
     with pytest.raises(ValueError, match=r"4294967296.*32-bit"):
-        cuda_jit._as_ctype(2**32)
+        jit._as_ctype(2**32)
     with pytest.raises(ValueError, match="'text'"):
-        cuda_jit._as_ctype("text")
+        jit._as_ctype("text")
 
 
 @pytest.mark.gpu
 def test_launch_and_graph_replay(source: Path) -> None:
     count = 20_000  # 80 KB of shared memory: past the default limit
     device = torch.device("cuda", torch.cuda.current_device())
-    kernel = cuda_jit.load(source, ["scale_add"], device_arch(device), {"ADD": 3})["scale_add"]
+    kernel = jit.load(source, ["scale_add"], device_arch(device), {"ADD": 3})["scale_add"]
     x, y = torch.randn(count, device=device), torch.full((count,), float("nan"), device=device)
 
     def run() -> None:
         args = (x, y, 2.0, ctypes.c_longlong(5), count)
-        cuda_jit.launch(kernel, (1, 1, 1), (256, 1, 1), args, shared_bytes=4 * count)
+        jit.launch(kernel, (1, 1, 1), (256, 1, 1), args, shared_bytes=4 * count)
 
     run()
     torch.testing.assert_close(y, (x * 2 + 8).flip(0))
@@ -118,4 +133,4 @@ def test_launch_and_graph_replay(source: Path) -> None:
 @pytest.mark.gpu
 def test_unknown_kernel_name(source: Path) -> None:
     with pytest.raises(RuntimeError, match="NOT_FOUND"):
-        cuda_jit.load(source, ["no_such_kernel"], device_arch("cuda"), {"ADD": 3})
+        jit.load(source, ["no_such_kernel"], device_arch("cuda"), {"ADD": 3})

@@ -8,9 +8,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nsa_backend_plugin.ops import cuda_jit, sparse_mla
+from nsa_backend_plugin.ops import sparse_mla
+from nsa_backend_plugin.ops._cuda import jit
+from nsa_backend_plugin.ops._torch.packed_rows import pack
 from nsa_backend_plugin.ops.arch import device_arch
-from nsa_backend_plugin.ops.latent_cache import reference as latent_cache
 from nsa_backend_plugin.ops.sparse_mla import cuda
 from tests.ops.common import assert_close, poison
 
@@ -20,11 +21,10 @@ FP8_BAR, LSE_BAR = 2e-4, 1e-4
 
 @pytest.mark.parametrize("arch", sorted(cuda._CONFIGS))
 def test_compiles(arch: str) -> None:
-    toolchain = cuda_jit.available(arch)
-    if not toolchain.ok:
-        pytest.skip(toolchain.reason)
-    support = cuda.available(arch)
-    assert support.ok, support.reason
+    missing = jit.available(arch)
+    if missing:
+        pytest.skip(missing)
+    assert cuda.available(arch) is None
 
 
 @pytest.mark.parametrize("blocks", [132, 264, 396])
@@ -63,7 +63,7 @@ def make(
     tokens: int, heads: int, topk: int, q_size: float = 1.0, kv_size: float = 1.0, slots: int = 4096
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     q = (torch.randn(tokens, heads, 576, device="cuda") * q_size).bfloat16()
-    kv = latent_cache.pack((torch.randn(slots, 576, device="cuda") * kv_size).bfloat16(), 512).unsqueeze(1)
+    kv = pack((torch.randn(slots, 576, device="cuda") * kv_size).bfloat16(), 512).unsqueeze(1)
     kv[0] = 0xFF  # NaN in a slot that no index names
     indices = torch.randint(1, slots, (tokens, topk), dtype=torch.int32, device="cuda")
     return q, kv, indices
@@ -131,7 +131,7 @@ def test_magnitudes(heads: int, q_size: float, kv_size: float) -> None:
 def test_rows_of_very_different_size(heads: int) -> None:
     q, kv, indices = make(6, heads, 1024)
     sizes = torch.logspace(-4, 4, 4096, device="cuda")[torch.randperm(4096, device="cuda"), None]
-    kv = latent_cache.pack((torch.randn(4096, 576, device="cuda") * sizes).bfloat16(), 512).unsqueeze(1)
+    kv = pack((torch.randn(4096, 576, device="cuda") * sizes).bfloat16(), 512).unsqueeze(1)
     kv[7] = 0  # an all-zero tile with a zero scale
     indices[:, 5] = 7
     check(q, kv, indices, scale=1e-6)
@@ -182,4 +182,4 @@ def test_declines_and_refuses() -> None:
     workspace = torch.empty(8, dtype=torch.uint8, device="cuda")
     with pytest.raises(ValueError, match=r"workspace\.numel\(\)=8"):
         sparse_mla.attend(q, kv, indices, SCALE, impl="cuda", workspace=workspace)
-    assert cuda.available(device_arch("cuda")).ok
+    assert cuda.available(device_arch("cuda")) is None

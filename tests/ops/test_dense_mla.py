@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
-from nsa_backend_plugin.ops import dense_mla, registry
+from nsa_backend_plugin.ops import dense_mla
+from nsa_backend_plugin.ops.call import Step
 from nsa_backend_plugin.ops.dense_mla import reference
+from nsa_backend_plugin.ops.dense_mla import triton as dense_triton
 from tests.conftest import HAS_GPU
 from tests.ops.common import assert_close, permuted_block_table, poison, slots_of
 from tests.ops.implementations import run as or_skip
+from tests.ops.implementations import runnable
 
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 QUERY_DIM = 576
@@ -20,12 +25,14 @@ EDGE_LENGTHS = [0, 1, 63, 64, 65, 130]
 LONG_LENGTHS = [2047, 2048, 2049, 0, 1, 8192, 63, 64, 65]
 
 
-def implementations() -> list[str]:
-    candidates = registry.Operation.all["dense_mla.decode"].candidates(DEVICE)
-    return [c.name for c in candidates if c.support.ok and c.name != "torch"]
+IMPLS = runnable(dense_mla.decode)
 
 
-IMPLS = implementations()
+@pytest.fixture(autouse=True)
+def splits_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the interpreter too: a CPU counts as one core, which would never split."""
+    if not HAS_GPU:
+        monkeypatch.setattr(dense_triton, "core_count", lambda device: 132)
 
 
 def inputs(
@@ -55,10 +62,8 @@ def inputs(
 def expected(arguments: dict) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and log-sum-exp of the reference, both float32."""
     q = arguments["q"]
-    out = torch.empty(*q.shape[:2], 512, device=q.device)
-    lse = torch.empty(q.shape[:2], device=q.device)
-    reference.decode(**arguments, value_dim=512, num_kv_splits=None, out=out, lse=lse, workspace=None)
-    return out, lse
+    call = dense_mla.decode.call(**arguments, return_lse=True)
+    return reference.decode(dataclasses.replace(call, out=torch.empty(*q.shape[:2], 512, device=q.device)))
 
 
 def run(impl: str, arguments: dict, num_kv_splits: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,7 +74,9 @@ def run(impl: str, arguments: dict, num_kv_splits: int | None = None) -> tuple[t
     workspace = torch.full((size,), 0xFF, dtype=torch.uint8, device=q.device)
     out = poison(batch, heads, 512, dtype=q.dtype, device=q.device)
     options = {"num_kv_splits": num_kv_splits, "out": out, "workspace": workspace}
-    return or_skip(dense_mla.decode, impl, **arguments, **options, return_lse=True)
+    got, lse = or_skip(dense_mla.decode, impl, **arguments, **options, return_lse=True)
+    assert got is out
+    return got, lse
 
 
 def compare(actual: tuple[torch.Tensor, torch.Tensor], want: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -138,6 +145,73 @@ def test_empty_batch(impl: str) -> None:
     arguments = inputs([5], 8)
     none = {name: arguments[name][:0] for name in ("q", "block_table", "seq_lens")}
     check(impl, {**arguments, **none})
+
+
+@pytest.mark.parametrize("page_size", [1, 64])
+@pytest.mark.parametrize("heads", [8, 64, 128] if HAS_GPU else [3])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_promises_and_results_of_the_implementations_own(impl: str, heads: int, page_size: int) -> None:
+    """No length of 0, finite numbers past each length; nowhere to write given."""
+    arguments = inputs([65, 1, 700 if HAS_GPU else 70], heads, page_size)
+    want = expected(arguments)
+    finite = {"kv": arguments["kv"].nan_to_num(3.0), "kv_is_finite": True}
+    for promises in ({}, {"rows_have_keys": True}, finite, {**finite, "rows_have_keys": True}):
+        compare(or_skip(dense_mla.decode, impl, **{**arguments, **promises}, return_lse=True), want)
+        compare(run(impl, {**arguments, **promises}), want)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_lengths_and_tables_of_any_stride(impl: str) -> None:
+    arguments = inputs([130, 3, 64], 8)
+    lengths, table = arguments["seq_lens"], arguments["block_table"]
+    spread = torch.stack([lengths, torch.full_like(lengths, 2**30)], dim=1)[:, 0]
+    wide = torch.cat([table, torch.full_like(table, 2**30)], dim=1)[:, : table.shape[1]]
+    check(impl, {**arguments, "seq_lens": spread, "block_table": wide})
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.05])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_scales_that_are_not_positive(impl: str, scale: float) -> None:
+    """Ours compute them; a kernel that masks before it scales must decline."""
+    check(impl, {**inputs([70, 300 if HAS_GPU else 5], 16), "softmax_scale": scale})
+
+
+@pytest.mark.parametrize("heads", [16, 64] if HAS_GPU else [3])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_layers_of_one_step(impl: str, heads: int) -> None:
+    """Other queries and caches, the same pages: what the first layer made serves the others."""
+    step, first = Step(), inputs([130, 1, 64], heads)
+    for _ in range(3):
+        shared = {name: first[name] for name in ("block_table", "seq_lens")}
+        layer = {**first, **shared, "q": torch.randn_like(first["q"]), "kv": first["kv"] + torch.randn(()).item()}
+        compare(or_skip(dense_mla.decode, impl, **layer, step=step, return_lse=True), expected(layer))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [16, 64])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_graph_of_layers_that_share_a_step(impl: str, heads: int) -> None:
+    """Schedules are made inside the graph: a replay makes them anew from the lengths that it finds."""
+    first = inputs([4096] * 4, heads)
+    layers = [{**first, "q": torch.randn_like(first["q"])} for _ in range(4)]
+    or_skip(dense_mla.decode, impl, **first)  # compiles, or skips
+    step, graph = Step(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = [or_skip(dense_mla.decode, impl, **layer, step=step, return_lse=True) for layer in layers]
+    for lengths in ([4096, 1, 2048, 77], [64, 65, 0, 4095], [0, 0, 0, 0]):
+        first["seq_lens"].copy_(torch.tensor(lengths))
+        graph.replay()
+        for layer, got in zip(layers, results, strict=True):
+            compare(got, expected(layer))
+
+
+@pytest.mark.parametrize("page_size", [1, 64])
+def test_some_rows_of_a_call_are_a_call(page_size: int) -> None:
+    call = dense_mla.decode.call(**inputs([65, 0, 3, 130], 3, page_size), return_lse=True)
+    some = torch.tensor([2, 1, 3], device=DEVICE)
+    assert call.row_count() == 4
+    for got, whole in zip(reference.decode(call.of_rows(some)), reference.decode(call), strict=True):
+        assert torch.equal(got, whole[some])
 
 
 def test_triton_declines_too_many_splits() -> None:

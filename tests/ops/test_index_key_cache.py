@@ -7,11 +7,11 @@ import torch
 
 from nsa_backend_plugin.layouts import INDEX_LAYOUTS, SCALE_FORMATS, index_page_bytes
 from nsa_backend_plugin.ops import index_key_cache
-from nsa_backend_plugin.ops.arch import fp8_dtype
+from nsa_backend_plugin.ops.arch import fp8_dtype, pretended
 from nsa_backend_plugin.ops.index_key_cache import aiter, reference
 from tests.ops import fake_aiter
 from tests.ops.common import permuted_block_table, poison
-from tests.ops.implementations import others, run
+from tests.ops.implementations import run, runnable
 
 FN, FNUZ = torch.float8_e4m3fn, torch.float8_e4m3fnuz
 
@@ -30,13 +30,20 @@ def slots_with_skips(tokens: int, capacity: int, device: torch.device) -> torch.
     return slots
 
 
+def strided(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values, each 2 elements apart in its last dimension, with garbage between."""
+    wide = torch.full((*tensor.shape, 2), 2**30, dtype=tensor.dtype, device=tensor.device)
+    wide[..., 0] = tensor
+    return wide[..., 0]
+
+
 def flavours(device: torch.device) -> list[torch.dtype]:
     return [FN, FNUZ] if device.type == "cpu" else [fp8_dtype(device)]
 
 
 @pytest.mark.parametrize("layout", INDEX_LAYOUTS)
 @pytest.mark.parametrize("scale_format", SCALE_FORMATS)
-@pytest.mark.parametrize("impl", others("index_key_cache.store"))
+@pytest.mark.parametrize("impl", runnable(index_key_cache.store))
 def test_store_writes_the_reference_bytes_and_no_others(impl, layout, scale_format, device):
     for tokens, page_size, dtype in [
         (0, 64, torch.bfloat16),
@@ -57,7 +64,7 @@ def test_store_writes_the_reference_bytes_and_no_others(impl, layout, scale_form
 
 @pytest.mark.parametrize("layout", INDEX_LAYOUTS)
 @pytest.mark.parametrize("page_size", [16, 48, 64])
-@pytest.mark.parametrize("impl", others("index_key_cache.gather"))
+@pytest.mark.parametrize("impl", runnable(index_key_cache.gather))
 def test_gather_reads_pages_in_request_order(impl, page_size, layout, device):
     for lengths in ([0], [1], [64, 0, 65, 130], [63, 0, 0, 1, 200]):
         table, pages = permuted_block_table(lengths, page_size, device)
@@ -113,17 +120,53 @@ def test_aiter_is_called_as_it_wants(layout, scale_format, monkeypatch):
     actual = poison(pages, 8448, dtype=torch.uint8, device=cpu)
     expected = actual.clone()
     options = dict(layout=layout, page_size=64, fp8_dtype=FNUZ)
-    aiter.store(key, actual, slots, scale_format=scale_format, **options)
+    aiter.store(index_key_cache.store.call(key, actual, slots, scale_format=scale_format, **options))
     index_key_cache.store(key, expected, slots, scale_format=scale_format, impl="torch", **options)
     assert torch.equal(actual, expected)
 
-    lens = torch.tensor(lengths)
-    value, scale = aiter.gather(actual, table, lens, total_tokens=73, **options)
-    expected_value, expected_scale = index_key_cache.gather(actual, table, lens, impl="torch", **options)
+    call = index_key_cache.gather.call(actual, strided(table), strided(torch.tensor(lengths)), **options)
+    value, scale = aiter.gather(call)
+    expected_value, expected_scale = index_key_cache.gather(
+        actual, table, torch.tensor(lengths), impl="torch", **options
+    )
     assert torch.equal(value.view(torch.uint8), expected_value.view(torch.uint8))
     assert torch.equal(scale.view(torch.int32), expected_scale.view(torch.int32))
-    assert not aiter.available("sm_90").ok
-    assert not aiter.accepts_store(key.float(), actual, slots, fp8_dtype=FN).ok
+
+
+def test_what_aiter_would_misread_is_declined():
+    cache, slots = torch.zeros(2, 8448, dtype=torch.uint8), torch.tensor([3])
+    with pretended("gfx942") as meta:
+        for flavour, key, why in (
+            (FNUZ, torch.bfloat16, None),
+            (FNUZ, torch.float32, "takes bf16 and fp16 keys, not fp32"),
+            (FN, torch.bfloat16, "writes and reads torch.float8_e4m3fnuz, not torch.float8_e4m3fn"),
+        ):
+            keys = torch.zeros(1, 128, dtype=key, device=meta)
+            call = index_key_cache.store.call(keys, cache.to(meta), slots.to(meta), fp8_dtype=flavour)
+            assert aiter.declines_store(call) == why
+    assert "ROCm" in aiter.available("sm_90")
+
+
+@pytest.mark.parametrize("impl", runnable(index_key_cache.gather))
+def test_gather_with_any_strides(impl, device):
+    """A table whose entries lie apart, and lengths that do."""
+    lengths = [70, 0, 3]
+    table, pages = permuted_block_table(lengths, 64, device)
+    cache = torch.randint(0, 256, (pages, 8448), dtype=torch.uint8, device=device)
+    lens = torch.tensor(lengths, device=device)
+    expected = index_key_cache.gather(cache, table, lens, impl="torch")
+    actual = run(index_key_cache.gather, impl, cache, strided(table), strided(lens))
+    assert torch.equal(actual[0].view(torch.uint8), expected[0].view(torch.uint8))
+    assert torch.equal(actual[1].view(torch.int32), expected[1].view(torch.int32))
+
+
+@pytest.mark.parametrize("impl", runnable(index_key_cache.store))
+def test_store_with_strided_slots(impl, device):
+    key, slots = keys(9, device), slots_with_skips(9, 128, device)
+    actual, expected = (torch.zeros(2, 8448, dtype=torch.uint8, device=device) for _ in range(2))
+    run(index_key_cache.store, impl, key, actual, strided(slots))
+    index_key_cache.store(key, expected, slots, impl="torch")
+    assert torch.equal(actual, expected)
 
 
 def test_misaligned_cache_is_refused():

@@ -10,7 +10,7 @@ from nsa_backend_plugin.ops import indexer_prep
 from nsa_backend_plugin.ops.arch import fp8_dtype
 from nsa_backend_plugin.ops.index_key_cache import reference as index_key_reference
 from tests.ops.common import poison
-from tests.ops.implementations import others, run
+from tests.ops.implementations import run, runnable
 
 FN, FNUZ = torch.float8_e4m3fn, torch.float8_e4m3fnuz
 
@@ -54,7 +54,7 @@ def assert_same_scale(actual: torch.Tensor, expected: torch.Tensor, scale_format
 
 @pytest.mark.parametrize("is_neox", [False, True])
 @pytest.mark.parametrize("scale_format", SCALE_FORMATS)
-@pytest.mark.parametrize("impl", others("indexer_prep.query"))
+@pytest.mark.parametrize("impl", runnable(indexer_prep.query))
 def test_query(impl, scale_format, is_neox, device):
     cases = [
         (0, 4, 64, True, torch.bfloat16),
@@ -81,7 +81,7 @@ def test_query(impl, scale_format, is_neox, device):
 @pytest.mark.parametrize("is_neox", [False, True])
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 @pytest.mark.parametrize("layout", INDEX_LAYOUTS)
-@pytest.mark.parametrize("impl", others("indexer_prep.key_store"))
+@pytest.mark.parametrize("impl", runnable(indexer_prep.key_store))
 def test_key_store(impl, layout, norm, is_neox, device):
     cases = [
         (0, 64, "fp32", True, torch.bfloat16),
@@ -162,3 +162,16 @@ def test_served_shapes_are_bitwise_repeatable(tokens, is_neox, device):
     for _ in range(20):
         for a, b in zip(once("triton"), first, strict=True):
             assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+@pytest.mark.parametrize("impl", runnable(indexer_prep.query))
+def test_query_with_any_strides(impl, device):
+    """Heads that lie apart, and positions that do."""
+    q = torch.randn(5, 3, 2, 192, device=device)[:, :, 1, 32:160]
+    positions, cos_sin = rotation(10, 64, device)
+    gate = torch.randn(5, 9, device=device)[:, 3:6]
+    options = dict(weight_scale=0.37, is_neox=True)
+    actual, weights = run(indexer_prep.query, impl, q, gate, positions[::2], cos_sin, **options)
+    dense = q.contiguous(), gate.contiguous(), positions[::2].contiguous(), cos_sin
+    expected, expected_weights = indexer_prep.query(*dense, impl="torch", **options)
+    assert_same_fp8(actual, expected, assert_same_scale(weights, expected_weights, "fp32"))

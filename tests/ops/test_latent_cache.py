@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 
 from nsa_backend_plugin.ops import latent_cache
 from nsa_backend_plugin.ops.arch import fp8_dtype
-from nsa_backend_plugin.ops.latent_cache import aiter
+from nsa_backend_plugin.ops.call import Declined
+from nsa_backend_plugin.ops.latent_cache import aiter, reference
 from tests.ops import fake_aiter
 from tests.ops.common import assert_close, poison
-from tests.ops.implementations import others, run
+from tests.ops.implementations import run, runnable
 
 PACKED = torch.float8_e4m3fn
 
@@ -25,7 +24,7 @@ def latents(rows: int, width: int, device: torch.device, dtype: torch.dtype = to
     return kv
 
 
-@pytest.mark.parametrize("impl", others("latent_cache.quantize"))
+@pytest.mark.parametrize("impl", runnable(latent_cache.quantize))
 def test_quantize_and_dequantize(impl, device):
     if fp8_dtype(device) != PACKED:
         pytest.skip("the packed layout is e4m3fn")
@@ -34,6 +33,9 @@ def test_quantize_and_dequantize(impl, device):
         (1, 576, 512, 128, torch.bfloat16),
         (65, 576, 512, 128, torch.bfloat16),
         (3, 248, 192, 64, torch.float16),  # three tiles, a RoPE part of 56
+        (600, 576, 512, 128, torch.float32),
+        (5, 512, 512, 128, torch.bfloat16),  # no RoPE part
+        (5, 64, 64, 16, torch.float32),
     ]:
         kv = latents(rows, width, device, dtype)
         options = dict(value_dim=value_dim, tile_size=tile)
@@ -43,6 +45,36 @@ def test_quantize_and_dequantize(impl, device):
         expected = latent_cache.dequantize(packed, dtype=dtype, impl="torch", **options)
         assert torch.equal(restored, expected)
         assert torch.isfinite(restored).all()
+
+
+@pytest.mark.parametrize("impl", runnable(latent_cache.quantize))
+@pytest.mark.parametrize("value_dim, tile", [(100, 100), (120, 40), (66, 2)])
+def test_tiles_that_no_kernel_takes(impl, value_dim, tile, device):
+    """The reference takes any tile that divides; ours say why not."""
+    if fp8_dtype(device) != PACKED:
+        pytest.skip("the packed layout is e4m3fn")
+    kv = latents(5, value_dim + 8, device, torch.float32)
+    options = dict(value_dim=value_dim, tile_size=tile)
+    packed = latent_cache.quantize(kv, impl="torch", **options)
+    restored = latent_cache.dequantize(packed, dtype=torch.float32, impl="torch", **options)
+    assert_close(restored[:, :value_dim], kv[:, :value_dim], 1e-3)
+    assert torch.equal(restored[:, value_dim:], kv[:, value_dim:])
+    why = "boundaries" if value_dim % 4 else "not a power of two"
+    with pytest.raises(Declined, match=why):
+        latent_cache.quantize(kv, impl=impl, **options)
+    with pytest.raises(Declined, match=why):
+        latent_cache.dequantize(packed, impl=impl, dtype=torch.float32, **options)
+
+
+@pytest.mark.parametrize("impl", ["torch", *runnable(latent_cache.dequantize)])
+@pytest.mark.parametrize("start", [1, 2, 4])
+def test_packed_rows_that_start_anywhere(impl, start, device):
+    if fp8_dtype(device) != PACKED:
+        pytest.skip("the packed layout is e4m3fn")
+    packed = latent_cache.quantize(latents(3, 576, device), impl="torch").flatten()
+    shifted = torch.empty(start + packed.numel(), dtype=torch.uint8, device=device)[start:].copy_(packed).view(3, 656)
+    expected = latent_cache.dequantize(packed.view(3, 656), impl="torch")
+    assert torch.equal(run(latent_cache.dequantize, impl, shifted, may_decline="4-byte boundary"), expected)
 
 
 def empty_cache(kind: str, slots: int, device: torch.device) -> torch.Tensor:
@@ -85,7 +117,7 @@ class Call:
 @pytest.mark.parametrize("kind", ["bf16", "fp8", "packed"])
 @pytest.mark.parametrize("is_neox", [False, True])
 @pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("impl", others("latent_cache.store"))
+@pytest.mark.parametrize("impl", runnable(latent_cache.store))
 def test_store_writes_the_reference_bytes_and_no_others(impl, in_place, is_neox, kind, device):
     if kind == "packed" and fp8_dtype(device) != PACKED:
         pytest.skip("the packed layout is e4m3fn")
@@ -98,7 +130,7 @@ def test_store_writes_the_reference_bytes_and_no_others(impl, in_place, is_neox,
 
 @pytest.mark.parametrize("kind", ["bf16", "fp8", "packed"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("impl", others("latent_cache.store"))
+@pytest.mark.parametrize("impl", runnable(latent_cache.store))
 def test_store_without_rotation(impl, dtype, kind, device):
     if kind == "packed" and fp8_dtype(device) != PACKED:
         pytest.skip("the packed layout is e4m3fn")
@@ -108,7 +140,7 @@ def test_store_without_rotation(impl, dtype, kind, device):
 
 
 @pytest.mark.parametrize("kind", ["bf16", "fp8", "packed"])
-@pytest.mark.parametrize("impl", others("latent_cache.store"))
+@pytest.mark.parametrize("impl", runnable(latent_cache.store))
 def test_store_normalizes_the_key(impl, kind, device):
     """Sums in another order move a value across a rounding edge now and then: close, not the same bytes."""
     if kind == "packed" and fp8_dtype(device) != PACKED:
@@ -133,7 +165,20 @@ def as_values(rows: torch.Tensor, kind: str) -> torch.Tensor:
     return rows[:, 0].view(torch.bfloat16 if kind == "bf16" else fp8_dtype(rows.device)).float()
 
 
-@pytest.mark.parametrize("impl", others("latent_cache.store"))
+@pytest.mark.parametrize("kind", ["bf16", "fp8", "packed"])
+@pytest.mark.parametrize("impl", runnable(latent_cache.store))
+def test_store_reads_vectors_of_any_stride(impl, kind, device):
+    if kind == "packed" and fp8_dtype(device) != PACKED:
+        pytest.skip("the packed layout is e4m3fn")
+    call = Call(kind, 9, 3, device)
+    spread = torch.full((27,), 10**6, device=device)
+    spread[::3] = call.slots
+    call.slots = spread[::3]
+    for a, b in zip(call.run(impl), call.run("torch"), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("impl", runnable(latent_cache.store))
 def test_store_of_no_tokens(impl, device):
     call = Call("bf16", 0, 4, device)
     assert (call.run(impl)[0] == 0x7F).all()
@@ -179,27 +224,32 @@ def test_aiter_is_called_as_it_wants(heads, is_neox, kind, scale, monkeypatch):
     q_rope = call.query[..., 512:].clone() if heads else None
     options = {**call.options, "is_neox": is_neox, "kv_scale": scale, "q_rope": q_rope, "q_all": None}
 
-    def written(store, **extra) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def arguments() -> latent_cache.Store:
         cache = empty_cache(kind, 27, call.device)
         q_all = torch.cat([call.query[..., :512], torch.full_like(q_rope, float("nan"))], dim=-1) if heads else None
-        store(k_nope, k_rope, cache, call.slots, **{**options, "q_all": q_all}, **extra)
-        return cache.view(torch.uint8), q_all
+        return latent_cache.store.call(k_nope, k_rope, cache, call.slots, **{**options, "q_all": q_all})
 
-    expected_cache, expected_query = written(latent_cache.store, impl="torch")
-    cache, query = written(aiter.store, kind=kind, k_rope_out=None)
-    assert torch.equal(cache, expected_cache)
-    assert query is expected_query is None or torch.equal(query, expected_query)
+    expected, actual = arguments(), arguments()
+    reference.store(expected)
+    assert aiter.declines_store(actual) is None
+    aiter.store(actual)
+    assert torch.equal(actual.cache.view(torch.uint8), expected.cache.view(torch.uint8))
+    assert actual.q_all is expected.q_all is None or torch.equal(actual.q_all, expected.q_all)
 
-    options |= {"kind": kind, "k_rope_out": None}
-    accepts = functools.partial(aiter.accepts_store, k_nope, k_rope, empty_cache(kind, 27, call.device), call.slots)
-    assert accepts(**options).ok
-    changes = (
-        {"k_rope_out": torch.empty(7, 64)},
-        {"positions": None},
-        {"kind": "packed"},
-        {"norm_weight": torch.ones(512)},
-    )
-    for change in changes:
-        declined = accepts(**{**options, **change})
-        assert not declined.ok
-        assert declined.reason
+
+def test_aiter_declines_what_it_cannot_write():
+    call = Call("bf16", 7, 0, torch.device("cpu"))
+
+    def reason(kind: str = "bf16", **change) -> str | None:
+        scale = 37.5 if kind == "fp8" else None
+        options = {**call.options, "kv_scale": scale, **change}
+        arguments = (call.kv[:, :512], call.kv[:, 512:], empty_cache(kind, 27, call.device), call.slots)
+        return aiter.declines_store(latent_cache.store.call(*arguments, **options))
+
+    assert reason() is None
+    assert reason("fp8") is None
+    assert "packed" in reason("packed")
+    assert "rotated key" in reason(k_rope_out=torch.empty(7, 64).bfloat16())
+    assert "always rotates" in reason(positions=None, cos_sin_cache=None)
+    assert "normalize" in reason(norm_weight=torch.ones(512))
+    assert "ROCm" in aiter.available("sm_90")

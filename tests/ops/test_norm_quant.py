@@ -7,10 +7,10 @@ import torch
 
 from nsa_backend_plugin.layouts import fp8_max
 from nsa_backend_plugin.ops import norm_quant
-from tests.ops.common import cosine_distance
-from tests.ops.implementations import others, run
+from tests.ops.common import assert_close
+from tests.ops.implementations import run, runnable
 
-IMPLS = ["torch", *others("norm_quant.rms")]
+IMPLS = ["torch", *runnable(norm_quant.rms)]
 
 
 def inputs(tokens: int, width: int, device: torch.device, dtype=torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,7 +39,7 @@ def test_values_times_scales_are_the_norm(impl, tokens, device):
         amax = want.abs().unflatten(-1, (-1, 128)).amax(-1)
         torch.testing.assert_close(scales.double(), amax / limit, rtol=0.01, atol=0)  # rounded to bf16 before
         got = values.double().unflatten(-1, (-1, 128)) * scales.double()[..., None]
-        assert cosine_distance(got.flatten(1), want) < 5e-4
+        assert_close(got.flatten(1), want, 5e-4)
         assert (got.flatten(1) - want).abs().max() <= amax.max() / 16  # half a unit of e4m3, and bf16's rounding
 
 
@@ -52,7 +52,7 @@ def test_scales_that_are_powers_of_two(impl, device):
     assert (scales >= exact * (1 - 2**-7)).all()
     assert (scales < 2 * exact * (1 + 2**-7)).all()
     got = values.double() * scales.double().repeat_interleave(128, 1)
-    assert cosine_distance(got, normalized(x, weight, 1e-6)) < 5e-4
+    assert_close(got, normalized(x, weight, 1e-6), 5e-4)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -73,7 +73,7 @@ def test_zeros_have_the_smallest_scale(impl, device):
     assert values[[0, 2]].float().abs().amax(-1).min() == fp8_max(values.dtype)
 
 
-@pytest.mark.parametrize("impl", others("norm_quant.rms"))
+@pytest.mark.parametrize("impl", runnable(norm_quant.rms))
 def test_bytes_are_the_references(impl, device):
     """But for sums in another order, which may turn a rounding."""
     x, weight = inputs(40, 1536, device)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from nsa_backend_plugin.layouts import FP8_DTYPES
-from nsa_backend_plugin.ops import latent_cache, mla_launch, registry, sparse_mla
+from nsa_backend_plugin.ops import latent_cache, sparse_mla
+from nsa_backend_plugin.ops._triton import mla_launch
 from nsa_backend_plugin.ops.arch import fp8_dtype
+from nsa_backend_plugin.ops.call import Step
 from nsa_backend_plugin.ops.sparse_mla import reference
+from nsa_backend_plugin.ops.sparse_mla import triton as sparse_triton
 from tests.conftest import HAS_GPU
 from tests.ops.common import assert_close, poison
+from tests.ops.implementations import bar, runnable
 from tests.ops.implementations import run as or_skip
 
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
@@ -22,12 +28,19 @@ LSE_BAR = 1e-4
 KV_SCALE = 0.5
 
 
-def implementations() -> list[str]:
-    candidates = registry.Operation.all["sparse_mla.attend"].candidates(DEVICE)
-    return [c.name for c in candidates if c.support.ok and c.name != "torch"]
+IMPLS = runnable(sparse_mla.attend)
+#: What our own say when they decline a call of these tests: a cache of another kind, queries of another type.
+NOT_THEIRS = {
+    "cuda": ("only packed fp8 rows",),
+    "tilelang": ("only bfloat16 and plain fp8 rows", "only bfloat16", "top-k 0", "no tokens"),
+}
 
 
-IMPLS = implementations()
+@pytest.fixture(autouse=True)
+def splits_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the interpreter too: a CPU counts as one core, which would never split."""
+    if not HAS_GPU:
+        monkeypatch.setattr(sparse_triton, "core_count", lambda device: 132)
 
 
 def cache(rows: torch.Tensor, slots: torch.Tensor, total: int, kind: str) -> torch.Tensor:
@@ -74,12 +87,9 @@ def inputs(
 
 def expected(arguments: dict) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and log-sum-exp of the reference, both float32."""
-    q, kv = arguments["q"], arguments["kv"]
-    out = torch.empty(*q.shape[:2], 512, device=q.device)
-    lse = torch.empty(q.shape[:2], device=q.device)
-    kind = sparse_mla.kv_kind(kv, q.shape[-1], 512)
-    reference.attend(**arguments, kind=kind, value_dim=512, out=out, lse=lse, workspace=None)
-    return out, lse
+    q = arguments["q"]
+    call = sparse_mla.attend.call(**arguments, return_lse=True)
+    return reference.attend(dataclasses.replace(call, out=torch.empty(*q.shape[:2], 512, device=q.device)))
 
 
 def run(impl: str, arguments: dict) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,7 +99,10 @@ def run(impl: str, arguments: dict) -> tuple[torch.Tensor, torch.Tensor]:
     size = sparse_mla.workspace_bytes(max(tokens, 1), heads, arguments["indices"].shape[1], q.device)
     workspace = torch.full((size,), 0xFF, dtype=torch.uint8, device=q.device)
     out = poison(tokens, heads, 512, dtype=q.dtype, device=q.device)
-    return or_skip(sparse_mla.attend, impl, **arguments, out=out, workspace=workspace, return_lse=True)
+    options = {"out": out, "workspace": workspace, "return_lse": True}
+    got, lse = or_skip(sparse_mla.attend, impl, may_decline=NOT_THEIRS.get(impl, ()), **arguments, **options)
+    assert got is out
+    return got, lse
 
 
 def compare(actual: tuple[torch.Tensor, torch.Tensor], want: tuple[torch.Tensor, torch.Tensor], bar: float) -> None:
@@ -101,6 +114,11 @@ def compare(actual: tuple[torch.Tensor, torch.Tensor], want: tuple[torch.Tensor,
 
 def check(impl: str, arguments: dict, bar: float) -> None:
     compare(run(impl, arguments), expected(arguments), bar)
+
+
+def without_buffers(impl: str, arguments: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """The implementation's result where the caller gives neither `out` nor workspace."""
+    return or_skip(sparse_mla.attend, impl, may_decline=NOT_THEIRS.get(impl, ()), **arguments, return_lse=True)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -185,23 +203,9 @@ def test_tiles_of_every_architecture(kind: str, config: mla_launch.Tile) -> None
     arguments = inputs(1, heads, 70, kind)
     q = arguments["q"]
     out = poison(1, heads, 512, dtype=q.dtype, device=q.device)
-    lse = poison(1, heads, dtype=torch.float32, device=q.device)
-    mla_launch.attend(
-        q,
-        arguments["kv"],
-        arguments["indices"],
-        None,
-        SCALE,
-        kind=kind,
-        kv_scale=arguments["kv_scale"],
-        page_size=0,
-        config=config,
-        splits=2,
-        out=out,
-        lse=lse,
-        workspace=None,
-    )
-    compare((out, lse), expected(arguments), BARS[kind])
+    call = sparse_mla.attend.call(**arguments, out=out, return_lse=True)
+    options = {"kind": kind, "kv_scale": arguments["kv_scale"], "page_size": 0, "config": config, "splits": 2}
+    compare(mla_launch.attend(call, arguments["indices"], None, **options), expected(arguments), BARS[kind])
 
 
 def test_triton_refuses_a_small_workspace() -> None:
@@ -219,12 +223,14 @@ def test_triton_declines_with_a_reason() -> None:
         sparse_mla.attend(**{**arguments, "q": arguments["q"].half()}, impl="triton")
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942", "sm_120"])
-def test_workspace_suffices_for_every_smaller_call(arch: str) -> None:
-    limit = mla_launch.workspace_bytes(arch, 200, 48, 512)
+@pytest.mark.parametrize(
+    "arch, cores", [("sm_80", 108), ("sm_90", 132), ("sm_90", 78), ("gfx942", 304), ("sm_120", 188)]
+)
+def test_workspace_suffices_for_every_smaller_call(arch: str, cores: int) -> None:
+    limit = mla_launch.workspace_bytes(cores, 200, 48, 512)
     config = mla_launch.tile(arch, "bf16", 48)
     for rows in range(1, 201):
-        splits = mla_launch.split_count(arch, rows, 48, 1 << 20, config)
+        splits = mla_launch.split_count(cores, rows, 48, 1 << 20, config)
         assert splits == 1 or mla_launch.scratch_bytes(rows * splits, 48, 512) <= limit
 
 
@@ -258,6 +264,90 @@ def test_reruns_are_bitwise_equal(impl: str, tokens: int, kind: str) -> None:
         assert torch.equal(first[1], again[1])
 
 
+@pytest.mark.parametrize("kind", ["bf16", "packed"])
+@pytest.mark.parametrize("heads", [8, 64] if HAS_GPU else [3])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_promises_and_results_of_the_implementations_own(impl: str, heads: int, kind: str) -> None:
+    """Leading slots only, with and without their lengths; no row without a key; nowhere to write given."""
+    topk = 2048 if HAS_GPU else 40
+    arguments = inputs(3, heads, topk, kind, missing=0.0)
+    lengths = torch.tensor([1, topk // 2 - 3, topk], dtype=torch.int32, device=DEVICE)
+    for row, length in enumerate(lengths.tolist()):
+        arguments["indices"][row, length:] = -1
+    want = expected(arguments)
+    wide = torch.stack([lengths, lengths], dim=1)[:, 0]  # every other element
+    for promises in ({}, {"rows_have_keys": True}, {"lengths": lengths}, {"lengths": wide, "rows_have_keys": True}):
+        for attend in (without_buffers, run):
+            compare(attend(impl, {**arguments, **promises}), want, BARS[kind])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_lengths_of_nothing(impl: str) -> None:
+    topk = 128 if HAS_GPU else 33
+    arguments = inputs(3, 8, topk, missing=0.0)
+    arguments["indices"][1] = -1
+    lengths = torch.tensor([topk, 0, topk], dtype=torch.int32, device=DEVICE)
+    out, lse = run(impl, {**arguments, "lengths": lengths})
+    compare((out, lse), expected(arguments), BARS["bf16"])
+    assert not out[1].any()
+    assert torch.isneginf(lse[1]).all()
+
+
+@pytest.mark.parametrize("kind", ["bf16", "packed"])
+@pytest.mark.parametrize("scale", [0.0, -0.05])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_scales_that_are_not_positive(impl: str, scale: float, kind: str) -> None:
+    """Ours compute them; a kernel that masks before it scales must decline."""
+    check(impl, {**inputs(2, 16, 300 if HAS_GPU else 60, kind), "softmax_scale": scale}, BARS[kind])
+
+
+@pytest.mark.parametrize("kind", ["bf16", "packed"])
+@pytest.mark.parametrize("heads", [16, 64] if HAS_GPU else [3])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_layers_of_one_step(impl: str, heads: int, kind: str) -> None:
+    """Other queries, indices and caches, the same lengths: what the first layer made serves the others."""
+    step, topk = Step(), 128 if HAS_GPU else 33
+    lengths = torch.tensor([topk, 7], dtype=torch.int32, device=DEVICE)
+    for _ in range(3):
+        arguments = inputs(2, heads, topk, kind, missing=0.0)
+        arguments["indices"][1, 7:] = -1
+        for given in (None, lengths):
+            got = without_buffers(impl, {**arguments, "step": step, "lengths": given})
+            compare(got, expected(arguments), BARS[kind])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_flash_mla_own_test_data(impl: str) -> None:
+    """Small values, nearly equal weights, the last two of the indices missing; FlashMLA's bar."""
+    tokens, heads, topk = (4, 16, 2048) if HAS_GPU else (1, 3, 256)
+    arguments = inputs(tokens, heads, topk, "packed", q_size=0.1, kv_size=0.1, missing=0.0)
+    arguments["indices"][:, -2:] = -1
+    check(impl, arguments, bar(sparse_mla.attend, impl, "packed", 5e-6))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["bf16", "packed"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_graph_of_layers_that_share_a_step(impl: str, kind: str) -> None:
+    """Schedules are made inside the graph: a replay makes them anew from the lengths that it finds."""
+    layers = [inputs(4, 64, 2048, kind, missing=0.0) for _ in range(4)]
+    lengths = torch.full((4,), 2048, dtype=torch.int32, device=DEVICE)
+    without_buffers(impl, {**layers[0], "lengths": lengths})  # compiles, or skips
+    originals = [layer["indices"].clone() for layer in layers]
+    step, graph = Step(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = [without_buffers(impl, {**layer, "lengths": lengths, "step": step}) for layer in layers]
+    for kept in ([2048, 1, 700, 64], [5, 2048, 0, 2047], [0, 0, 0, 0]):
+        lengths.copy_(torch.tensor(kept))
+        for layer, original in zip(layers, originals, strict=True):
+            layer["indices"].copy_(original.roll(1, 0))
+            for row, length in enumerate(kept):
+                layer["indices"][row, length:] = -1
+        graph.replay()
+        for layer, got in zip(layers, results, strict=True):
+            compare(got, expected(layer), BARS[kind])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["bf16", "packed"])
 @pytest.mark.parametrize("impl", IMPLS)
@@ -276,6 +366,17 @@ def test_graph_replay_with_other_indices(impl: str, kind: str) -> None:
         out.fill_(float("nan"))
         graph.replay()
         compare((out, lse), expected(arguments), BARS[kind])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_some_rows_of_a_call_are_a_call(kind: str) -> None:
+    arguments = inputs(5, 3, 40, kind)
+    call = sparse_mla.attend.call(**arguments, return_lse=True)
+    some = torch.tensor([4, 1], device=DEVICE)
+    assert call.row_count() == 5
+    assert call.of_rows(some).kv.shape[0] < arguments["kv"].shape[0] + 64
+    for got, whole in zip(reference.attend(call.of_rows(some)), reference.attend(call), strict=True):
+        assert torch.equal(got, whole[some])
 
 
 def test_kinds_are_recognised() -> None:

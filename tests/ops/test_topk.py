@@ -6,20 +6,14 @@ import pytest
 import torch
 
 from nsa_backend_plugin.engine import kernels
-from nsa_backend_plugin.ops import preferences, registry, topk
+from nsa_backend_plugin.ops import dispatch, preferences, topk
 from nsa_backend_plugin.ops.arch import device_arch
 from nsa_backend_plugin.ops.topk import cuda
-from tests.conftest import HAS_GPU
 from tests.ops.common import poison
-from tests.ops.implementations import run
+from tests.ops.implementations import run, runnable
 
-DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 kernels.register()
-
-
-def implementations() -> list[str]:
-    candidates = registry.Operation.all["topk.select"].candidates(DEVICE)
-    return [c.name for c in candidates if c.support.ok and c.name != "torch"]
+IMPLEMENTATIONS = runnable(topk.select)
 
 
 def rows_of(kind: str, rows: int, columns: int, device: torch.device) -> torch.Tensor:
@@ -77,7 +71,7 @@ def select(impl: str, logits: torch.Tensor, lengths: torch.Tensor, k: int, **kwa
     return run(topk.select, impl, view, lengths, k, out=out, **kwargs)
 
 
-@pytest.mark.parametrize("impl", implementations())
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("columns, k", [(300, 48), (9001, 512), (9001, 1)])
 def test_select(device, impl, kind, columns, k):
@@ -86,7 +80,7 @@ def test_select(device, impl, kind, columns, k):
     check(select(impl, logits, lengths, k), logits, lengths, k)
 
 
-@pytest.mark.parametrize("impl", implementations())
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_deterministic_equals_reference(device, impl, kind):
     logits = rows_of(kind, 4, 9001, device)
@@ -95,7 +89,7 @@ def test_deterministic_equals_reference(device, impl, kind):
     assert torch.equal(actual, topk.select(logits, lengths, 128, deterministic=True, impl="torch"))
 
 
-@pytest.mark.parametrize("impl", implementations())
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("page_size", [1, 16, 64])
 @pytest.mark.parametrize("shared_table", [False, True])
 def test_row_starts_and_page_table(device, impl, page_size, shared_table):
@@ -113,7 +107,7 @@ def test_row_starts_and_page_table(device, impl, page_size, shared_table):
     assert torch.equal(actual, expected)
 
 
-@pytest.mark.parametrize("impl", implementations())
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("offset", [0, 1, 2, 3])
 def test_unaligned_rows(device, impl, offset):
     logits = torch.randn(3, 401, device=device)
@@ -122,14 +116,14 @@ def test_unaligned_rows(device, impl, offset):
     check(select(impl, logits, lengths, 48, row_starts=starts), logits, lengths, 48, starts)
 
 
-@pytest.mark.parametrize("impl", implementations())
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_no_rows(device, impl):
     logits = torch.empty(0, 100, device=device)
     assert select(impl, logits, torch.empty(0, dtype=torch.int32, device=device), 16).shape == (0, 16)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("impl", implementations())
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "rows, columns", [(1, 8192), (8, 131_072), (20, 65_536), (64, 32768), (133, 20000), (300, 3000), (3, 1_000_000)]
@@ -164,7 +158,7 @@ def test_rows_shared_by_a_cluster(device, monkeypatch, blocks, kind, rows, colum
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("impl", implementations())
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("kind", ["plateau", "equal", "normal"])
 @pytest.mark.parametrize("rows, columns", [(4, 100_000), (140, 12_000)])
 def test_deterministic_reruns(device, impl, kind, rows, columns):
@@ -177,7 +171,7 @@ def test_deterministic_reruns(device, impl, kind, rows, columns):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("impl", implementations())
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_logits_past_2_31_elements(device, impl):
     rows, columns = 17, 2**27
     if torch.cuda.mem_get_info()[0] < 12 * 2**30:
@@ -190,7 +184,7 @@ def test_logits_past_2_31_elements(device, impl):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("impl", implementations())
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_graph_replays_with_other_lengths(device, impl):
     logits = torch.randn(4, 40_000, device=device)
     lengths = torch.full((4,), 40_000, dtype=torch.int32, device=device)
@@ -237,15 +231,14 @@ def test_refuses(change, name):
 
 def test_external_implementation(monkeypatch, device):
     """An implementation that lives outside ops/ is found by name, and an unknown operation is refused."""
-    monkeypatch.setattr(registry, "_external", {})
-    registry.register_external("topk", "elsewhere", "nsa_backend_plugin.ops.topk.reference")
+    monkeypatch.setattr(dispatch, "_external", {})
+    dispatch.register_external("topk", "elsewhere", "nsa_backend_plugin.ops.topk.reference")
     logits, lengths = torch.randn(2, 10, device=device), torch.tensor([3, 10], dtype=torch.int32, device=device)
     check(topk.select(logits, lengths, 4, impl="elsewhere"), logits, lengths, 4)
-    registry.register_external("topk", "elsewhere", "nsa_backend_plugin.ops.topk.reference")  # again: no change
+    dispatch.register_external("topk", "elsewhere", "nsa_backend_plugin.ops.topk.reference")  # again: no change
     with pytest.raises(ValueError, match="op='nothing'"):
-        registry.register_external("nothing", "elsewhere", "x")
+        dispatch.register_external("nothing", "elsewhere", "x")
     with pytest.raises(ValueError, match="name='torch'"):
-        registry.register_external("topk", "torch", "x")
-    registry._external.clear()
-    for cached in (registry.implementation_names, registry._load, registry._available):
-        cached.cache_clear()
+        dispatch.register_external("topk", "torch", "x")
+    dispatch._external.clear()
+    dispatch.forget()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from nsa_backend_plugin.ops.mqa_logits import reference
+from nsa_backend_plugin.ops import mqa_logits
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
 
@@ -39,15 +39,20 @@ def deepgemm_fp8_paged_mqa_logits(
     assert (ChunkK % KVBlockSize, VarCtxSchedule) == (0, None)
     assert weights.dtype == torch.float32
     assert weights.shape == (batch * next_n, heads)
+    assert heads % 16 == 0, "the kernel is compiled for it"
+    assert heads & (heads - 1) == 0, "a block of queries"
+    assert weights.stride(1) == 1
     assert out_logits.dtype == torch.float32
     assert out_logits.shape == (batch * next_n, max_model_len)
     assert context_lens.dtype == torch.int32
     assert context_lens.shape == (batch,)
     assert kv_indices.dtype == torch.int32
     assert kv_indices.shape[0] == batch
+    assert kv_indices.is_contiguous(), "the kernel takes its width for its row stride"
+    assert context_lens.is_contiguous()
     assert int(context_lens.max()) <= min(max_model_len, kv_indices.shape[1] * KVBlockSize)
     assert out_logits.stride(1) == 1
-    reference.paged(
+    mqa_logits.paged(
         q_fp8,
         kv_cache.view(torch.uint8).view(kv_cache.shape[0], -1),
         weights,
@@ -56,8 +61,8 @@ def deepgemm_fp8_paged_mqa_logits(
         max_model_len,
         layout="preshuffled",
         page_size=KVBlockSize,
-        clean=False,
         out=out_logits,
+        impl="torch",
     )
     _overshoot(out_logits, context_lens)
 
@@ -85,5 +90,6 @@ def fp8_mqa_logits(Q, KV, kv_scales, weights, cu_starts, cu_ends, clean_logits=T
     assert weights.shape == (tokens, heads)
     assert cu_starts.dtype == cu_ends.dtype == torch.int32
     assert cu_starts.shape == cu_ends.shape == (tokens,)
+    assert all(t.is_contiguous() for t in (kv_scales, weights, cu_starts, cu_ends))
     assert tokens * -(-KV.shape[0] // 256) * 256 * 4 < 2**31, "does not compile above 2 GiB (aiter 5114)"
-    return reference.ragged(Q, KV, kv_scales, weights, cu_starts, cu_ends, clean=clean_logits, out=None)
+    return mqa_logits.ragged(Q, KV, kv_scales, weights, cu_starts, cu_ends, clean=clean_logits, impl="torch")

@@ -89,8 +89,8 @@ class _AfterImport(importlib.abc.MetaPathFinder):
         self._looking: set[str] = set()
         self._patches = {
             "nsa_backend_plugin.ops.arch": lambda module: _patch_arch(module, arch),
-            "nsa_backend_plugin.ops.triton_support": _patch_triton_support,
-            "nsa_backend_plugin.ops.registry": _patch_registry,
+            "nsa_backend_plugin.ops._triton.support": _patch_triton_support,
+            "nsa_backend_plugin.ops.dispatch": _patch_dispatch,
             "sglang.srt.utils.common": _patch_sglang_utils,
             "sglang.srt.arg_groups.overrides": _patch_overrides,
             "sglang.srt.arg_groups.model_overrides.deepseek_v2": _patch_model_overrides,
@@ -120,17 +120,17 @@ class _AfterImport(importlib.abc.MetaPathFinder):
 
 
 def _patch_arch(module: types.ModuleType, arch: str) -> None:
-    module.device_arch = lambda device: arch
-    module.fp8_dtype.__globals__["device_arch"] = module.device_arch
+    import torch
+
+    module._KNOWN[torch.device("cpu")] = arch
 
 
 def _patch_triton_support(module: types.ModuleType) -> None:
     """The tensors are the CPU's, so a Triton kernel cannot run whatever the device is called."""
-    support = module.Support
-    module.available = lambda arch: support(False, "simulated host: no GPU for Triton")
+    module.available = lambda arch: "simulated host: no GPU for Triton"
 
 
-def _patch_registry(module: types.ModuleType) -> None:
+def _patch_dispatch(module: types.ModuleType) -> None:
     sys.modules["tilelang"] = None  # type: ignore[assignment]  # not installed: it would compile for a GPU
     if os.environ.get(AITER_VARIABLE, "1") == "1":
         install_fakes(sys.modules.__setitem__)

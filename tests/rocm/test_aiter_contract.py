@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nsa_backend_plugin.commands import doctor
-from nsa_backend_plugin.ops import aiter_contract
+from nsa_backend_plugin.ops._vendor import aiter_contract
 from tests.ops import fake_aiter, fake_aiter_attention
 from tests.rocm import fake_logits
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import runpy
-
+from benchmarks.report import amd_estimates
 from nsa_backend_plugin import settings
 from tests.rocm.simulated_host import ROOT
 
 
 def test_the_page_shows_the_scripts_table():
-    table = runpy.run_path(str(ROOT / "benchmarks" / "amd_estimates.py"))["markdown"]()
+    table = amd_estimates.markdown()
     page = (ROOT / "docs" / "amd.md").read_text()
     assert table in page
     assert "compile-checked, not run" in page

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from nsa_backend_plugin.engine.gpu import rocm
-from nsa_backend_plugin.ops import registry
+from nsa_backend_plugin.ops import arch as archs
+from nsa_backend_plugin.ops import dispatch
 from tests.rocm import simulated_host
 
 pytest.importorskip("sglang", reason="needs SGLang")
@@ -23,7 +24,7 @@ FLAVOURS = {"gfx942": torch.float8_e4m3fnuz, "gfx950": torch.float8_e4m3fn}
 def calls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict]]:
     """AITER's fake where the parameter says so; the list grows by the arguments that matter of each fused call."""
     seen: list[dict] = []
-    registry._available.cache_clear()
+    dispatch.forget()
     if request.param:
         simulated_host.install_fakes(lambda name, module: monkeypatch.setitem(sys.modules, name, module))
         fused = sys.modules[FUSED].fused_qk_rope_cat_and_cache_mla
@@ -34,7 +35,7 @@ def calls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
 
         monkeypatch.setattr(sys.modules[FUSED], "fused_qk_rope_cat_and_cache_mla", record)
     yield seen
-    registry._available.cache_clear()
+    dispatch.forget()
 
 
 @pytest.mark.parametrize("calls", [True, False], indirect=True, ids=["AITER", "no AITER"])
@@ -49,8 +50,7 @@ def test_query_and_latent_row_of_one_step(calls: list, arch: str, kv: str, monke
     want, case.latent = case.latent, empty
 
     monkeypatch.setattr(rocm, "on_rocm", lambda: True)
-    monkeypatch.setattr(registry, "device_arch", lambda device: arch)
-    monkeypatch.setattr("nsa_backend_plugin.ops.arch.device_arch", lambda device: arch)  # read by fp8_dtype
+    monkeypatch.setitem(archs._KNOWN, torch.device("cpu"), arch)
     got_rope, _, got_nope, *_ = case.prepare()
     assert torch.equal(got_rope, q_rope)
     assert torch.equal(got_nope, q_nope)

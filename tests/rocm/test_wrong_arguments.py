@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from nsa_backend_plugin.ops import aiter_contract
+from nsa_backend_plugin.ops import index_key_cache, latent_cache, mqa_logits, sparse_mla
+from nsa_backend_plugin.ops._vendor import aiter_contract
 from nsa_backend_plugin.ops.index_key_cache import aiter as index_aiter
-from nsa_backend_plugin.ops.index_key_cache import reference as index_reference
 from nsa_backend_plugin.ops.latent_cache import aiter as latent_aiter
 from nsa_backend_plugin.ops.mqa_logits import aiter as logits_aiter
 from nsa_backend_plugin.ops.sparse_mla import aiter as attention_aiter
@@ -39,41 +39,34 @@ def use_adapters() -> None:
     """At least one call of each of AITER's functions."""
     cache = torch.zeros(2, 8448, dtype=torch.uint8)
     table, lengths = torch.tensor([[1, 0], [0, 1]], dtype=torch.int32), torch.tensor([128, 100], dtype=torch.int32)
-    index_reference.store(torch.randn(128, 128), cache, torch.arange(128), scale_format="fp32", fp8_dtype=FP8, **PAGE)
+    index_key_cache.store(torch.randn(128, 128), cache, torch.arange(128), fp8_dtype=FP8, impl="torch", **PAGE)
     key, slots = torch.randn(5, 128).bfloat16(), torch.tensor([3, -1, 127, 64, 0])
-    index_aiter.store(key, cache.clone(), slots, scale_format="ue8m0", fp8_dtype=FP8, **PAGE)
-    index_aiter.gather(cache, table, lengths, total_tokens=228, fp8_dtype=FP8, **PAGE)
+    stored = index_key_cache.store.call(key, cache.clone(), slots, scale_format="ue8m0", fp8_dtype=FP8, **PAGE)
+    index_aiter.store(stored)
+    index_aiter.gather(index_key_cache.gather.call(cache, table, lengths, fp8_dtype=FP8, **PAGE))
     query, weights = torch.randn(2, 1, 32, 128).to(FP8), torch.rand(2, 32) + 0.5
-    logits_aiter.paged(query, cache, weights, lengths, table, 128, clean=True, out=None, **PAGE)
+    logits_aiter.paged(mqa_logits.paged.call(query, cache, weights, lengths, table, 128, clean=True, **PAGE))
     starts, ends = torch.zeros(2, dtype=torch.int32), torch.full((2,), 9, dtype=torch.int32)
     keys, scales = torch.randn(9, 128).to(FP8), torch.rand(9) + 0.5
-    logits_aiter.ragged(query[:, 0], keys, scales, weights, starts, ends, clean=True, out=None)
-    latent, out = torch.randn(6, 1, 576).to(FP8), torch.empty(2, 16, 512, dtype=torch.bfloat16)
+    logits_aiter.ragged(mqa_logits.ragged.call(query[:, 0], keys, scales, weights, starts, ends, clean=True))
+    latent = torch.randn(6, 1, 576).to(FP8)
     indices = torch.tensor([[5, -1, 0, 2], [1, 3, 4, 5]], dtype=torch.int32)
-    options: dict[str, Any] = {
-        "kind": "fp8",
-        "kv_scale": 0.5,
-        "value_dim": 512,
-        "out": out,
-        "lse": None,
-        "workspace": None,
-    }
-    attention_aiter.attend(torch.randn(2, 16, 576).bfloat16(), latent, indices, 0.1, **options)
+    q = torch.randn(2, 16, 576).bfloat16()
+    attention_aiter.attend(sparse_mla.attend.call(q, latent, indices, 0.1, kv_scale=0.5))
     rows, angles = torch.randn(2, 576).bfloat16(), torch.rand(8, 32)
-    latent_aiter.store(
+    stored = latent_cache.store.call(
         rows[:, :512],
         rows[:, 512:],
         latent.clone(),
         torch.tensor([4, 5]),
-        kind="fp8",
         positions=torch.tensor([7, 2]),
         cos_sin_cache=torch.cat([angles.cos(), angles.sin()], dim=1),
         is_neox=True,
         kv_scale=0.5,
-        k_rope_out=None,
         q_rope=torch.randn(2, 3, 64).bfloat16(),
         q_all=torch.randn(2, 3, 576).bfloat16(),
     )
+    latent_aiter.store(stored)
 
 
 @pytest.fixture(scope="module")

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import http.client
 import json
 import time
-import urllib.error
-import urllib.request
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
+
+import requests
 
 from nsa_backend_plugin.accuracy.questions import STOPS, Item, last_number
+from nsa_backend_plugin.files import naming
 
 
 class AskError(RuntimeError):
@@ -100,7 +101,7 @@ def answer_all(
     bar = ProgressBar(len(items), len(answers), label)
     start, generated = time.monotonic(), 0
     failure: AskError | None = None
-    with path.open("a", encoding="utf-8") as file, ThreadPoolExecutor(concurrency) as pool:
+    with naming(path), path.open("a", encoding="utf-8") as file, ThreadPoolExecutor(concurrency) as pool:
         pending: set[Future[Answer]] = {pool.submit(_ask, base_url, i, max_tokens, timeout) for i in todo}
         try:
             while pending:
@@ -131,26 +132,24 @@ def answer_all(
 
 
 def _ask(base_url: str, item: Item, max_tokens: int, timeout: float) -> Answer:
-    body = {
+    body: dict[str, Any] = {
         "text": item.prompt,
         "sampling_params": {"temperature": 0, "max_new_tokens": max_tokens, "stop": list(STOPS)},
         "return_logprob": True,
     }
-    request = urllib.request.Request(
-        f"{base_url}/generate", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
     start = time.monotonic()
     try:
-        with urllib.request.urlopen(request, timeout=timeout) as reply:
-            result = json.loads(reply.read())
-    except TimeoutError:
+        reply = requests.post(f"{base_url}/generate", json=body, timeout=timeout)
+        reply.raise_for_status()
+        result = reply.json()
+    except requests.Timeout:
         raise AskError(f"no answer to {item.key} within {timeout:g} s") from None
-    except urllib.error.HTTPError as error:
-        raise AskError(f"{item.key} was refused: {error.code} {error.read()[:300].decode(errors='replace')}") from None
-    except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
-        raise AskError(f"the server at {base_url} does not answer: {error!r}") from None
-    except ValueError as error:
+    except requests.HTTPError:
+        raise AskError(f"{item.key} was refused: {reply.status_code} {reply.text[:300]}") from None
+    except requests.JSONDecodeError as error:
         raise AskError(f"the answer to {item.key} is not JSON: {error}") from None
+    except requests.RequestException as error:
+        raise AskError(f"the server at {base_url} does not answer: {error!r}") from None
     if not isinstance(result, dict) or "output_token_logprobs" not in result.get("meta_info", {}):
         raise AskError(f"the answer to {item.key} is not that of SGLang's /generate: {str(result)[:300]}")
     pairs = result["meta_info"]["output_token_logprobs"]

@@ -37,7 +37,7 @@ def load_items(path: Path, shots: int, count: int | None) -> list[Item]:
     """
     if count is not None and count < 1:
         raise ValueError(f"--num-examples {count}: expected at least 1")
-    rows = [_checked(path, number, row) for number, row in read_rows(path)]
+    rows = [checked(path, number, row) for number, row in read_rows(path)]
     if not 0 <= shots < len(rows):
         raise ValueError(f"--num-shots {shots}: {path} has {len(rows)} rows, expected more rows than shots")
     prefix = "".join(f"{_question(row)} {row['answer']}\n\n" for row in rows[:shots])
@@ -68,7 +68,8 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, row
 
 
-def _checked(path: Path, number: int, row: dict[str, Any]) -> dict[str, Any]:
+def checked(path: Path, number: int, row: dict[str, Any]) -> dict[str, Any]:
+    """The row. Raises ValueError that names the line when a field of GSM8K's is missing or is not text."""
     if not all(isinstance(row.get(key), str) for key in ("question", "answer")):
         raise ValueError(f'{path}:{number}: expected an object with "question" and "answer" strings, got {row}')
     if not isinstance(row.get("context", ""), str):

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from itertools import combinations
 from typing import Any
 
-from nsa_backend_plugin.accuracy import environment
+from nsa_backend_plugin import environment
 from nsa_backend_plugin.accuracy.compare import CONFIDENCE, accuracy, compare, mcnemar
 from nsa_backend_plugin.accuracy.runs import Run
 from nsa_backend_plugin.accuracy.sgl_eval import ChatAnswer
@@ -116,9 +116,9 @@ def _chat_pair(a: list[ChatAnswer], b: list[ChatAnswer]) -> dict[str, Any]:
 
 
 def _kernels(lines: list[str]) -> str:
-    """Operations by the implementation that ran them."""
+    """The implementations that ran each operation."""
     groups = defaultdict(list)
     for line in lines:
         operation, _, choice = line.partition(": ")
-        groups[choice.split(" ")[0]].append(operation)
+        groups[operation].append(choice.split(" ")[0])
     return "; ".join(f"{name}: {', '.join(found)}" for name, found in groups.items()) or "kernels not in the log"

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nsa_backend_plugin.accuracy import environment, sgl_eval
-from nsa_backend_plugin.accuracy.arms import Arm, kernel_lines
+import requests
+
+from nsa_backend_plugin import environment
+from nsa_backend_plugin.accuracy import sgl_eval
 from nsa_backend_plugin.accuracy.ask import Answer, AskError, answer_all, load_answers
 from nsa_backend_plugin.accuracy.questions import Item
-from nsa_backend_plugin.serving import Server
+from nsa_backend_plugin.arms import Arm, kernel_lines
+from nsa_backend_plugin.files import write_json
+from nsa_backend_plugin.serving import Server, server_facts
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What every arm is asked, and how. Exactly one of model_path and base_url is given. chat: sgl-eval's questions."""
+    """What every arm is asked, and how. Exactly one of model_path and base_url is given. chat: sgl-eval's questions.
+
+    model_path: absolute for a folder, so that a rerun from elsewhere is known to be of the same model."""
 
     items: list[Item]
     chat: list[dict[str, Any]]
@@ -54,20 +59,14 @@ def run_arm(arm: Arm, plan: Plan) -> Run:
     if finished is not None:
         print(f"{arm.text}: every answer is in {folder} already")
         return finished
-    if plan.base_url is not None:
-        run = _ask(arm, plan, plan.base_url, folder, lambda: _healthy(plan.base_url))
+    base_url = plan.base_url
+    if base_url is not None:
+        run = _ask(arm, plan, base_url, folder, lambda: _healthy(base_url))
         run.facts["device"] = run.facts["server"].get("device")  # the server may be on another machine
     else:
         run = _serve(arm, plan, folder)
-    _write(folder / "facts.json", run.facts)
+    write_json(folder / "facts.json", run.facts)
     return run
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    """In one step: what ends the program half-way (a full disk) must leave nothing that a rerun cannot read."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(path)
 
 
 def _claim(path: Path, arm: Arm, plan: Plan) -> None:
@@ -75,11 +74,11 @@ def _claim(path: Path, arm: Arm, plan: Plan) -> None:
     settings: dict[str, Any] = {"model_path": plan.model_path, "arm": arm.text, "max_tokens": plan.max_tokens}
     settings["server_args"] = plan.server_args
     if plan.base_url is not None:
-        served = environment.server_facts(plan.base_url)
+        served = server_facts(plan.base_url)
         settings |= {name: served[name] for name in ("model_path", "attention_backend") if name in served}
     asked = (path.parent / "answers.jsonl", path.parent / "sgl_eval")
     if not path.exists() or not any(found.exists() for found in asked):
-        _write(path, settings)
+        write_json(path, settings)
         return
     earlier = json.loads(path.read_text())
     different = [
@@ -144,7 +143,7 @@ def _ask(arm: Arm, plan: Plan, base_url: str, folder: Path, alive: Callable[[], 
         alive=alive,
     )
     facts: dict[str, Any] = {
-        "server": environment.server_facts(base_url),
+        "server": server_facts(base_url),
         "kernels": [],
         "command": None,
         "tokens_per_second": rate,
@@ -152,9 +151,8 @@ def _ask(arm: Arm, plan: Plan, base_url: str, folder: Path, alive: Callable[[], 
     return Run(arm, answers, chat, facts)
 
 
-def _healthy(base_url: str | None) -> bool:
+def _healthy(base_url: str) -> bool:
     try:
-        with urllib.request.urlopen(f"{base_url}/health", timeout=30):
-            return True
-    except OSError:
+        return requests.get(f"{base_url}/health", timeout=30).ok
+    except requests.RequestException:
         return False

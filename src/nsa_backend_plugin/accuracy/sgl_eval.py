@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +14,8 @@ from typing import Any
 
 from nsa_backend_plugin.accuracy.ask import AskError
 from nsa_backend_plugin.accuracy.questions import read_rows
+from nsa_backend_plugin.files import naming
+from nsa_backend_plugin.serving import Child
 
 _POLL_SECONDS = 2.0
 
@@ -94,32 +94,24 @@ def answer_all(
     if missing:
         folder.mkdir(parents=True, exist_ok=True)
         questions = folder / "questions.jsonl"
-        questions.write_text("".join(json.dumps(row) + "\n" for row in missing), encoding="utf-8")
+        with naming(questions):
+            questions.write_text("".join(json.dumps(row) + "\n" for row in missing), encoding="utf-8")
         command = [program(), "run", "gsm8k", "--base-url", f"{base_url}/v1", "--from-dataset", str(questions)]
         command += ["--out-dir", str(folder), "--temperature", "0", "--max-tokens", str(max_tokens)]
         command += ["--num-threads", str(concurrency)]
         code = _run(command, alive)
         answers = load_answers(folder, rows)
         if len(answers) < len(rows):
+            ended = "stopped, the server is gone" if code is None else f"exit code {code}"
             raise AskError(
-                f"sgl-eval (exit code {code}) left {len(rows) - len(answers)} of {len(rows)} questions without an "
-                f"answer; the others are kept in {folder}"
+                f"sgl-eval ({ended}) left {len(rows) - len(answers)} of {len(rows)} questions without an answer; the "
+                f"others are kept in {folder}"
             )
     return [answers[row["id"]] for row in rows]
 
 
-def _run(command: list[str], alive: Callable[[], bool]) -> int:
-    # A program started in the background ignores SIGINT, and what it starts would inherit that.
-    process = subprocess.Popen(command, preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL))
-    try:
-        while True:
-            try:
-                return process.wait(_POLL_SECONDS)
-            except subprocess.TimeoutExpired:
-                if not alive():
-                    process.send_signal(signal.SIGINT)  # it then writes what it has
-                    return process.wait()
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
+def _run(command: list[str], alive: Callable[[], bool]) -> int | None:
+    with Child(command, stop_signal=signal.SIGINT) as child:  # at SIGINT it writes what it has
+        while (code := child.wait(_POLL_SECONDS)) is None and alive():
+            pass
+        return code

@@ -1,4 +1,4 @@
-"""Benchmark every operation beside its peers: the same command as benchmarks/benchmark.py of a source checkout.
+"""Benchmark every operation beside its peers: `python -m benchmarks` of a clone of the repository.
 
 nsa-plugin bench --config benchmarks/configs/mla_decode.yaml
 nsa-plugin bench compare before.json after.json
@@ -7,39 +7,34 @@ nsa-plugin bench compare before.json after.json
 from __future__ import annotations
 
 import argparse
-import importlib
+import os
 import sys
 from pathlib import Path
-from types import ModuleType
-
-_SUITE = Path(__file__).resolve().parents[3] / "benchmarks"
 
 
-def _suite() -> ModuleType | None:
-    """The suite's command line, or None in an installation without a checkout. Imports neither torch nor kernels."""
-    if not (_SUITE / "benchmark.py").is_file():
-        return None
-    if str(_SUITE) not in sys.path:
-        sys.path.insert(0, str(_SUITE))
-    return importlib.import_module("benchmark")
+def _clone() -> Path | None:
+    """The clone that this package is installed from in place, else the one that the user stands in."""
+    for root in (Path(__file__).resolve().parents[3], Path.cwd()):
+        if (root / "src" / "nsa_backend_plugin").is_dir() and (root / "benchmarks" / "__main__.py").is_file():
+            return root
+    return None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    suite = _suite()
-    if suite is not None:
-        suite.add_arguments(parser)
-        return
-    parser.prefix_chars = "\0"  # take options as they are: `run` explains what is missing
-    parser.add_argument("arguments", nargs="*")
+    parser.prefix_chars = "\0"  # every word, --help too, belongs to the suite
+    parser.add_argument("arguments", nargs=argparse.REMAINDER)
 
 
 def run(options: argparse.Namespace) -> int:
-    suite = _suite()
-    if suite is None:
+    """Becomes the suite's process; returns only where there is no suite."""
+    root = _clone()
+    if root is None:
         print(
-            "nsa-plugin bench: the benchmark suite is not part of the installed package; it runs from a source "
-            "checkout (pip install -e .)",
+            "nsa-plugin bench: the benchmark suite is not part of the installed package; run this in a clone of the "
+            "repository, or install the clone with pip install -e",
             file=sys.stderr,
         )
         return 2
-    return suite.run(options)
+    paths = (str(root), str(root / "src"), os.environ.get("PYTHONPATH"))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    os.execve(sys.executable, [sys.executable, "-m", "benchmarks", *options.arguments], environment)

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
+from nsa_backend_plugin.commands import _checkout
+
 _MAX_NEW_TOKENS = 70
 #: An empty list of devices keeps the CPU demo on the CPU where torch sees a GPU.
 _CPU_ENV = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
@@ -37,8 +38,8 @@ class Question:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model-path", type=Path, default=_EXAMPLES / "models" / "tiny-dsa")
-    parser.add_argument("--questions", type=Path, default=_EXAMPLES / "demo" / "problems.jsonl")
+    parser.add_argument("--model-path", type=Path, help="default: the clone's examples/models/tiny-dsa")
+    parser.add_argument("--questions", type=Path, help="default: the clone's examples/demo/problems.jsonl")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--port", type=int, default=None, help="default: a free one")
     parser.add_argument("--log", type=Path, default=Path(".demo") / "server.log", help="the server's output")
@@ -50,14 +51,15 @@ def run(options: argparse.Namespace) -> int:
     from nsa_backend_plugin import BACKEND_NAME
     from nsa_backend_plugin.serving import CPU_ARGS, Server, ServerError
 
-    for path in (options.model_path, options.questions):
-        if not path.exists():
-            print(f"{path} does not exist: run from a clone, or pass --model-path and --questions", file=sys.stderr)
-            return 2
-    questions = load_questions(options.questions)
     on_cpu = options.device == "cpu"
     args = [*(CPU_ARGS if on_cpu else (f"--attention-backend={BACKEND_NAME}",)), *options.server_args]
-    server = Server(options.model_path, args, env=_CPU_ENV if on_cpu else None, port=options.port, log_path=options.log)
+    env = _CPU_ENV if on_cpu else None
+    try:
+        model, questions = _inputs(options)
+        server = Server(model, args, env=env, port=options.port, log_path=options.log)
+    except (ValueError, OSError) as error:
+        print(f"nsa-plugin demo: {error}", file=sys.stderr)
+        return 2
     print(shlex.join(["python", *server.command[1:]]), flush=True)
     try:
         with waiting("starting the server"):
@@ -70,23 +72,45 @@ def run(options: argparse.Namespace) -> int:
         finally:
             server.stop()
     except ServerError as error:
-        print(error, file=sys.stderr)
+        print(f"nsa-plugin demo: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:  # requests' errors are OSErrors: the server died while it was asked
+        print(f"nsa-plugin demo: {error}; the server's log is {server.log_path}", file=sys.stderr)
         return 1
     return 0 if right == len(questions) else 1
 
 
+def _inputs(options: argparse.Namespace) -> tuple[Path, list[Question]]:
+    """The model and the questions, by default the clone's. Raises OSError for what is not there, ValueError for a file
+    that does not hold questions."""
+    try:
+        model = options.model_path or _checkout.find("examples") / "models" / "tiny-dsa"
+        path = options.questions or _checkout.find("examples") / "demo" / "problems.jsonl"
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; or pass --model-path and --questions") from None
+    for option, given in (("--model-path", model), ("--questions", path)):
+        if not given.exists():
+            raise FileNotFoundError(f"{given} does not exist: pass {option}")
+    return model, load_questions(path)
+
+
 def load_questions(path: Path) -> list[Question]:
-    """Questions of a JSONL file: rows with role "shot" are worked examples that go before every "problem"; a
-    "recall" row brings its own context. Every other field is GSM8K's."""
-    rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    shots = "".join(f"Question: {r['question']}\nAnswer: {r['answer']}\n\n" for r in rows if r["role"] == "shot")
+    """Questions of a JSONL file: rows with role "shot" are worked examples that go before every other row, unless that
+    brings a context of its own. Every other field is GSM8K's. Raises ValueError for any other file."""
+    from nsa_backend_plugin.accuracy.questions import checked, read_rows
+
+    rows = [checked(path, number, row) for number, row in read_rows(path)]
+    shots = "".join(f"Question: {r['question']}\nAnswer: {r['answer']}\n\n" for r in rows if r.get("role") == "shot")
     questions = []
     for row in rows:
-        if row["role"] == "shot":
-            continue
-        before = row["context"] if row["role"] == "recall" else shots
-        prompt = f"{before}Question: {row['question']}\nAnswer:"
-        questions.append(Question(row["role"], row["question"], prompt, final_answer(row["answer"]) or ""))
+        answer = final_answer(row["answer"])
+        if answer is None:
+            raise ValueError(f"{path}: expected a number behind #### in every answer, got {row['answer']!r}")
+        if row.get("role") != "shot":
+            prompt = f"{row.get('context', shots)}Question: {row['question']}\nAnswer:"
+            questions.append(Question(row.get("role", "problem"), row["question"], prompt, answer))
+    if not questions:
+        raise ValueError(f"{path}: expected at least one question")
     return questions
 
 
@@ -121,8 +145,8 @@ def ask_all(server: Any, questions: list[Question]) -> int:
 
 
 def print_kernels(log_path: Path) -> None:
-    """The engine logs one line per operation when the backend is built; show the running server's own."""
-    from nsa_backend_plugin.accuracy.arms import kernel_lines
+    """An implementation's first use is a line of the log; show the running server's own."""
+    from nsa_backend_plugin.arms import kernel_lines
 
     print("\nkernels in use:")
     for line in kernel_lines(log_path):

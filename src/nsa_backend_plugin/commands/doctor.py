@@ -8,16 +8,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from importlib import metadata, util
-from typing import Any
+from typing import Any, TypeVar
+
+from nsa_backend_plugin import BACKEND_NAME
+
+T = TypeVar("T")
 
 PLUGINS_GROUP = "sglang.srt.plugins"
 PLATFORMS_GROUP = "sglang.srt.platforms"
-PLUGIN, PLATFORM = "nsa_plugin", "nsa_plugin_cpu"
+PLUGIN, PLATFORM = BACKEND_NAME, "nsa_plugin_cpu"
 _DISTRIBUTION = "nsa-backend-plugin"
 _KERNEL_LIBRARIES = ("sgl_kernel", "deep_gemm", "flash_mla", "flashinfer", "tilelang", "aiter")
 
@@ -42,19 +47,55 @@ def run(options: argparse.Namespace) -> int:
 
 
 def collect() -> dict[str, Any]:
-    """The whole report as plain data; `problems` is empty when everything is right."""
+    """The whole report as plain data; `problems` is empty when everything is right. Never raises: what a broken
+    installation raises is a problem."""
     problems = Problems()
     report: dict[str, Any] = {"python": f"{sys.version.split()[0]} ({sys.executable})", "versions": versions()}
-    check_versions(report["versions"], problems)
-    report["device"] = device() if report["versions"]["torch"] else None
-    on_cpu = report["device"] is not None and report["device"]["arch"] == "cpu"
+    found = report["versions"]
+    server = start_import() if found["torch"] and found["sglang"] else None
+    attempt("versions", problems, check_versions, found, problems)
+    report["device"] = on = attempt("torch", problems, device) if found["torch"] else None
+    on_cpu = on is not None and on["arch"] == "cpu"
     report["entry_points"] = entry_points(os.environ, on_cpu, problems)
     report["settings"] = settings_in_force(problems)
-    report["operations"] = operations(report["device"]["device"], problems) if report["device"] else []
-    report["hooks"] = hooks(on_cpu, problems) if report["versions"]["torch"] and report["versions"]["sglang"] else []
-    report["aiter"] = aiter_contract(report["versions"], report["device"], problems)
+    report["operations"] = (on and attempt("operations", problems, operations, on["device"], problems)) or []
+    report["hooks"] = (server and attempt("hooks", problems, hooks, on_cpu, problems)) or []
+    report["aiter"] = attempt("AITER", problems, aiter_contract, found, on, problems)
+    if server:
+        check_import(server, problems)
     report["problems"] = list(problems)
     return report
+
+
+def attempt(what: str, problems: Problems, check: Callable[..., T], *arguments: Any) -> T | None:
+    """The result of a check. What it raises becomes a problem: the doctor is asked where things are broken."""
+    try:
+        return check(*arguments)
+    except Exception as error:
+        problems.add(f"{what}: {type(error).__name__}: {error}", f"repair what it names, for {sys.executable}")
+        return None
+
+
+def start_import() -> subprocess.Popen[str]:
+    """A process that imports what a server with our backend imports, while the rest is checked."""
+    code = "import sglang.launch_server, sglang.srt.managers.scheduler"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, f"--attention-backend={BACKEND_NAME}"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def check_import(server: subprocess.Popen[str], problems: Problems) -> None:
+    """No server starts without what SGLang imports: transformers and some thirty more."""
+    words = server.communicate()[1].strip().splitlines() or ["no message"]
+    if server.returncode:
+        problems.add(
+            f"SGLang's server does not import (exit code {server.returncode}): {words[-1]}",
+            f"install what it names for {sys.executable}",
+        )
 
 
 def versions() -> dict[str, str | None]:
@@ -150,47 +191,49 @@ def settings_in_force(problems: Problems) -> list[dict[str, str]]:
     """Every setting with its raw value and where that comes from; bad values and unknown names are problems."""
     from nsa_backend_plugin import settings
 
-    rows = []
+    rows, values = [], {}
     for name, setting in settings.SETTINGS.items():
-        source = "environment" if name in os.environ else "default"
-        rows.append({"name": name, "value": os.environ.get(name, setting.default), "source": source})
+        raw = os.environ.get(name, "").strip()
+        source = "environment" if raw else "default"
+        rows.append({"name": name, "value": raw or setting.default, "source": source})
         try:
-            settings.get(name)
+            values[name] = settings.get(name)
         except ValueError as error:
             problems.add(str(error), f"correct or unset {name}; ENVS.md lists the values")
     for name in sorted(os.environ):
         if name.startswith("NSA_PLUGIN_") and name not in settings.SETTINGS:
             problems.add(f"unknown setting {name}={os.environ[name]!r}", f"unset {name}; ENVS.md lists the valid names")
-    if os.environ.get("NSA_PLUGIN_DISABLE", "0").strip().lower() in ("1", "true", "yes", "on"):
+    if values.get("NSA_PLUGIN_DISABLE") is True:
         problems.add("NSA_PLUGIN_DISABLE is on: the backend name is not registered", "unset NSA_PLUGIN_DISABLE")
     return rows
 
 
-def operations(device: str, problems: Problems) -> list[dict[str, Any]]:
-    """Every operation's implementations in order of preference, chosen or declined and why."""
+def operations(arch: str, problems: Problems) -> list[dict[str, Any]]:
+    """What runs each function for the calls that typical models make: chosen or declined, and why."""
     from nsa_backend_plugin.engine import kernels
-    from nsa_backend_plugin.ops import registry
+    from nsa_backend_plugin.runtime import served
 
     kernels.register()
-    rows = []
-    for operation in registry.operations():
+    rows: list[dict[str, Any]] = []
+    for model_name, model in served.examples(arch).items():
         try:
-            candidates = operation.candidates(device)
+            explained = list(served.explanations(model, served.TYPICAL, arch))
         except ValueError as error:  # a forced name that does not exist, or a setting reported above
-            problems.add(f"{operation.name}: {error}", "correct or unset the variable")
+            problems.add(str(error), "correct or unset the variable")
             continue
-        rows.append(
-            {
-                "operation": operation.name,
-                "implementations": [
-                    {"name": c.name, "ok": c.support.ok, "reason": c.support.reason, "chosen": c.chosen}
-                    for c in candidates
-                ],
+        for step, e in explained:
+            row = {
+                "operation": e.operation,
+                "chosen": e.chosen,
+                "why": e.why,
+                "declined": {v.name: v.reason for v in e.verdicts if v.reason is not None},
             }
-        )
-        if not any(c.chosen for c in candidates):
-            reasons = "; ".join(f"{c.name}: {c.support.reason}" for c in candidates)
-            problems.add(f"{operation.name}: no implementation can run ({reasons})", "force none, or one that can run")
+            same = next((r for r in rows if all(r[key] == value for key, value in row.items())), None)
+            if same is None:
+                rows.append(same := {**row, "served": []})
+                if e.chosen is None:
+                    problems.add(f"no implementation runs {e}", "force none, or one that can run")
+            same["served"].append(f"{model_name}, {step}")
     return rows
 
 
@@ -200,7 +243,7 @@ def aiter_contract(
     """On a ROCm host with AITER: where its functions do not take what our adapters pass. None elsewhere."""
     if device is None or not device["arch"].startswith("gfx") or not found["aiter"]:
         return None
-    from nsa_backend_plugin.ops import aiter_contract
+    from nsa_backend_plugin.ops._vendor import aiter_contract
 
     mismatches = aiter_contract.check_installed()
     for mismatch in mismatches:
@@ -250,12 +293,11 @@ def render(report: Mapping[str, Any]) -> str:
     for e in report["entry_points"]:
         verdict = "loaded by SGLang" if e["loaded"] else f"not loaded: {e['reason']}"
         lines.append(f"  {e['group']}: {e['name']}: {verdict}")
-    lines += ["", "operations (* = chosen)"]
+    lines += ["", "operations"]
     for o in report["operations"]:
-        lines.append(f"  {o['operation']}")
-        for i in o["implementations"]:
-            verdict = "ok" if i["ok"] else f"declined: {i['reason']}"
-            lines.append(f"    {'*' if i['chosen'] else ' '} {i['name']}: {verdict}")
+        lines.append(f"  {o['operation']}: {o['chosen'] or 'none'} ({o['why']})")
+        lines.append(f"    for {'; '.join(o['served'])}")
+        lines += [f"    {name}: {reason}" for name, reason in o["declined"].items()]
     lines += ["", "settings"]
     lines += [f"  {s['name']}={s['value']} ({s['source']})" for s in report["settings"]]
     lines += ["", "hooks"]

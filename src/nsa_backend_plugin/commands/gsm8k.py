@@ -12,7 +12,6 @@ answers are kept in --out; the same command resumes there. Exit code 0: no two a
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,9 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from nsa_backend_plugin.accuracy import report
-    from nsa_backend_plugin.accuracy.arms import parse_arms
     from nsa_backend_plugin.accuracy.ask import AskError
     from nsa_backend_plugin.accuracy.runs import run_arm
+    from nsa_backend_plugin.arms import parse_arms
+    from nsa_backend_plugin.files import write_json
     from nsa_backend_plugin.serving import ServerError
 
     try:
@@ -56,14 +56,14 @@ def run(options: argparse.Namespace) -> int:
             raise ValueError(f"--base-url serves one arm: got --arms {options.arms}")
         plan = _plan(options)
         runs = [run_arm(arm, plan) for arm in arms]
+        result = report.build(runs, ["nsa-plugin", *sys.argv[1:]], _data(options, plan))
+        print(report.table(result))
+        path = options.out / "report.json"
+        write_json(path, result)
+        print(f"report: {path}")
     except (ValueError, OSError, ServerError, AskError) as error:
         print(f"nsa-plugin gsm8k: {error}", file=sys.stderr)
         return 2
-    result = report.build(runs, ["nsa-plugin", *sys.argv[1:]], _data(options, plan))
-    print(report.table(result))
-    path = options.out / "report.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"report: {path}")
     reasons = report.failures(result, options.min_accuracy)
     for reason in reasons:
         print(f"FAILED: {reason}")
@@ -76,17 +76,20 @@ def _plan(options: argparse.Namespace) -> Plan:
     from nsa_backend_plugin.accuracy.runs import Plan
 
     for name in ("concurrency", "max_tokens", "timeout", "start_timeout"):
-        if getattr(options, name) <= 0:
+        if not getattr(options, name) > 0:  # nan is not either
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: expected more than 0")
+    if not 0 <= options.min_accuracy <= 1:
+        raise ValueError(f"--min-accuracy {options.min_accuracy}: expected a share, 0 to 1")
     items = load_items(options.data_path, options.num_shots, options.num_examples)
     chat = []
     if options.sgl_eval_data:
         sgl_eval.program()  # say that it is missing before a server starts
         chat = sgl_eval.load_questions(options.sgl_eval_data, options.num_examples)
+    model = options.model_path
     return Plan(
         items=items,
         chat=chat,
-        model_path=options.model_path,
+        model_path=str(Path(model).resolve()) if model and Path(model).is_dir() else model,
         base_url=options.base_url and options.base_url.rstrip("/").removesuffix("/v1"),
         server_args=options.server_args,
         out=options.out,

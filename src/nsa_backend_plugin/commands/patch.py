@@ -14,7 +14,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-_PATCHES = Path(__file__).resolve().parents[3] / "patches"
+from nsa_backend_plugin.commands import _checkout
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,25 +29,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from nsa_backend_plugin import patching
 
-    known = sorted({name for release in patching.releases(_PATCHES) for name in release.index})
     sglang = options.sglang or _installed()
-    problem = ""
-    if not known:
-        problem = (
-            "the patches are not part of the installed package; they run from a source checkout (pip install -e ., or "
-            "PYTHONPATH=src python -m nsa_backend_plugin.cli patch ...)"
-        )
-    elif sglang is None:
-        problem = f"sglang is not installed for {sys.executable}: pass --sglang DIR"
-    elif not (sglang / "srt").is_dir():
-        problem = f"--sglang {sglang}: expected the folder of the package `sglang`, which has a folder `srt`"
-    elif unknown := set(options.names) - set(known):
-        problem = f"unknown patch {', '.join(sorted(unknown))}: expected {', '.join(known)}"
-    if problem or sglang is None:
-        print(f"nsa-plugin patch: {problem}", file=sys.stderr)
+    try:
+        patches = _checkout.find("patches")
+        known = sorted({name for release in patching.releases(patches) for name in release.index})
+        if sglang is None:
+            raise ValueError(f"sglang is not installed for {sys.executable}: pass --sglang DIR")
+        if not (sglang / "srt").is_dir():
+            raise ValueError(f"--sglang {sglang}: expected the folder of the package `sglang`, with `srt` in it")
+        if unknown := sorted(set(options.names) - set(known)):
+            raise ValueError(f"unknown patch {', '.join(unknown)}: expected {', '.join(known)}")
+    except (ValueError, OSError) as error:
+        print(f"nsa-plugin patch: {error}", file=sys.stderr)
         return 2
     try:
-        lines = _work(options, sglang)
+        lines = _work(options, patches, sglang)
     except (patching.PatchError, OSError) as error:
         print(f"nsa-plugin patch: refused, nothing was changed: {error}", file=sys.stderr)
         return 1
@@ -55,11 +51,11 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _work(options: argparse.Namespace, sglang: Path) -> list[str]:
+def _work(options: argparse.Namespace, patches: Path, sglang: Path) -> list[str]:
     """Do what was asked; returns the lines to print. Raises PatchError or OSError with nothing changed."""
     from nsa_backend_plugin import patching
 
-    release = patching.find_release(_PATCHES, sglang, options.names)
+    release = patching.find_release(patches, sglang, options.names)
     names = list(dict.fromkeys(options.names)) or sorted(release.index)
     before = {name: patching.state(release, name, sglang) for name in names}
     if not options.check:

@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from nsa_backend_plugin.accuracy.arms import Arm
+from nsa_backend_plugin.arms import Arm, parse_arms, parse_shapes
+from nsa_backend_plugin.files import check_writable, write_json
+
+_PROGRAM = [sys.executable, "-m", "nsa_backend_plugin.engine.layer_profile"]
+#: SGLang's names for the model, and the file that may hold it.
+_MODEL_OPTIONS = {"--model-path", "--model", "--config"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,15 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from nsa_backend_plugin.accuracy.arms import parse_arms
-
-    rows: list[dict[str, Any]] = []
-    failed = False
     try:
-        arms = parse_arms(options.arms)
+        arms = _checked(options)
     except ValueError as refusal:
         print(f"nsa-plugin profile: {refusal}", file=sys.stderr)
         return 2
+    rows: list[dict[str, Any]] = []
+    failed = False
     for arm in arms:
         arm_rows, error = _run_arm(arm, options)
         rows += arm_rows
@@ -56,31 +56,41 @@ def run(options: argparse.Namespace) -> int:
             _print_layer(row)
     _print_table(rows)
     if options.json:
-        options.json.write_text(json.dumps({"command": sys.argv, "rows": rows}, indent=1) + "\n")
+        write_json(options.json, {"command": sys.argv, "rows": rows})
     return int(failed)
+
+
+def _checked(options: argparse.Namespace) -> list[Arm]:
+    """The arms. Raises ValueError for whatever would make a run fail or lose its result."""
+    arms = parse_arms(options.arms)
+    parse_shapes(options.shapes)
+    if not options.timeout > 0:  # nan is not either
+        raise ValueError(f"--timeout {options.timeout:g}: expected more than 0")
+    if options.json:
+        check_writable("--json", options.json)
+    for arm in arms:
+        if not {word.partition("=")[0] for word in (*options.server_args, *arm.args)} & _MODEL_OPTIONS:
+            raise ValueError(f"no --model-path for the arm {arm.text!r}: expected `-- --model-path MODEL` at the end")
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ValueError("torch sees no GPU: a layer's kernels are profiled on a CUDA or ROCm device only")
+    return arms
 
 
 def _run_arm(arm: Arm, options: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
     """(finished rows, why the arm failed or "")."""
+    from nsa_backend_plugin.serving import Child
+
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "rows.jsonl"
-        command = [sys.executable, "-m", "nsa_backend_plugin.engine.layer_profile", "--output", str(output)]
-        command += ["--shapes", *options.shapes, "--attention-backend", arm.backend, *options.server_args]
-        command += arm.args
-        error = ""
-        try:
-            done = subprocess.run(
-                command,
-                env={**os.environ, **arm.env},
-                timeout=options.timeout,
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            if done.returncode:
-                error = f"exit {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
-        except subprocess.TimeoutExpired:
-            error = f"no result within {options.timeout:.0f} s"
+        command = [*_PROGRAM, "--output", str(output), "--shapes", *options.shapes]
+        command += ["--attention-backend", arm.backend, *options.server_args, *arm.args]
+        with Child(command, arm.env, Path(folder) / "log") as child:
+            code = child.wait(options.timeout)
+            error = {None: f"no result within {options.timeout:.0f} s", 0: ""}.get(code, f"exit {code}")
+            if error:
+                error += f"\n{child.log_tail()}"
         lines = output.read_text().splitlines() if output.exists() else []
     return [{"arm": arm.text, **json.loads(line)} for line in lines], error
 

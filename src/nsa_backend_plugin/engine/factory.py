@@ -8,9 +8,11 @@ from typing import Any
 import torch
 
 from nsa_backend_plugin import __version__, settings
-from nsa_backend_plugin.engine import hooks, launch, release
+from nsa_backend_plugin.engine import hooks, launch, release, shapes
 from nsa_backend_plugin.engine.gpu import rocm
-from nsa_backend_plugin.ops import registry
+from nsa_backend_plugin.ops import dispatch
+from nsa_backend_plugin.ops.arch import device_arch, is_cuda
+from nsa_backend_plugin.runtime import prepare, served
 
 logger = logging.getLogger(__name__)
 
@@ -24,10 +26,10 @@ def create_backend(runner: Any) -> Any:
     device = torch.device(runner.device)
     launch.check_platform(device.type)
     launch.check_exact(runner.dtype, device)
-    registry.require_forced(device)
+    dispatch.require_forced(device)
     hooks.install("factory")
     backend = _cpu_backend(runner) if device.type == "cpu" else _gpu_backend(runner)
-    _report(device, type(backend).__name__)
+    _report_and_prepare(runner, device, type(backend).__name__)
     return backend
 
 
@@ -63,10 +65,17 @@ def _gpu_backend(runner: Any) -> Any:
     return NsaPluginDSABackend(runner)
 
 
-def _report(device: torch.device, backend: str) -> None:
+def _report_and_prepare(runner: Any, device: torch.device, backend: str) -> None:
+    """Say what will run, and compile it before graphs are captured."""
     mode = ", exact mode: float32, unquantized caches" if settings.enabled("NSA_PLUGIN_EXACT") else ""
     logger.info("nsa_plugin %s on SGLang %s: %s on %s%s", __version__, release.version(), backend, device, mode)
     for name in hooks.standing_down():
         logger.info("nsa_plugin hook stands down, its patch is applied: %s", name)
-    for line in registry.report(device):
+    steps = shapes.steps(runner.server_args, runner.model_config.context_len)
+    model, arch = shapes.model(runner), device_arch(device)
+    decode = [step for step in steps if not step.prefill]
+    shown = dict.fromkeys((decode[0], decode[-1], steps[-1]))
+    for line in served.report(model, shown, arch):
         logger.info("nsa_plugin op %s", line)
+    if is_cuda(arch):
+        prepare.compile_kernels(made for step in steps for made in served.calls(model, step, arch))

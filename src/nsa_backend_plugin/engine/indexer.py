@@ -13,7 +13,7 @@ says. `scale_fmt` (any) rounds the query's scales. In exact mode the CPU's pool 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,7 +21,9 @@ from sglang.srt.model_executor.forward_context import get_attn_backend
 
 from nsa_backend_plugin.engine import hooks, index_cache, linear, unknown
 from nsa_backend_plugin.engine.gpu import rocm
-from nsa_backend_plugin.ops import exact_indexer, index_key_cache, indexer_prep, mqa_logits, topk
+from nsa_backend_plugin.ops import index_key_cache, indexer_prep, mqa_logits, topk
+from nsa_backend_plugin.ops._torch import exact_indexer
+from nsa_backend_plugin.ops.call import Step
 from nsa_backend_plugin.runtime.merged_weights import MergedWeights
 
 _MERGED = "nsa_plugin_wk_weights_proj"
@@ -36,7 +38,7 @@ class Rows:
     page_table: [N, max_pages] int32. request: [T] int32, row of page_table of each query; None: query t has row t.
     lengths: [T] int32, cached tokens that each query sees. columns: of its logits, at least the largest length.
     adjacent: queries in a row that have equal rows of the page table. seq_lens: [N] int32, cached tokens of each
-    request, of a prefill: its keys are gathered once for all queries.
+    request, of a prefill: its keys are gathered once for all queries. step: of the forward, which all layers share.
     """
 
     page_table: torch.Tensor
@@ -45,19 +47,14 @@ class Rows:
     columns: int
     adjacent: int = 1
     seq_lens: torch.Tensor | None = None
+    step: Step = field(default_factory=Step)
 
     def block_table(self) -> torch.Tensor:
         """[T, max_pages] int32: page_table with one row per query."""
         return self.page_table if self.request is None else self.page_table[self.request.long()]
 
 
-def forward(indexer: Any, *args: Any, **kwargs: Any) -> torch.Tensor | None:
-    """`_forward`, registered as the module's forward on our CPU platform."""
-    hooks.fired("indexer")
-    return _forward(indexer, *args, **kwargs)
-
-
-def _forward(
+def forward(
     indexer: Any,
     x: torch.Tensor | tuple[torch.Tensor, ...],
     q_lora: torch.Tensor,
@@ -72,6 +69,7 @@ def _forward(
     x: [T, hidden], or SGLang's (fp8, scale, bf16) of a fused norm. q_lora: [T, q_lora_rank], normalized. The keys of x
     are written to `forward_batch.out_cache_loc` first; return_indices False only writes.
     """
+    hooks.fired("rocm_indexer" if rocm.on_rocm() else "indexer")
     unknown.refuse("the indexer", keywords)
     backend = get_attn_backend()
     pool = backend.token_to_kv_pool
@@ -89,8 +87,7 @@ def forward_rocm(original: Callable[..., Any], indexer: Any, *args: Any, **kwarg
     """
     if not hasattr(get_attn_backend(), "indexer_rows"):
         return original(indexer, *args, **kwargs)
-    hooks.fired("rocm_indexer")
-    return _forward(indexer, *args, **kwargs)
+    return forward(indexer, *args, **kwargs)
 
 
 def store_and_select(
@@ -246,6 +243,7 @@ def select_slots(
         page_table=rows.page_table,
         page_rows=rows.request,
         page_size=pool.page_size,
+        step=rows.step,
     )
 
 
@@ -271,6 +269,7 @@ def _paged_logits(
         layout=layout,
         page_size=pool.page_size,
         out=None if logits_buffer is None else logits_buffer[: query.shape[0]],
+        step=rows.step,
     )
 
 

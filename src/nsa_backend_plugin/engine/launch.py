@@ -14,7 +14,7 @@ from nsa_backend_plugin import BACKEND_NAME, settings
 from nsa_backend_plugin.engine import arguments, hooks, kernels, ledger, release
 from nsa_backend_plugin.engine.gpu import rocm
 from nsa_backend_plugin.layouts import INDEX_DIM, INDEX_PAGE_SIZE, LATENT_DIM, ROPE_DIM
-from nsa_backend_plugin.ops import dense_mla, registry
+from nsa_backend_plugin.ops import dense_mla, dispatch
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def check_settings() -> None:
     release.require_supported()
     settings.validate()
     kernels.register()
-    registry.validate_forced()
+    dispatch.validate_forced()
 
 
 def check_arguments(server_args: Any, as_given: bool = False) -> None:

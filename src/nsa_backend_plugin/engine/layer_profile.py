@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from nsa_backend_plugin.arms import parse_shapes
 from nsa_backend_plugin.layouts import INDEX_DIM, LATENT_DIM, packed_latent_bytes
 
 WARMUP_STEPS, TIMED_STEPS, PROFILED_STEPS = 4, 24, 3
@@ -80,6 +81,8 @@ def trace_kernels(step: Any) -> list[dict[str, Any]]:
         trace = json.loads(path.read_text())
     kinds = ("kernel", "gpu_memcpy", "gpu_memset")
     events = sorted((e for e in trace["traceEvents"] if e.get("cat") in kinds), key=lambda e: e["ts"])
+    if not events:
+        raise RuntimeError("no GPU kernel in the trace: a layer is profiled on a CUDA or ROCm device only")
     last = events[len(events) // PROFILED_STEPS * (PROFILED_STEPS - 1) :]
     start = last[0]["ts"]
     return [
@@ -113,6 +116,13 @@ def attention_layer(kernels: list[dict[str, Any]]) -> dict[str, Any]:
     return {**layer, "short_launches": len(short), "short_us": round(sum(short), 1)}
 
 
+def check_one_rank(args: Any) -> None:
+    """Exits when the arguments ask for more than this process, which would wait for the other ranks for ever."""
+    for name in ("tp_size", "pp_size"):
+        if getattr(args, name) != 1:
+            raise SystemExit(f"{name} {getattr(args, name)}: expected 1, a layer is profiled in one process on one GPU")
+
+
 def load(server_args: list[str]) -> tuple[Any, Any, Any]:
     """(SGLang's one_batch module, its model wrapper with graphs captured, parsed server arguments)."""
     import sglang.benchmark.one_batch as one_batch
@@ -123,6 +133,10 @@ def load(server_args: list[str]) -> tuple[Any, Any, Any]:
     args = prepare_server_args(server_args)
     if hasattr(args, "resolve_once"):
         args.resolve_once()
+    if args.tp_size * args.pp_size != 1:  # the other ranks would never come
+        raise SystemExit(
+            f"tensor parallel size {args.tp_size}, pipeline parallel size {args.pp_size}: expected 1 and 1"
+        )
     one_batch._set_envs_and_config(args)
     _initialize(one_batch, args)
     one_batch.configure_logger(args, prefix="")
@@ -203,8 +217,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", required=True, help="BATCH:CONTEXT")
     parser.add_argument("--output", type=Path, required=True)
     options, server_args = parser.parse_known_args()
-    shapes = [(int(b), int(c)) for b, _, c in (s.partition(":") for s in options.shapes)]
-    measure(shapes, server_args, options.output)
+    measure(parse_shapes(options.shapes), server_args, options.output)
     # SGLang's distributed teardown can hang a process whose work is done.
     os._exit(0)
 

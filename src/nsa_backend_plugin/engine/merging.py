@@ -64,7 +64,8 @@ def updating(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Iterato
     """AROUND hook of what SGLang's scheduler updates weights in, from any source: rebuilds the merged ones after it."""
     with original(*args, **kwargs):
         yield
-    hooks.fired("weight_updates")
+    if _models:
+        hooks.fired("weight_updates")
     for model in _models:
         merged_weights.rebuild_all(model)
 

@@ -1,16 +1,19 @@
 """Order of preference among implementations, per architecture.
 
 A row applies when its operation matches, its architecture is the device's ("sm_90"), its vendor ("cuda", "rocm",
-"cpu") or "*", and every condition holds for the call's shape summary: an exact value, or an inclusive (low, high)
+"cpu") or "*", and every condition holds for the facts of the call: an exact value, or an inclusive (low, high)
 range. The first row that applies wins, so specific rows stand above general ones. `source` says where the order
 comes from: the benchmark command with its date and device, or the rule it follows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cache
+
+from nsa_backend_plugin.ops.arch import vendor
+from nsa_backend_plugin.ops.call import Fact
 
 
 @dataclass(frozen=True)
@@ -19,17 +22,14 @@ class Preference:
     arch: str
     order: tuple[str, ...]
     source: str
-    when: Mapping[str, Any] = field(default_factory=dict)
+    when: Mapping[str, Fact | tuple[int, int]] = field(default_factory=dict)
 
-    def applies(self, operation: str, arch: str, shape: Mapping[str, Any]) -> bool:
-        vendor = "cuda" if arch.startswith("sm_") else "rocm" if arch.startswith("gfx") else arch
-        if operation != self.operation or self.arch not in (arch, vendor, "*"):
-            return False
-        return all(key in shape and _matches(shape[key], want) for key, want in self.when.items())
-
-
-def _matches(value: Any, want: Any) -> bool:
-    return want[0] <= value <= want[1] if isinstance(want, tuple) else value == want
+    def holds(self, facts: Mapping[str, Fact]) -> bool:
+        for key, want in self.when.items():
+            value = facts[key]
+            if not (want[0] <= int(value) <= want[1] if isinstance(want, tuple) else value == want):
+                return False
+        return True
 
 
 _RUN = "benchmarks/run_h200.py, NVIDIA H200, 2026-11-21"
@@ -58,7 +58,7 @@ TABLE: tuple[Preference, ...] = (
     Preference("mqa_logits.ragged", "sm_90", ("deep_gemm", "triton"), _RUN),
     Preference("topk.select", "sm_90", ("cuda", "triton"), _RUN),
     Preference("dense_mla.decode", "sm_90", ("fa3", "triton"), _RUN, {"heads": (17, 32), "batch": (32, _ANY_MORE)}),
-    # First fa3, also where the operation's adapter declines it: serving then leaves the step to SGLang's own call.
+    # With more than 64 heads, fa3 takes calls with the promise `kv_is_finite` only: serving gives it.
     Preference(
         "dense_mla.decode", "sm_90", ("fa3", "flash_mla", "triton"), _RUN, {"heads": (33, 128), "batch": (8, _ANY_MORE)}
     ),
@@ -71,11 +71,23 @@ TABLE: tuple[Preference, ...] = (
 )
 
 
-def order(operation: str, arch: str, shape: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names in order of preference; empty when no row applies (then triton, then torch)."""
-    if arch == "cpu":
-        return ("torch",)
-    for row in TABLE:
-        if row.applies(operation, arch, shape):
-            return row.order
-    return ()
+@cache
+def rows(operation: str, arch: str) -> tuple[tuple[int, Preference], ...]:
+    """The rows that may apply to calls of an operation on an architecture, with their places in TABLE."""
+    return tuple(
+        (place, row)
+        for place, row in enumerate(TABLE)
+        if row.operation == operation and row.arch in (arch, vendor(arch), "*")
+    )
+
+
+def applying(operation: str, arch: str, facts: Callable[[], Mapping[str, Fact]]) -> int:
+    """Place in TABLE of the first row that applies to a call; -1 where none does (then Triton, then torch)."""
+    known: Mapping[str, Fact] | None = None
+    for place, row in rows(operation, arch):
+        if not row.when:
+            return place
+        known = known or facts()
+        if row.holds(known):
+            return place
+    return -1

@@ -7,6 +7,7 @@ whole ladder. With any other word in the file than a fault's name the originals 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 from collections.abc import Callable
@@ -24,7 +25,6 @@ ROPE_THETA = 10000.0  # of the model under test
 
 def install() -> None:
     from nsa_backend_plugin.engine.cpu.backend import NsaPluginCpuBackend
-    from nsa_backend_plugin.ops.index_key_cache import reference as index_key_cache
     from nsa_backend_plugin.ops.indexer_prep import reference as indexer_prep
     from nsa_backend_plugin.ops.latent_cache import reference as latent_cache
     from nsa_backend_plugin.ops.sparse_mla import reference as sparse_mla
@@ -34,7 +34,7 @@ def install() -> None:
     _wrap(sparse_mla, "attend", _attend)
     _wrap(indexer_prep, "rotate", _rotate)
     _wrap(latent_cache, "store", _store_latent)
-    _wrap(index_key_cache, "write", _write_index_keys)
+    _wrap(indexer_prep, "write", _write_index_keys)
     _wrap(NsaPluginCpuBackend, "forward_decode", _forward)
     _wrap(NsaPluginCpuBackend, "forward_extend", _forward)
 
@@ -65,8 +65,9 @@ def _select(fault: str, original: Any, logits: torch.Tensor, *args: Any, out: to
         out[torch.rand(out.shape) < DROPPED] = -1
 
 
-def _attend(fault: str, original: Any, q: Any, kv: Any, indices: Any, softmax_scale: float, **kwargs: Any) -> None:
-    original(q, kv, indices, softmax_scale * (SCALE_ERROR if fault == "softmax_scale" else 1.0), **kwargs)
+def _attend(fault: str, original: Any, call: Any) -> Any:
+    scale = call.softmax_scale * (SCALE_ERROR if fault == "softmax_scale" else 1.0)
+    return original(dataclasses.replace(call, softmax_scale=scale))
 
 
 def _rotate(fault: str, original: Any, x: torch.Tensor, positions: Any, cos_sin: torch.Tensor, *args: Any) -> Any:
@@ -77,10 +78,10 @@ def _rotate(fault: str, original: Any, x: torch.Tensor, positions: Any, cos_sin:
     return original(x, positions, cos_sin, *args)
 
 
-def _store_latent(
-    fault: str, original: Any, k_nope: Any, k_rope: Any, cache: Any, slots: torch.Tensor, **kwargs: Any
-) -> None:
-    original(k_nope, k_rope, cache, _without_stale(slots) if fault == "stale_latent_page" else slots, **kwargs)
+def _store_latent(fault: str, original: Any, call: Any) -> None:
+    if fault == "stale_latent_page":
+        call = dataclasses.replace(call, slots=_without_stale(call.slots))
+    original(call)
 
 
 def _write_index_keys(
@@ -96,7 +97,7 @@ def _without_stale(slots: torch.Tensor) -> torch.Tensor:
 def _forward(fault: str, original: Any, *args: Any, k_rope: torch.Tensor, **kwargs: Any) -> Any:
     """The model hands k over rotated: turning it back by the same angles is what forgetting RoPE leaves."""
     if fault == "latent_key_without_rope":
-        from nsa_backend_plugin.ops.rotary import apply_rope
+        from nsa_backend_plugin.ops._torch.rotary import apply_rope
 
         width = k_rope.shape[-1]
         frequency = ROPE_THETA ** (-torch.arange(0, width, 2, dtype=torch.float32) / width)

@@ -77,7 +77,7 @@ def prepare_absorbed(
     per_request = backend.queries_per_request(forward_batch.forward_mode)
     if per_request is None:  # prefill, or an idle data-parallel rank
         return None
-    reason = _obstacle(attn, backend, hidden_states, forward_batch, per_request)
+    reason = _obstacle(attn, backend, positions, hidden_states, forward_batch)
     if reason is None and llama_4_scaling is not None:
         reason = "queries are scaled by position"
     if reason is not None:
@@ -102,7 +102,7 @@ def prepare_absorbed(
 
 
 def _obstacle(
-    attn: Any, backend: NsaPluginDSABackend, hidden_states: torch.Tensor, forward_batch: Any, per_request: int
+    attn: Any, backend: NsaPluginDSABackend, positions: torch.Tensor, hidden_states: torch.Tensor, forward_batch: Any
 ) -> str | None:
     """Why a batch of decode, verification or draft-extend keeps SGLang's own preparation; None if it need not."""
     if not attn.use_dsa or attn.q_lora_rank is None or attn.rotary_emb is None:
@@ -110,9 +110,10 @@ def _obstacle(
     unquantized = rocm.unquantized(hidden_states)
     if unquantized is None:
         return "hidden states are quantized"
-    tokens = unquantized.shape[0]
-    if not (tokens == forward_batch.batch_size * per_request == backend.forward_metadata.real_page_table.shape[0]):
-        return "the batch has rows that its metadata lacks (padding for tensor or data parallelism)"
+    if unquantized.shape[0] < backend.forward_metadata.real_page_table.shape[0]:
+        return "the batch has fewer rows than its metadata"
+    if not positions.shape[0] == forward_batch.out_cache_loc.shape[0] == unquantized.shape[0]:
+        return "the batch has rows without a position or a slot"
     if rocm.key_weight(attn).dtype != unquantized.dtype or attn.use_deep_gemm_bmm:
         return f"W_UK is {attn.w_kc.dtype}"
     if get_parallel().dcp_enabled:
@@ -178,15 +179,18 @@ def _prepare(
     slots = prev_topk_indices
     with lane:
         if runs_indexer:
+            rows = backend.decode_rows(per_request)
+            served = rows.lengths.shape[0]  # tokens behind them pad the batch for tensor or data parallelism
             slots = indexer_path.select_slots(
                 indexer,
-                index_query,
-                head_gate,
-                positions,
+                index_query[:served],
+                head_gate[:served],
+                positions[:served],
                 pool,
-                backend.decode_rows(per_request),
-                backend.captured_logits(positions.shape[0]),
+                rows,
+                backend.captured_logits(served),
             )
+            slots = backend._pad_topk_indices(slots, index_query.shape[0])
         slots = maybe_capture_indexer_topk(attn.layer_id, slots)
     lane.join()
     return q_all, slots

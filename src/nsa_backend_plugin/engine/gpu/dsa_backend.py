@@ -18,6 +18,7 @@ from nsa_backend_plugin.engine.gpu import rocm, scratch
 from nsa_backend_plugin.engine.indexer import Rows
 from nsa_backend_plugin.layouts import FP8_DTYPES, LATENT_DIM, ROPE_DIM
 from nsa_backend_plugin.ops import mqa_logits, sparse_mla
+from nsa_backend_plugin.ops.call import Step
 
 
 def plain_fp8_scale(cache: torch.Tensor) -> float | None:
@@ -54,6 +55,8 @@ class NsaPluginDSABackend(DeepseekSparseAttnBackend):
         self.dsa_decode_impl = BACKEND_NAME
         self.dsa_prefill_impl = BACKEND_NAME
         self.enable_auto_select_prefill_impl = False
+        #: Of the forward, or the captured graph, that is being prepared or runs.
+        self.step = Step()
         #: Scratch of captured graphs, from before capture (see `init_cuda_graph_state`).
         self.attention_workspace: torch.Tensor | None = None
         self.logits_buffer: torch.Tensor | None = None
@@ -70,6 +73,14 @@ class NsaPluginDSABackend(DeepseekSparseAttnBackend):
         size = max_num_tokens * stride * torch.float32.itemsize
         logits = scratch.reserve("index logits", size, self.device)[:size]
         self.logits_buffer = logits.view(torch.float32).view(max_num_tokens, stride)[:, :columns]
+
+    def init_forward_metadata(self, forward_batch: Any) -> None:
+        self.step = Step()
+        super().init_forward_metadata(forward_batch)
+
+    def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
+        self.step = Step()
+        super().init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)
 
     def draft_backend(self, factory: Any, per_step: bool) -> Any:
         """Backend of the draft model that SGLang's factory asks for, by the hook `draft_backends`."""
@@ -91,7 +102,8 @@ class NsaPluginDSABackend(DeepseekSparseAttnBackend):
         metadata = self.forward_metadata
         table = metadata.real_page_table
         lengths = metadata.cache_seqlens_int32 if per_request == 1 else metadata.dsa_seqlens_expanded
-        return Rows(table, None, lengths, table.shape[1] * self.token_to_kv_pool.page_size, adjacent=per_request)
+        columns = table.shape[1] * self.token_to_kv_pool.page_size
+        return Rows(table, None, lengths, columns, adjacent=per_request, step=self.step)
 
     def indexer_rows(self, forward_batch: Any) -> Rows:
         """As `decode_rows`, for a batch of any mode that ROCm serves."""
@@ -127,7 +139,7 @@ class NsaPluginDSABackend(DeepseekSparseAttnBackend):
         unknown.refuse("the attention backend", keywords)
         if k is not None and save_kv_cache:
             self.token_to_kv_pool.set_mla_kv_buffer(layer, forward_batch.out_cache_loc, k, k_rope)
-        return self._attend(q, q_rope, layer, topk_indices)
+        return self._attend(q, q_rope, layer, topk_indices, forward_batch.forward_mode)
 
     def forward_extend(
         self,
@@ -146,24 +158,36 @@ class NsaPluginDSABackend(DeepseekSparseAttnBackend):
         return forward(q, k, v, layer, forward_batch, save_kv_cache, q_rope, k_rope, topk_indices, **keywords)
 
     def _attend(
-        self, q: torch.Tensor, q_rope: torch.Tensor | None, layer: Any, topk_indices: torch.Tensor | None
+        self, q: torch.Tensor, q_rope: torch.Tensor | None, layer: Any, topk_indices: torch.Tensor | None, mode: Any
     ) -> torch.Tensor:
         q_all = query.absorbed(q, q_rope, layer)
         if topk_indices is None:
             raise ValueError(f"layer {layer.layer_id}: sparse attention was called without top-k indices")
-        out = q_all.new_empty(*q_all.shape[:2], layer.v_head_dim)
         kv = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
-        sparse_mla.attend(
+        lengths = self._selected(q_all.shape[0], mode)
+        out = sparse_mla.attend(
             q_all,
             kv,
             self._pad_topk_indices(topk_indices, q_all.shape[0]),
             layer.scaling,
             kv_scale=plain_fp8_scale(kv),
             value_dim=layer.v_head_dim,
-            out=out,
+            lengths=lengths,
+            rows_have_keys=lengths is not None,
+            step=self.step,
             workspace=self._workspace(q_all.shape[0]),
         )
+        assert isinstance(out, torch.Tensor)
         return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)
+
+    def _selected(self, tokens: int, mode: Any) -> torch.Tensor | None:
+        """[T] int32, the slots that lead each row of the top-k result, at least one; None where not all rows have one.
+
+        Such rows are those that pad a batch for tensor or data parallelism, and the padding of a draft-extend graph,
+        whose requests of one token have more queries than tokens.
+        """
+        lengths = self.forward_metadata.dsa_cache_seqlens_int32
+        return None if mode.is_draft_extend_v2() or lengths.shape[0] != tokens else lengths
 
     def _workspace(self, tokens: int) -> torch.Tensor | None:
         """None lets the operation allocate: eager steps, and prefill graphs, which are wider than decode's."""

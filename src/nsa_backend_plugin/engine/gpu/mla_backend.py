@@ -15,7 +15,7 @@ from sglang.srt.runtime_context import get_parallel
 from nsa_backend_plugin.engine import query, unknown
 from nsa_backend_plugin.engine.gpu import prefill, scratch
 from nsa_backend_plugin.ops import dense_mla
-from nsa_backend_plugin.ops.registry import Operation
+from nsa_backend_plugin.ops.call import Step
 
 
 class NsaPluginMLABackend(FlashAttentionBackend):
@@ -43,11 +43,19 @@ class NsaPluginMLABackend(FlashAttentionBackend):
         if runner.dtype == torch.bfloat16:  # what SGLang reads the cached prefix as when it finds this attribute
             self.pack_prefix_chunk_kv = prefill.pack_chunk
         self.decode_workspace: torch.Tensor | None = None
-        self._fa3_wins: dict[int, bool] = {}
+        self.step = Step()
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         super().init_cuda_graph_state(max_bs, max_num_tokens)
         self.decode_workspace = scratch.reserve("dense attention", self._workspace_bytes(max_bs), self.device)
+
+    def init_forward_metadata(self, forward_batch: Any) -> None:
+        self.step = Step()
+        super().init_forward_metadata(forward_batch)
+
+    def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
+        self.step = Step()
+        super().init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)
 
     def draft_backend(self, factory: Any, per_step: bool) -> Any:
         """Backend of the draft model that SGLang's factory asks for, by the hook `draft_backends`."""
@@ -69,14 +77,11 @@ class NsaPluginMLABackend(FlashAttentionBackend):
         **keywords: Any,
     ) -> torch.Tensor:
         metadata = self.forward_metadata
-        if self._decodes_by_fa3(metadata.page_table):
-            return super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache, q_rope, k_rope, **keywords)
         unknown.refuse("the attention backend", keywords)
         if k is not None and save_kv_cache:
             self.token_to_kv_pool.set_mla_kv_buffer(layer, forward_batch.out_cache_loc, k, k_rope)
         q_all = query.absorbed(q, q_rope, layer)
-        out = q_all.new_empty(*q_all.shape[:2], layer.v_head_dim)
-        dense_mla.decode(
+        out = dense_mla.decode(
             q_all,
             self.token_to_kv_pool.get_key_buffer(layer.layer_id),
             metadata.page_table,
@@ -84,9 +89,12 @@ class NsaPluginMLABackend(FlashAttentionBackend):
             layer.scaling,
             page_size=self.page_size,
             value_dim=layer.v_head_dim,
-            out=out,
+            rows_have_keys=True,  # SGLang pads batches with lengths of 1
+            kv_is_finite=True,  # its pool starts as zeros, and holds keys of older requests later
             workspace=self._workspace(q_all.shape[0]),
+            step=self.step,
         )
+        assert isinstance(out, torch.Tensor)
         return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)
 
     def _workspace(self, batch: int) -> torch.Tensor | None:
@@ -97,24 +105,6 @@ class NsaPluginMLABackend(FlashAttentionBackend):
 
     def _workspace_bytes(self, batch: int) -> int:
         return dense_mla.workspace_bytes(batch, self.num_q_heads, self.device)
-
-    def _decodes_by_fa3(self, page_table: torch.Tensor) -> bool:
-        """Whether the registry prefers FlashAttention 3: then SGLang's own call, whose schedule is made once per step.
-
-        The operation's adapter makes it in every layer, and declines more than 64 heads because of NaN in rows past a
-        length, which SGLang's pool does not have.
-        """
-        batch = page_table.shape[0]
-        if batch not in self._fa3_wins:
-            shape = {
-                "batch": batch,
-                "heads": self.num_q_heads,
-                "page_size": self.page_size,
-                "context": page_table.shape[1] * self.page_size,
-            }
-            rows = Operation.all["dense_mla.decode"].candidates(self.device, shape)
-            self._fa3_wins[batch] = any(row.chosen and row.name == "fa3" for row in rows)
-        return self._fa3_wins[batch]
 
 
 class NsaPluginMLADraftSteps(FlashAttentionMultiStepBackend):

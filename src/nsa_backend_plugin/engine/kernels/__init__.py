@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from nsa_backend_plugin.ops import registry
+from nsa_backend_plugin.ops import dispatch
 
 
 def register() -> None:
-    """Make them known to the registry. Imports none of them; calling it again changes nothing."""
-    registry.register_external("topk", "sglang_topk_v2", f"{__name__}.sglang_topk_v2")
+    """Make them known to the dispatcher. Imports none of them; calling it again changes nothing."""
+    dispatch.register_external("topk", "sglang_topk_v2", f"{__name__}.sglang_topk_v2")

@@ -2,73 +2,139 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
 
 from nsa_backend_plugin.layouts import FP8_DTYPES
 from nsa_backend_plugin.ops import checks
-from nsa_backend_plugin.ops.registry import Operation
+from nsa_backend_plugin.ops.arch import device_arch
+from nsa_backend_plugin.ops.call import Call, Fact, Step
+from nsa_backend_plugin.ops.dispatch import Operation, check_names, operation
 
-_q_all = Operation("concat", "q_all")
-_mla_k = Operation("concat", "mla_k")
 _DTYPES = (*checks.FLOAT_DTYPES, *FP8_DTYPES)
 
 
-def q_all(q_nope: torch.Tensor, q_rope: torch.Tensor, *, impl: str | None = None) -> torch.Tensor:
+@dataclass(slots=True, eq=False, kw_only=True)
+class QAll(Call[torch.Tensor]):
+    """The arguments of `q_all`, of parts that lie apart."""
+
+    q_nope: torch.Tensor
+    q_rope: torch.Tensor
+
+    def facts(self) -> Mapping[str, Fact]:
+        tokens, heads, nope = self.q_nope.shape
+        rope = self.q_rope.shape[2]
+        return {"tokens": tokens, "heads": heads, "nope": nope, "rope": rope, "dtype": str(self.q_nope.dtype)}
+
+    def output(self) -> torch.Tensor:
+        tokens, heads, nope = self.q_nope.shape
+        return self.q_nope.new_empty(tokens, heads, nope + self.q_rope.shape[2])
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class MlaK(Call[torch.Tensor]):
+    """The arguments of `mla_k`; dtype is the result's."""
+
+    k_nope: torch.Tensor
+    k_rope: torch.Tensor
+    dtype: torch.dtype
+    out: torch.Tensor | None
+
+    def facts(self) -> Mapping[str, Fact]:
+        tokens, heads, nope = self.k_nope.shape
+        source, target = str(self.k_nope.dtype), str(self.dtype)
+        rope = self.k_rope.shape[2]
+        return {"tokens": tokens, "heads": heads, "nope": nope, "rope": rope, "dtype": source, "to": target}
+
+    def output(self) -> torch.Tensor:
+        """The caller's out, or a new one."""
+        if self.out is not None:
+            return self.out
+        tokens, heads, nope = self.k_nope.shape
+        return self.k_nope.new_empty(tokens, heads, nope + self.k_rope.shape[2], dtype=self.dtype)
+
+
+class _QAll(Operation[..., torch.Tensor]):
+    """An operation that no implementation needs to run where the result is there already."""
+
+    def __call__(
+        self, q_nope: torch.Tensor, q_rope: torch.Tensor, *, step: Step | None = None, impl: str | None = None
+    ) -> torch.Tensor:
+        if impl is not None:
+            check_names(self.op, [impl], "impl")
+        view = joined(q_nope, q_rope)
+        return super().__call__(q_nope, q_rope, step=step, impl=impl) if view is None else view
+
+
+@_QAll
+def q_all(q_nope: torch.Tensor, q_rope: torch.Tensor, *, step: Step | None = None, impl: str | None = None) -> QAll:
     """Absorbed query [T, H, 512+64] from its parts.
 
-    q_nope: [T, H, 512], q_rope: [T, H, 64], same dtype and device. When both are adjacent slices of one
-    [T, H, 576] buffer the result is a view of it and no kernel runs (the cat-skip path); otherwise a new contiguous
-    tensor. Raises ValueError for bad shapes, dtypes or devices.
+    q_nope: [T, H, 512], q_rope: [T, H, 64], same dtype and device, tokens and heads strided freely. When both are
+    adjacent slices of one contiguous [T, H, 576] buffer the result is a view of it and no kernel runs (the cat-skip
+    path); otherwise a new contiguous tensor. Raises ValueError for bad shapes, dtypes, strides or devices.
     """
     checks.tensor("q_nope", q_nope, (None, None, None), _DTYPES)
-    checks.tensor("q_rope", q_rope, (*q_nope.shape[:2], None), q_nope.dtype, q_nope.device)
+    tokens, heads, _ = q_nope.shape
+    checks.tensor("q_rope", q_rope, (tokens, heads, None), q_nope.dtype, q_nope.device)
     checks.inner_contiguous("q_nope", q_nope)
     checks.inner_contiguous("q_rope", q_rope)
-    if joined(q_nope, q_rope):
-        shape = (*q_nope.shape[:2], q_nope.shape[2] + q_rope.shape[2])
-        return q_nope.as_strided(shape, q_nope.stride())
-    return _q_all(impl, q_nope.device, {"tokens": q_nope.shape[0], "heads": q_nope.shape[1]}, q_nope, q_rope)
+    return QAll(arch=device_arch(q_nope.device), step=step or Step(), impl=impl, q_nope=q_nope, q_rope=q_rope)
 
 
-def joined(q_nope: torch.Tensor, q_rope: torch.Tensor) -> bool:
-    """Whether the two parts already lie next to each other in one contiguous [T, H, nope+rope] buffer."""
-    width = q_nope.shape[2] + q_rope.shape[2]
-    strides = (q_nope.shape[1] * width, width, 1)
-    return (
-        q_nope.stride() == strides
-        and q_rope.stride() == strides
-        and q_nope.untyped_storage().data_ptr() == q_rope.untyped_storage().data_ptr()
-        and q_rope.storage_offset() == q_nope.storage_offset() + q_nope.shape[2]
-    )
+def joined(q_nope: torch.Tensor, q_rope: torch.Tensor) -> torch.Tensor | None:
+    """The view over two valid parts that lie next to each other in one contiguous [T, H, nope+rope] buffer, or None."""
+    if not (isinstance(q_nope, torch.Tensor) and isinstance(q_rope, torch.Tensor)):
+        return None
+    strides, dtype = q_nope.stride(), q_nope.dtype
+    if len(strides) != 3 or strides != q_rope.stride() or dtype is not q_rope.dtype or dtype not in _DTYPES:
+        return None
+    (tokens, heads, nope), (*leading, rope) = q_nope.shape, q_rope.shape
+    width = nope + rope
+    if leading != [tokens, heads] or strides != (heads * width, width, 1):
+        return None
+    if q_rope.storage_offset() != q_nope.storage_offset() + nope:
+        return None
+    if q_rope.untyped_storage().data_ptr() != q_nope.untyped_storage().data_ptr():
+        return None
+    return q_nope.as_strided((tokens, heads, width), strides)
 
 
+@operation
 def mla_k(
     k_nope: torch.Tensor,
     k_rope: torch.Tensor,
     *,
     dtype: torch.dtype | None = None,
     out: torch.Tensor | None = None,
+    step: Step | None = None,
     impl: str | None = None,
-) -> torch.Tensor:
+) -> MlaK:
     """Prefill key [T, H, nope+rope]: k_rope is repeated for every head.
 
     k_nope: [T, H, 128], any strides with a contiguous last dimension (a slice of kv_b_proj's output).
     k_rope: [T, 1, 64], same dtype. dtype: of the result (None = k_nope's; fp8 saturates, without a scale).
-    out: contiguous [T, H, nope+rope] to write into. Raises ValueError for bad shapes, dtypes or devices.
-    Source: vLLM's direct-copy concat (seed 000); SGLang concat_mla_k.
+    out: contiguous [T, H, nope+rope] to write into. Raises ValueError for bad shapes, dtypes, strides or devices.
+    Source: vLLM's copy into the result in place of a cat (its benchmark_mla_k_concat.py); SGLang concat_mla_k.
     """
     checks.tensor("k_nope", k_nope, (None, None, None), _DTYPES)
-    checks.tensor("k_rope", k_rope, (k_nope.shape[0], 1, None), k_nope.dtype, k_nope.device)
+    tokens, heads, nope = k_nope.shape
+    checks.tensor("k_rope", k_rope, (tokens, 1, None), k_nope.dtype, k_nope.device)
     checks.inner_contiguous("k_nope", k_nope)
     checks.inner_contiguous("k_rope", k_rope)
-    dtype = dtype or (out.dtype if out is not None else k_nope.dtype)
+    dtype = dtype or (out.dtype if isinstance(out, torch.Tensor) else k_nope.dtype)
     checks.choice("dtype", dtype, _DTYPES)
-    shape = (*k_nope.shape[:2], k_nope.shape[2] + k_rope.shape[2])
-    if out is None:
-        out = torch.empty(shape, dtype=dtype, device=k_nope.device)
-    else:
-        checks.tensor("out", out, shape, dtype, k_nope.device)
+    if out is not None:
+        checks.tensor("out", out, (tokens, heads, nope + k_rope.shape[2]), dtype, k_nope.device)
         checks.contiguous("out", out)
-    summary = {"tokens": shape[0], "heads": shape[1], "nope": k_nope.shape[2], "rope": k_rope.shape[2]}
-    _mla_k(impl, k_nope.device, summary, k_nope, k_rope, out=out)
-    return out
+    return MlaK(
+        arch=device_arch(k_nope.device),
+        step=step or Step(),
+        impl=impl,
+        k_nope=k_nope,
+        k_rope=k_rope,
+        dtype=dtype,
+        out=out,
+    )

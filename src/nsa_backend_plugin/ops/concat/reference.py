@@ -5,21 +5,23 @@ from __future__ import annotations
 import torch
 
 from nsa_backend_plugin.layouts import FP8_DTYPES, fp8_max
-from nsa_backend_plugin.ops.support import YES, Support
+from nsa_backend_plugin.ops.call import Reason
+from nsa_backend_plugin.ops.concat import MlaK, QAll
 
 
-def available(arch: str) -> Support:
-    return YES
+def available(arch: str) -> Reason:
+    return None
 
 
-def q_all(q_nope: torch.Tensor, q_rope: torch.Tensor) -> torch.Tensor:
-    return torch.cat([q_nope, q_rope], dim=-1)
+def q_all(call: QAll) -> torch.Tensor:
+    return torch.cat([call.q_nope, call.q_rope], dim=-1)
 
 
-def mla_k(k_nope: torch.Tensor, k_rope: torch.Tensor, *, out: torch.Tensor) -> None:
-    nope = k_nope.shape[-1]
-    out[..., :nope] = _convert(k_nope, out.dtype)
-    out[..., nope:] = _convert(k_rope, out.dtype)
+def mla_k(call: MlaK) -> torch.Tensor:
+    out, nope = call.output(), call.k_nope.shape[2]
+    out[..., :nope] = _convert(call.k_nope, out.dtype)
+    out[..., nope:] = _convert(call.k_rope, out.dtype)
+    return out
 
 
 def _convert(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -9,11 +9,14 @@ import triton
 import triton.language as tl
 
 from nsa_backend_plugin.layouts import FP8_DTYPES
-from nsa_backend_plugin.ops.support import YES, Support, no
-from nsa_backend_plugin.ops.triton_quant import accepts_fp8, arch_fp8_dtype, fp8_constants
-from nsa_backend_plugin.ops.triton_support import CompileCase, available, has_e4m3
+from nsa_backend_plugin.ops._triton import support
+from nsa_backend_plugin.ops._triton.launch import launch
+from nsa_backend_plugin.ops._triton.quant import declines_fp8, fp8_constants
+from nsa_backend_plugin.ops.arch import arch_fp8_dtype
+from nsa_backend_plugin.ops.call import Reason
+from nsa_backend_plugin.ops.concat import MlaK, QAll
 
-__all__ = ["accepts_mla_k", "available", "compile_cases", "mla_k", "q_all"]
+available = support.available
 
 
 @triton.jit
@@ -65,24 +68,26 @@ def _config(rows: int, width: int) -> tuple[int, int]:
     return max(4, 8192 // triton.next_power_of_2(width)), 4
 
 
-def _launch(nope: torch.Tensor, rope: torch.Tensor, out: torch.Tensor, rope_stride_h: int) -> None:
+def _launch(nope: torch.Tensor, rope: torch.Tensor, out: torch.Tensor, rope_stride_h: int) -> torch.Tensor:
     tokens, heads, nope_dim = nope.shape
     rope_dim = rope.shape[2]
     rows = tokens * heads
     if rows == 0:
-        return
-    constants = {"FP8": None, "FP8_MAX": 0.0}
+        return out
+    constants, target = {"FP8": None, "FP8_MAX": 0.0}, out
     if out.dtype in FP8_DTYPES:
         if nope.dtype == out.dtype:
             nope, rope = nope.view(torch.uint8), rope.view(torch.uint8)
         else:
             constants = fp8_constants(out.dtype)
-        out = out.view(torch.uint8)
+        target = out.view(torch.uint8)
     block, warps = _config(rows, nope_dim + rope_dim)
-    _concat_kernel[(triton.cdiv(rows, block),)](
+    launch(
+        _concat_kernel,
+        (triton.cdiv(rows, block),),
         nope,
         rope,
-        out,
+        target,
         rows,
         heads,
         nope.stride(0),
@@ -97,30 +102,30 @@ def _launch(nope: torch.Tensor, rope: torch.Tensor, out: torch.Tensor, rope_stri
         num_warps=warps,
         **constants,
     )
-
-
-def q_all(q_nope: torch.Tensor, q_rope: torch.Tensor) -> torch.Tensor:
-    out = q_nope.new_empty(*q_nope.shape[:2], q_nope.shape[2] + q_rope.shape[2])
-    _launch(q_nope, q_rope, out, q_rope.stride(1))
     return out
 
 
-def accepts_mla_k(k_nope: torch.Tensor, k_rope: torch.Tensor, *, out: torch.Tensor) -> Support:
-    if out.dtype == k_nope.dtype:
-        return YES
-    if k_nope.dtype in FP8_DTYPES:
-        return no(f"does not convert {k_nope.dtype} to {out.dtype}")
-    return accepts_fp8(out.device, out.dtype) if out.dtype in FP8_DTYPES else YES
+def q_all(call: QAll) -> torch.Tensor:
+    return _launch(call.q_nope, call.q_rope, call.output(), call.q_rope.stride(1))
 
 
-def mla_k(k_nope: torch.Tensor, k_rope: torch.Tensor, *, out: torch.Tensor) -> None:
-    _launch(k_nope, k_rope, out, 0)
+def declines_mla_k(call: MlaK) -> Reason:
+    source, target = call.k_nope.dtype, call.dtype
+    if source == target:
+        return None
+    if source in FP8_DTYPES:
+        return f"does not convert {source} to {target}"
+    return declines_fp8(call.arch, target) if target in FP8_DTYPES else None
 
 
-def compile_cases(arch: str) -> Iterator[CompileCase]:
+def mla_k(call: MlaK) -> torch.Tensor:
+    return _launch(call.k_nope, call.k_rope, call.output(), 0)
+
+
+def compile_cases(arch: str) -> Iterator[support.CompileCase]:
     strides = ("nope_stride_t", "nope_stride_h", "rope_stride_t", "rope_stride_h")
     copies = {"bf16": {"FP8": None, "FP8_MAX": 0.0}}
-    if has_e4m3(arch):
+    if support.has_e4m3(arch):
         copies["fp8"] = fp8_constants(arch_fp8_dtype(arch))
     for function, nope_dim in (("q_all", 512), ("mla_k", 128)):
         for target, constants in copies.items():
@@ -128,7 +133,7 @@ def compile_cases(arch: str) -> Iterator[CompileCase]:
                 continue  # q_all never converts
             for rows in (128, 1 << 20):
                 block, warps = _config(rows, nope_dim + 64)
-                yield CompileCase(
+                yield support.CompileCase(
                     f"{function}.{target}.rows{rows}",
                     _concat_kernel,
                     dict(nope_ptr="*bf16", rope_ptr="*bf16", out_ptr="*u8" if target == "fp8" else "*bf16")

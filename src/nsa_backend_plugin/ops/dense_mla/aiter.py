@@ -4,53 +4,32 @@ from __future__ import annotations
 
 import torch
 
-from nsa_backend_plugin.ops import aiter_mla
-from nsa_backend_plugin.ops.support import Support, no
+from nsa_backend_plugin.ops._torch.mla import Result
+from nsa_backend_plugin.ops._vendor import aiter_mla
+from nsa_backend_plugin.ops.call import Reason
+from nsa_backend_plugin.ops.dense_mla import Decode
+
+available = aiter_mla.available
 
 
-def available(arch: str) -> Support:
-    return aiter_mla.available(arch)
+def declines_decode(call: Decode) -> Reason:
+    if call.page_size != 1:
+        return f"page_size {call.page_size}: only 1"
+    if call.return_lse:
+        return "return_lse: its log-sum-exp covers splits, not rows"
+    if call.num_kv_splits is not None:
+        return "num_kv_splits is given: it chooses the splits itself"
+    if call.block_table.shape[1] == 0:
+        return "block_table has no pages"
+    return aiter_mla.limits(call)
 
 
-def accepts_decode(
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    softmax_scale: float,
-    *,
-    page_size: int,
-    value_dim: int,
-    num_kv_splits: int | None,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-    workspace: torch.Tensor | None,
-) -> Support:
-    if page_size != 1:
-        return no(f"page_size {page_size}: only 1")
-    if lse is not None:
-        return no("return_lse: its log-sum-exp covers splits, not rows")
-    if num_kv_splits is not None:
-        return no("num_kv_splits is given: it chooses the splits itself")
-    if block_table.shape[1] == 0:
-        return no("block_table has no pages")
-    return aiter_mla.fits(q, kv, value_dim)
+def decode(call: Decode) -> Result:
+    table, lengths = call.block_table, call.seq_lens
 
+    def ragged() -> tuple[torch.Tensor, torch.Tensor]:
+        used = torch.arange(table.shape[1], device=table.device) < lengths[:, None]
+        starts = aiter_mla.starts(lengths)
+        return aiter_mla.entries(table, used, starts), starts
 
-def decode(
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    softmax_scale: float,
-    *,
-    page_size: int,
-    value_dim: int,
-    num_kv_splits: int | None,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-    workspace: torch.Tensor | None,
-) -> None:
-    used = torch.arange(block_table.shape[1], device=q.device)[None, :] < seq_lens[:, None]
-    entries, starts = aiter_mla.ragged(block_table, used)
-    aiter_mla.decode(q, kv, entries, starts, softmax_scale, kv_scale=None, out=out)
+    return aiter_mla.decode(call, *call.step.once("aiter ragged", ragged, table, lengths), kv_scale=None)

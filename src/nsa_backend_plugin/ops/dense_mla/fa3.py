@@ -1,59 +1,29 @@
-"""FlashAttention 3 (sgl_kernel) over bf16 pages of 1 or 64 tokens, up to 64 heads, on Hopper.
+"""FlashAttention 3 (sgl_kernel) over bf16 pages, on Hopper.
 
-With more heads it loads whole pages, and NaN past a sequence's end spreads: its weight is 0, and 0 * NaN is NaN.
+With more than 64 heads it loads whole pages, and NaN past a sequence's end spreads: its weight is 0, and 0 * NaN is
+NaN. Such calls need the promise `kv_is_finite`.
 """
 
 from __future__ import annotations
 
-import torch
+from nsa_backend_plugin.ops._torch.mla import Result
+from nsa_backend_plugin.ops._vendor import fa3, mla
+from nsa_backend_plugin.ops.call import Reason
+from nsa_backend_plugin.ops.dense_mla import Decode
 
-from nsa_backend_plugin.ops import mla_vendor
-from nsa_backend_plugin.ops.support import Support, no
-
-_PAGE_SIZES = (1, 64)
 _MAX_HEADS = 64
 
-
-def available(arch: str) -> Support:
-    if arch != "sm_90":
-        return no(f"FlashAttention 3 with a latent value part needs sm_90, not {arch}")
-    return mla_vendor.can_import("sgl_kernel.flash_attn", "flash_attn_with_kvcache")
+available = fa3.available
 
 
-def accepts_decode(
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    softmax_scale: float,
-    *,
-    page_size: int,
-    value_dim: int,
-    num_kv_splits: int | None,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-    workspace: torch.Tensor | None,
-) -> Support:
-    if page_size not in _PAGE_SIZES:
-        return no(f"page_size {page_size}: only {' and '.join(map(str, _PAGE_SIZES))}")
-    if q.shape[1] > _MAX_HEADS:
-        return no(f"{q.shape[1]} heads: at most {_MAX_HEADS}, it would read the last page past its length")
-    return mla_vendor.fits(q, kv, value_dim, page_size)
+def declines_decode(call: Decode) -> Reason:
+    heads = call.q.shape[1]
+    if heads > _MAX_HEADS and not call.kv_is_finite:
+        return f"{heads} heads: with more than {_MAX_HEADS} it reads the last page past its length, see kv_is_finite"
+    if call.block_table.shape[1] == 0:
+        return "block_table has no pages"
+    return mla.limits(call, call.page_size)
 
 
-def decode(
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    softmax_scale: float,
-    *,
-    page_size: int,
-    value_dim: int,
-    num_kv_splits: int | None,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-    workspace: torch.Tensor | None,
-) -> None:
-    splits = num_kv_splits or 0  # 0: FA3's own choice
-    mla_vendor.fa3_decode(q, kv, block_table, seq_lens, softmax_scale, page_size, value_dim, splits, out, lse)
+def decode(call: Decode) -> Result:
+    return fa3.decode(call, call.block_table, call.seq_lens, call.page_size, call.num_kv_splits or 0, shared=True)

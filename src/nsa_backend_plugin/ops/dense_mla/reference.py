@@ -4,32 +4,23 @@ from __future__ import annotations
 
 import torch
 
-from nsa_backend_plugin.ops.sparse_mla.reference import softmax_attention
-from nsa_backend_plugin.ops.support import YES, Support
+from nsa_backend_plugin.ops._torch.mla import Result, result, softmax_attention
+from nsa_backend_plugin.ops.call import Reason
+from nsa_backend_plugin.ops.dense_mla import Decode
 
 
-def available(arch: str) -> Support:
-    return YES
+def available(arch: str) -> Reason:
+    return None
 
 
-def decode(
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    softmax_scale: float,
-    *,
-    page_size: int,
-    value_dim: int,
-    num_kv_splits: int | None,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-    workspace: torch.Tensor | None,
-) -> None:
-    for b, length in enumerate(seq_lens.tolist()):
-        position = torch.arange(length, device=q.device)
-        slots = block_table[b, position // page_size].long() * page_size + position % page_size
-        token_out, token_lse = softmax_attention(q[b], kv[slots, 0].float(), softmax_scale, value_dim)
+def decode(call: Decode) -> Result:
+    out, lse, page_size = call.output(), call.new_lse(), call.page_size
+    for b, length in enumerate(call.seq_lens.tolist()):
+        position = torch.arange(length, device=call.q.device)
+        slots = call.block_table[b, position // page_size].long() * page_size + position % page_size
+        latent = call.kv[slots, 0].float()
+        token_out, token_lse = softmax_attention(call.q[b], latent, call.softmax_scale, call.value_dim)
         out[b] = token_out.to(out.dtype)
         if lse is not None:
             lse[b] = token_lse
+    return result(out, lse)

@@ -2,71 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
-from nsa_backend_plugin.ops import mla_launch, triton_support
-from nsa_backend_plugin.ops.arch import device_arch
-from nsa_backend_plugin.ops.support import Support, no
+from nsa_backend_plugin.ops._torch.mla import Result
+from nsa_backend_plugin.ops._triton import mla_launch, support
+from nsa_backend_plugin.ops.arch import core_count
+from nsa_backend_plugin.ops.call import Reason
+from nsa_backend_plugin.ops.dense_mla import Decode
 
-available = triton_support.available_for_large_tiles
+available = support.available_for_large_tiles
 
 
-def accepts_decode(
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    softmax_scale: float,
-    *,
-    value_dim: int,
-    num_kv_splits: int | None,
-    **_: object,
-) -> Support:
-    if num_kv_splits is not None and num_kv_splits > mla_launch.MAX_FORCED_SPLITS:
-        return no(f"num_kv_splits={num_kv_splits}: at most {mla_launch.MAX_FORCED_SPLITS}")
-    return mla_launch.accepts(q, kv, "bf16", value_dim)
+def declines_decode(call: Decode) -> Reason:
+    if call.num_kv_splits is not None and call.num_kv_splits > mla_launch.MAX_FORCED_SPLITS:
+        return f"num_kv_splits={call.num_kv_splits}: at most {mla_launch.MAX_FORCED_SPLITS}"
+    return mla_launch.declines(call, "bf16")
 
 
 def workspace_bytes_decode(
     device: torch.device, max_batch: int, heads: int, value_dim: int, num_kv_splits: int | None
 ) -> int:
-    return mla_launch.workspace_bytes(device_arch(device), max_batch, heads, value_dim, num_kv_splits)
+    return mla_launch.workspace_bytes(core_count(device), max_batch, heads, value_dim, num_kv_splits)
 
 
-def decode(
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    softmax_scale: float,
-    *,
-    page_size: int,
-    value_dim: int,
-    num_kv_splits: int | None,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-    workspace: torch.Tensor | None,
-) -> None:
-    batch, heads, _ = q.shape
-    arch = device_arch(q.device)
-    config = mla_launch.tile(arch, "pages", heads)
-    splits = num_kv_splits or mla_launch.split_count(arch, batch, heads, block_table.shape[1] * page_size, config)
-    mla_launch.attend(
-        q,
-        kv,
-        block_table,
-        seq_lens,
-        softmax_scale,
+def decode(call: Decode) -> Result:
+    batch, heads, _ = call.q.shape
+    config = mla_launch.tile(call.arch, "pages", heads)
+    context = call.block_table.shape[1] * call.page_size
+    splits = call.num_kv_splits or mla_launch.split_count(core_count(call.q.device), batch, heads, context, config)
+    return mla_launch.attend(
+        call,
+        call.block_table,
+        call.seq_lens,
         kind="bf16",
         kv_scale=None,
-        page_size=page_size,
+        page_size=call.page_size,
         config=config,
         splits=splits,
-        out=out,
-        lse=lse,
-        workspace=workspace,
     )
 
 
-def compile_cases(arch: str) -> list[triton_support.CompileCase]:
+def compile_cases(arch: str) -> Iterator[support.CompileCase]:
     return mla_launch.compile_cases(arch, ["pages"], [1, 64])

@@ -5,76 +5,59 @@ from __future__ import annotations
 import torch
 
 from nsa_backend_plugin.layouts import INDEX_DIM
-from nsa_backend_plugin.ops.arch import fp8_dtype as device_fp8_dtype
-from nsa_backend_plugin.ops.arch import is_rocm
-from nsa_backend_plugin.ops.support import YES, Support, needs_module, no
+from nsa_backend_plugin.ops._vendor import probe
+from nsa_backend_plugin.ops.arch import arch_fp8_dtype, is_rocm
+from nsa_backend_plugin.ops.call import Reason
+from nsa_backend_plugin.ops.index_key_cache import Gather, Store
 
 
-def available(arch: str) -> Support:
-    return needs_module("aiter") if is_rocm(arch) else no("AITER is ROCm only")
+def available(arch: str) -> Reason:
+    if not is_rocm(arch):
+        return f"AITER needs a ROCm GPU, not {arch}"
+    return probe.missing("aiter", "indexer_k_quant_and_cache", "cp_gather_indexer_k_quant_cache")
 
 
-def _accepts(device: torch.device, fp8_dtype: torch.dtype) -> Support:
-    native = device_fp8_dtype(device)
-    return YES if fp8_dtype == native else no(f"writes and reads {native}, not {fp8_dtype}")
+def _declines_flavour(call: Store | Gather) -> Reason:
+    native = arch_fp8_dtype(call.arch)
+    return None if call.fp8_dtype == native else f"writes and reads {native}, not {call.fp8_dtype}"
 
 
-def accepts_store(key: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor, *, fp8_dtype, **_) -> Support:
-    if key.dtype == torch.float32:
-        return no("takes bf16 and fp16 keys, not fp32")
-    return _accepts(cache.device, fp8_dtype)
+def declines_store(call: Store) -> Reason:
+    if call.key.dtype == torch.float32:
+        return "takes bf16 and fp16 keys, not fp32"
+    return _declines_flavour(call)
 
 
-def accepts_gather(cache: torch.Tensor, block_table, seq_lens, *, fp8_dtype: torch.dtype, **_) -> Support:
-    return _accepts(cache.device, fp8_dtype)
+declines_gather = _declines_flavour
 
 
-def store(
-    key: torch.Tensor,
-    cache: torch.Tensor,
-    slots: torch.Tensor,
-    *,
-    layout: str,
-    scale_format: str,
-    page_size: int,
-    fp8_dtype: torch.dtype,
-) -> None:
+def store(call: Store) -> None:
     import aiter
 
-    if key.shape[0] == 0:
+    if call.key.shape[0] == 0:
         return
     aiter.indexer_k_quant_and_cache(
-        key.contiguous(),
-        cache.view(-1, page_size, INDEX_DIM + 4).view(fp8_dtype),
-        slots.long().contiguous(),
+        call.key.contiguous(),
+        call.cache.view(-1, call.page_size, INDEX_DIM + 4).view(call.fp8_dtype),
+        call.slots.long().contiguous(),
         INDEX_DIM,  # one scale per token
-        "ue8m0" if scale_format == "ue8m0" else "",
-        preshuffle=layout == "preshuffled",
+        "ue8m0" if call.scale_format == "ue8m0" else "",
+        preshuffle=call.layout == "preshuffled",
     )
 
 
-def gather(
-    cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    *,
-    layout: str,
-    page_size: int,
-    total_tokens: int,
-    fp8_dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def gather(call: Gather) -> tuple[torch.Tensor, torch.Tensor]:
     import aiter
 
-    value = torch.empty(total_tokens, INDEX_DIM, dtype=fp8_dtype, device=cache.device)
-    scale = torch.empty(total_tokens, 4, dtype=torch.uint8, device=cache.device)
-    if total_tokens:
-        ends = torch.nn.functional.pad(seq_lens.cumsum(0, dtype=torch.int32), (1, 0))
+    value, scale = call.output()
+    if call.total_tokens:
+        ends = torch.nn.functional.pad(call.seq_lens.cumsum(0, dtype=torch.int32), (1, 0))
         aiter.cp_gather_indexer_k_quant_cache(
-            cache.view(-1, page_size, INDEX_DIM + 4).view(fp8_dtype),
+            call.cache.view(-1, call.page_size, INDEX_DIM + 4).view(call.fp8_dtype),
             value,
-            scale,
-            block_table.contiguous(),
+            scale.view(torch.uint8).view(-1, 4),
+            call.block_table.contiguous(),
             ends,
-            preshuffle=layout == "preshuffled",
+            preshuffle=call.layout == "preshuffled",
         )
-    return value, scale.view(torch.float32).squeeze(-1)
+    return value, scale

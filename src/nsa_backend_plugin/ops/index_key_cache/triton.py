@@ -9,45 +9,17 @@ import triton
 import triton.language as tl
 
 from nsa_backend_plugin.layouts import INDEX_DIM, INDEX_LAYOUTS, INDEX_PAGE_SIZE, SCALE_FORMATS
-from nsa_backend_plugin.ops.support import Support
-from nsa_backend_plugin.ops.triton_quant import accepts_fp8, arch_fp8_dtype, fp8_constants, scale_from_amax, to_fp8
-from nsa_backend_plugin.ops.triton_support import CompileCase, available, has_e4m3
+from nsa_backend_plugin.ops._triton.index_pages import scale_offset, store_rows, value_offsets
+from nsa_backend_plugin.ops._triton.launch import launch
+from nsa_backend_plugin.ops._triton.quant import declines_fp8, fp8_constants
+from nsa_backend_plugin.ops._triton.support import CompileCase, available, has_e4m3
+from nsa_backend_plugin.ops.arch import arch_fp8_dtype
+from nsa_backend_plugin.ops.call import Reason
+from nsa_backend_plugin.ops.index_key_cache import Gather, Store
 
-__all__ = ["accepts_store", "available", "compile_cases", "gather", "store", "store_rows"]
+__all__ = ["available", "compile_cases", "declines_store", "gather", "store"]
 
 _DIM = tl.constexpr(INDEX_DIM)
-
-
-@triton.jit
-def _value_offsets(token, PRESHUFFLED: tl.constexpr):
-    """Byte offsets [tokens, 128] of the values of a page's tokens (`layouts.index_value_offsets`)."""
-    token = token[:, None]
-    dim = tl.arange(0, _DIM)[None, :]
-    if PRESHUFFLED:
-        return (token // 16) * (16 * _DIM) + (dim // 16) * 256 + (token % 16) * 16 + dim % 16
-    return token * _DIM + dim
-
-
-@triton.jit
-def store_rows(
-    x,
-    slot,
-    cache_ptr,
-    PAGE_SIZE: tl.constexpr,
-    PRESHUFFLED: tl.constexpr,
-    UE8M0: tl.constexpr,
-    FP8: tl.constexpr,
-    FP8_MAX: tl.constexpr,
-):
-    """Quantize rows x [tokens, 128] fp32 and write them into their slots [tokens] int64; negative = skip."""
-    scale = scale_from_amax(tl.max(tl.abs(x), axis=1), FP8_MAX, UE8M0)
-    value = to_fp8(x, scale[:, None], FP8, FP8_MAX, UE8M0)
-    keep = slot >= 0
-    token = (slot % PAGE_SIZE).to(tl.int32)
-    page_ptr = cache_ptr + (slot // PAGE_SIZE) * (PAGE_SIZE * (_DIM + 4))
-    tl.store(page_ptr[:, None] + _value_offsets(token, PRESHUFFLED), value, mask=keep[:, None])
-    scale_ptr = (page_ptr + PAGE_SIZE * _DIM + 4 * token).to(tl.pointer_type(tl.float32))
-    tl.store(scale_ptr, scale, mask=keep)
 
 
 @triton.jit
@@ -107,9 +79,9 @@ def _gather_kernel(
         token = (position % PAGE_SIZE).to(tl.int32)
         row = tl.sum(tl.where(past, lens, 0)) + position
         inside = (position < length) & (row < total)
-        value = tl.load(page_ptr + _value_offsets(token, PRESHUFFLED), mask=inside[:, None])
+        value = tl.load(page_ptr + value_offsets(token, PRESHUFFLED), mask=inside[:, None])
         tl.store(value_ptr + row[:, None] * _DIM + tl.arange(0, _DIM)[None, :], value, mask=inside[:, None])
-        page_scale_ptr = (page_ptr + PAGE_SIZE * _DIM).to(tl.pointer_type(tl.float32))
+        page_scale_ptr = (page_ptr + scale_offset(0, PAGE_SIZE, _DIM)).to(tl.pointer_type(tl.float32))
         tl.store(scale_ptr + row, tl.load(page_scale_ptr + token, mask=inside), mask=inside)
 
 
@@ -124,73 +96,58 @@ def _gather_config(batch: int, page_size: int) -> tuple[int, int, int]:
     return block, max(16, triton.next_power_of_2(batch)), 4
 
 
-def accepts_store(key: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor, *, fp8_dtype, **_) -> Support:
-    return accepts_fp8(cache.device, fp8_dtype)
+def declines_store(call: Store) -> Reason:
+    return declines_fp8(call.arch, call.fp8_dtype)
 
 
-def store(
-    key: torch.Tensor,
-    cache: torch.Tensor,
-    slots: torch.Tensor,
-    *,
-    layout: str,
-    scale_format: str,
-    page_size: int,
-    fp8_dtype: torch.dtype,
-) -> None:
-    tokens = key.shape[0]
+def store(call: Store) -> None:
+    tokens = call.key.shape[0]
     if tokens == 0:
         return
     block, warps = _store_config(tokens)
-    _store_kernel[(triton.cdiv(tokens, block),)](
-        key,
-        cache,
-        slots,
+    launch(
+        _store_kernel,
+        (triton.cdiv(tokens, block),),
+        call.key,
+        call.cache,
+        call.slots,
         tokens,
-        key.stride(0),
-        slots.stride(0),
-        PAGE_SIZE=page_size,
-        PRESHUFFLED=layout == "preshuffled",
-        UE8M0=scale_format == "ue8m0",
+        call.key.stride(0),
+        call.slots.stride(0),
+        PAGE_SIZE=call.page_size,
+        PRESHUFFLED=call.layout == "preshuffled",
+        UE8M0=call.scale_format == "ue8m0",
         BLOCK=block,
         num_warps=warps,
-        **fp8_constants(fp8_dtype),
+        **fp8_constants(call.fp8_dtype),
     )
 
 
-def gather(
-    cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    *,
-    layout: str,
-    page_size: int,
-    total_tokens: int,
-    fp8_dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    value = torch.empty(total_tokens, INDEX_DIM, dtype=torch.uint8, device=cache.device)
-    scale = torch.empty(total_tokens, dtype=torch.float32, device=cache.device)
-    batch = block_table.shape[0]
-    if total_tokens:
-        block, padded_batch, warps = _gather_config(batch, page_size)
-        _gather_kernel[(total_tokens // block + batch,)](
-            cache,
-            block_table,
-            seq_lens,
-            value,
+def gather(call: Gather) -> tuple[torch.Tensor, torch.Tensor]:
+    value, scale = call.output()
+    batch = call.block_table.shape[0]
+    if call.total_tokens:
+        block, padded_batch, warps = _gather_config(batch, call.page_size)
+        launch(
+            _gather_kernel,
+            (call.total_tokens // block + batch,),
+            call.cache,
+            call.block_table,
+            call.seq_lens,
+            value.view(torch.uint8),
             scale,
             batch,
-            total_tokens,
-            block_table.stride(0),
-            block_table.stride(1),
-            seq_lens.stride(0),
-            PAGE_SIZE=page_size,
-            PRESHUFFLED=layout == "preshuffled",
+            call.total_tokens,
+            call.block_table.stride(0),
+            call.block_table.stride(1),
+            call.seq_lens.stride(0),
+            PAGE_SIZE=call.page_size,
+            PRESHUFFLED=call.layout == "preshuffled",
             BLOCK=block,
             BATCH=padded_batch,
             num_warps=warps,
         )
-    return value.view(fp8_dtype), scale
+    return value, scale
 
 
 def compile_cases(arch: str) -> Iterator[CompileCase]:

@@ -6,20 +6,85 @@ RoPE acts on the first `cos_sin_cache.shape[1]` of the 128 dimensions.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
 
 from nsa_backend_plugin.layouts import FP8_DTYPES, INDEX_DIM, INDEX_PAGE_SIZE, SCALE_FORMATS
 from nsa_backend_plugin.ops import checks
-from nsa_backend_plugin.ops.arch import fp8_dtype as device_fp8_dtype
-from nsa_backend_plugin.ops.index_key_cache import check_cache
-from nsa_backend_plugin.ops.registry import Operation
-from nsa_backend_plugin.ops.rotary import check_rope
-
-_query = Operation("indexer_prep", "query")
-_key_store = Operation("indexer_prep", "key_store")
-NORMS = ("layer", "rms")
+from nsa_backend_plugin.ops._torch import index_pages
+from nsa_backend_plugin.ops._torch.norm import NORMS
+from nsa_backend_plugin.ops._torch.rotary import check_rope
+from nsa_backend_plugin.ops.arch import arch_fp8_dtype, device_arch
+from nsa_backend_plugin.ops.call import Call, Fact, Step
+from nsa_backend_plugin.ops.dispatch import operation
 
 
+@dataclass(slots=True, eq=False, kw_only=True)
+class Query(Call[tuple[torch.Tensor, torch.Tensor]]):
+    """The arguments of `query`."""
+
+    q: torch.Tensor
+    head_gate: torch.Tensor
+    positions: torch.Tensor
+    cos_sin_cache: torch.Tensor
+    weight_scale: float
+    is_neox: bool
+    hadamard: bool
+    scale_format: str
+    fp8_dtype: torch.dtype
+
+    def facts(self) -> Mapping[str, Fact]:
+        return {
+            "tokens": self.q.shape[0],
+            "heads": self.q.shape[1],
+            "dtype": str(self.q.dtype),
+            "rope_dim": self.cos_sin_cache.shape[1],
+            "is_neox": self.is_neox,
+            "scale_format": self.scale_format,
+        }
+
+    def output(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """New (q_fp8 [T, H, 128], weights [T, H])."""
+        q_fp8 = torch.empty(self.q.shape, dtype=self.fp8_dtype, device=self.q.device)
+        return q_fp8, torch.empty(self.q.shape[:2], dtype=torch.float32, device=self.q.device)
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class KeyStore(Call[None]):
+    """The arguments of `key_store`."""
+
+    key: torch.Tensor
+    norm_weight: torch.Tensor
+    norm_bias: torch.Tensor | None
+    positions: torch.Tensor
+    cos_sin_cache: torch.Tensor
+    cache: torch.Tensor
+    slots: torch.Tensor
+    is_neox: bool
+    norm: str
+    eps: float
+    hadamard: bool
+    layout: str
+    scale_format: str
+    page_size: int
+    fp8_dtype: torch.dtype
+
+    def facts(self) -> Mapping[str, Fact]:
+        return {
+            "tokens": self.key.shape[0],
+            "dtype": str(self.key.dtype),
+            "rope_dim": self.cos_sin_cache.shape[1],
+            "is_neox": self.is_neox,
+            "norm": self.norm,
+            "layout": self.layout,
+            "scale_format": self.scale_format,
+            "page_size": self.page_size,
+        }
+
+
+@operation
 def query(
     q: torch.Tensor,
     head_gate: torch.Tensor,
@@ -31,14 +96,18 @@ def query(
     hadamard: bool = True,
     scale_format: str = "fp32",
     fp8_dtype: torch.dtype | None = None,
+    step: Step | None = None,
     impl: str | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Query:
     """RoPE, Hadamard and quantize the indexer's query, and fold its scale into the head gates.
 
-    q: [T, H, 128] bf16/fp16/fp32. head_gate: [T, H], any float dtype, rows strided freely. positions: [T].
+    q: [T, H, 128] bf16/fp16/fp32, tokens and heads strided freely. head_gate: [T, H], any float dtype, rows strided
+    freely. positions: [T] int32/int64, rows of cos_sin_cache.
     cos_sin_cache: [max_position, rope_dim] fp32, cosines then sines. weight_scale: softmax scale * H**-0.5.
-    Returns (q_fp8 [T, H, 128], weights [T, H] fp32) with weights = head_gate * q_scale * weight_scale.
-    Raises ValueError for bad shapes, dtypes, devices or names. Source: DeepSeek-V3.2 indexer.
+    scale_format, fp8_dtype: as `index_key_cache.store`.
+    Returns (q_fp8 [T, H, 128], weights [T, H] fp32), both contiguous, weights = head_gate * q_scale * weight_scale.
+    Raises ValueError for bad shapes, dtypes, strides, devices or names, and on CPU for positions out of range.
+    Source: DeepSeek-V3.2 indexer.
     """
     checks.tensor("q", q, (None, None, INDEX_DIM), checks.FLOAT_DTYPES)
     checks.inner_contiguous("q", q)
@@ -46,29 +115,30 @@ def query(
     checks.inner_contiguous("head_gate", head_gate)
     check_rope(positions, cos_sin_cache, q.shape[0], q.device)
     checks.require(cos_sin_cache.shape[1] <= INDEX_DIM, "cos_sin_cache.shape[1]", cos_sin_cache.shape[1], "at most 128")
+    checks.finite("weight_scale", weight_scale)
+    checks.choice("is_neox", is_neox, (False, True))
+    checks.choice("hadamard", hadamard, (False, True))
     checks.choice("scale_format", scale_format, SCALE_FORMATS)
-    dtype = fp8_dtype or device_fp8_dtype(q.device)
+    arch = device_arch(q.device)
+    dtype = fp8_dtype or arch_fp8_dtype(arch)
     checks.choice("fp8_dtype", dtype, FP8_DTYPES)
-    q_fp8 = torch.empty(q.shape, dtype=dtype, device=q.device)
-    weights = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    _query(
-        impl,
-        q.device,
-        {"tokens": q.shape[0], "heads": q.shape[1]},
-        q,
-        head_gate,
-        positions,
-        cos_sin_cache,
+    return Query(
+        arch=arch,
+        step=step or Step(),
+        impl=impl,
+        q=q,
+        head_gate=head_gate,
+        positions=positions,
+        cos_sin_cache=cos_sin_cache,
         weight_scale=weight_scale,
         is_neox=is_neox,
         hadamard=hadamard,
         scale_format=scale_format,
-        q_fp8=q_fp8,
-        weights=weights,
+        fp8_dtype=dtype,
     )
-    return q_fp8, weights
 
 
+@operation
 def key_store(
     key: torch.Tensor,
     norm_weight: torch.Tensor,
@@ -86,19 +156,23 @@ def key_store(
     scale_format: str = "fp32",
     page_size: int = INDEX_PAGE_SIZE,
     fp8_dtype: torch.dtype | None = None,
+    step: Step | None = None,
     impl: str | None = None,
-) -> None:
+) -> KeyStore:
     """Norm, RoPE, Hadamard and quantize the indexer's key and store it into its page.
 
-    key: [T, 128] bf16/fp16/fp32, rows strided freely. norm_weight, norm_bias: [128] (bias None for "rms").
-    cache, slots, layout, scale_format, page_size, fp8_dtype: as `index_key_cache.store`.
-    Raises ValueError for bad shapes, dtypes, devices, names or slots. Source: DeepSeek-V3.2 indexer.
+    key: [T, 128] bf16/fp16/fp32, rows strided freely. norm_weight, norm_bias: [128] (bias None for "rms"), contiguous.
+    positions, cos_sin_cache: as `query`.
+    cache, slots, layout, scale_format, page_size, fp8_dtype: as `index_key_cache.store`. Returns None.
+    Raises ValueError for bad shapes, dtypes, strides, devices or names, and on CPU for positions or slots out of range.
+    Source: DeepSeek-V3.2 indexer.
     """
-    check_cache(cache, layout, page_size)
+    index_pages.check(cache, layout, page_size)
     checks.tensor("key", key, (None, INDEX_DIM), checks.FLOAT_DTYPES, cache.device)
     checks.inner_contiguous("key", key)
     checks.choice("norm", norm, NORMS)
     checks.tensor("norm_weight", norm_weight, (INDEX_DIM,), checks.FLOAT_DTYPES, cache.device)
+    checks.contiguous("norm_weight", norm_weight)
     checks.require(
         (norm_bias is not None) == (norm == "layer"),
         "norm_bias",
@@ -107,24 +181,29 @@ def key_store(
     )
     if norm_bias is not None:
         checks.tensor("norm_bias", norm_bias, (INDEX_DIM,), checks.FLOAT_DTYPES, cache.device)
+        checks.contiguous("norm_bias", norm_bias)
     check_rope(positions, cos_sin_cache, key.shape[0], cache.device)
     checks.require(cos_sin_cache.shape[1] <= INDEX_DIM, "cos_sin_cache.shape[1]", cos_sin_cache.shape[1], "at most 128")
     checks.tensor("slots", slots, (key.shape[0],), checks.INT_DTYPES, cache.device)
     checks.index_range("slots", slots, -(2**62), cache.shape[0] * page_size)
+    checks.positive_number("eps", eps)
+    checks.choice("is_neox", is_neox, (False, True))
+    checks.choice("hadamard", hadamard, (False, True))
     checks.choice("scale_format", scale_format, SCALE_FORMATS)
-    dtype = fp8_dtype or device_fp8_dtype(cache.device)
+    arch = device_arch(cache.device)
+    dtype = fp8_dtype or arch_fp8_dtype(arch)
     checks.choice("fp8_dtype", dtype, FP8_DTYPES)
-    _key_store(
-        impl,
-        cache.device,
-        {"tokens": key.shape[0], "layout": layout},
-        key,
-        norm_weight,
-        norm_bias,
-        positions,
-        cos_sin_cache,
-        cache,
-        slots,
+    return KeyStore(
+        arch=arch,
+        step=step or Step(),
+        impl=impl,
+        key=key,
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+        positions=positions,
+        cos_sin_cache=cos_sin_cache,
+        cache=cache,
+        slots=slots,
         is_neox=is_neox,
         norm=norm,
         eps=eps,

@@ -10,15 +10,17 @@ import triton
 import triton.language as tl
 
 from nsa_backend_plugin.layouts import INDEX_DIM, INDEX_LAYOUTS, INDEX_PAGE_SIZE, SCALE_FORMATS
-from nsa_backend_plugin.ops import early_launch
-from nsa_backend_plugin.ops.arch import device_arch, launches_early
-from nsa_backend_plugin.ops.early_launch import await_predecessor
-from nsa_backend_plugin.ops.index_key_cache.triton import store_rows
-from nsa_backend_plugin.ops.support import Support, no
-from nsa_backend_plugin.ops.triton_quant import accepts_fp8, arch_fp8_dtype, fp8_constants, scale_from_amax, to_fp8
-from nsa_backend_plugin.ops.triton_support import CompileCase, available, has_e4m3
+from nsa_backend_plugin.ops._triton import early_launch
+from nsa_backend_plugin.ops._triton.early_launch import await_predecessor
+from nsa_backend_plugin.ops._triton.index_pages import store_rows
+from nsa_backend_plugin.ops._triton.launch import launch
+from nsa_backend_plugin.ops._triton.quant import declines_fp8, fp8_constants, scale_from_amax, to_fp8
+from nsa_backend_plugin.ops._triton.support import CompileCase, available, has_e4m3
+from nsa_backend_plugin.ops.arch import arch_fp8_dtype, launches_early
+from nsa_backend_plugin.ops.call import Reason
+from nsa_backend_plugin.ops.indexer_prep import KeyStore, Query
 
-__all__ = ["accepts_key_store", "accepts_query", "available", "compile_cases", "key_store", "query"]
+__all__ = ["available", "compile_cases", "declines_key_store", "declines_query", "key_store", "query"]
 
 # A row of 128 lies as 16 chunks of 8: a lane holds a chunk, 16 neighbouring lanes a row. Steps within a chunk stay in
 # registers, steps between chunks are warp shuffles (`tl.gather` along the chunk axis), and shared memory stays unused.
@@ -189,110 +191,82 @@ def _config(rows: int) -> tuple[int, int]:
     return (8, 4) if rows <= 4096 else (16, 4)
 
 
-def _accepts(device: torch.device, fp8_dtype: torch.dtype, rope_dim: int, is_neox: bool) -> Support:
-    if is_neox and rope_dim % (2 * _CHUNK.value):
-        return no(f"neox rotation of {rope_dim} dimensions is not in halves of whole {_CHUNK.value}-element chunks")
-    return accepts_fp8(device, fp8_dtype)
+def _declines(call: Query | KeyStore) -> Reason:
+    rope_dim = call.cos_sin_cache.shape[1]
+    if call.is_neox and rope_dim % (2 * _CHUNK.value):
+        return f"neox rotation of {rope_dim} dimensions is not in halves of whole {_CHUNK.value}-element chunks"
+    return declines_fp8(call.arch, call.fp8_dtype)
 
 
-def accepts_query(q, head_gate, positions, cos_sin_cache: torch.Tensor, *, is_neox: bool, q_fp8, **_) -> Support:
-    return _accepts(q.device, q_fp8.dtype, cos_sin_cache.shape[1], is_neox)
+declines_query = _declines
+declines_key_store = _declines
 
 
-def accepts_key_store(
-    key, norm_weight, norm_bias, positions, cos_sin_cache: torch.Tensor, cache, slots, *, is_neox: bool, fp8_dtype, **_
-) -> Support:
-    return _accepts(cache.device, fp8_dtype, cos_sin_cache.shape[1], is_neox)
-
-
-def query(
-    q: torch.Tensor,
-    head_gate: torch.Tensor,
-    positions: torch.Tensor,
-    cos_sin_cache: torch.Tensor,
-    *,
-    weight_scale: float,
-    is_neox: bool,
-    hadamard: bool,
-    scale_format: str,
-    q_fp8: torch.Tensor,
-    weights: torch.Tensor,
-) -> None:
-    tokens, heads, _ = q.shape
+def query(call: Query) -> tuple[torch.Tensor, torch.Tensor]:
+    q_fp8, weights = call.output()
+    tokens, heads, _ = call.q.shape
     rows = tokens * heads
     if rows == 0:
-        return
+        return q_fp8, weights
     block, warps = _config(rows)
-    _query_kernel[(triton.cdiv(rows, block),)](
-        q,
-        head_gate,
-        positions,
-        cos_sin_cache,
+    launch(
+        _query_kernel,
+        (triton.cdiv(rows, block),),
+        call.q,
+        call.head_gate,
+        call.positions,
+        call.cos_sin_cache,
         q_fp8.view(torch.uint8),
         weights,
-        weight_scale,
+        call.weight_scale,
         tokens,
-        q.stride(0),
-        q.stride(1),
-        head_gate.stride(0),
-        positions.stride(0),
+        call.q.stride(0),
+        call.q.stride(1),
+        call.head_gate.stride(0),
+        call.positions.stride(0),
         HEADS=heads,
-        ROPE=cos_sin_cache.shape[1],
-        NEOX=is_neox,
-        HADAMARD=hadamard,
-        UE8M0=scale_format == "ue8m0",
+        ROPE=call.cos_sin_cache.shape[1],
+        NEOX=call.is_neox,
+        HADAMARD=call.hadamard,
+        UE8M0=call.scale_format == "ue8m0",
         BLOCK=block,
         num_warps=warps,
-        **fp8_constants(q_fp8.dtype),
-        **early_launch.options(device_arch(q.device)),
+        **fp8_constants(call.fp8_dtype),
+        **early_launch.options(call.arch),
     )
+    return q_fp8, weights
 
 
-def key_store(
-    key: torch.Tensor,
-    norm_weight: torch.Tensor,
-    norm_bias: torch.Tensor | None,
-    positions: torch.Tensor,
-    cos_sin_cache: torch.Tensor,
-    cache: torch.Tensor,
-    slots: torch.Tensor,
-    *,
-    is_neox: bool,
-    norm: str,
-    eps: float,
-    hadamard: bool,
-    layout: str,
-    scale_format: str,
-    page_size: int,
-    fp8_dtype: torch.dtype,
-) -> None:
-    tokens = key.shape[0]
+def key_store(call: KeyStore) -> None:
+    tokens = call.key.shape[0]
     if tokens == 0:
         return
     block, warps = _config(tokens)
-    _key_kernel[(triton.cdiv(tokens, block),)](
-        key,
-        norm_weight,
-        norm_bias,
-        positions,
-        cos_sin_cache,
-        cache,
-        slots,
-        eps,
+    launch(
+        _key_kernel,
+        (triton.cdiv(tokens, block),),
+        call.key,
+        call.norm_weight,
+        call.norm_bias,
+        call.positions,
+        call.cos_sin_cache,
+        call.cache,
+        call.slots,
+        call.eps,
         tokens,
-        key.stride(0),
-        positions.stride(0),
-        slots.stride(0),
-        ROPE=cos_sin_cache.shape[1],
-        NEOX=is_neox,
-        HADAMARD=hadamard,
-        PAGE_SIZE=page_size,
-        PRESHUFFLED=layout == "preshuffled",
-        UE8M0=scale_format == "ue8m0",
+        call.key.stride(0),
+        call.positions.stride(0),
+        call.slots.stride(0),
+        ROPE=call.cos_sin_cache.shape[1],
+        NEOX=call.is_neox,
+        HADAMARD=call.hadamard,
+        PAGE_SIZE=call.page_size,
+        PRESHUFFLED=call.layout == "preshuffled",
+        UE8M0=call.scale_format == "ue8m0",
         BLOCK=block,
         num_warps=warps,
-        **fp8_constants(fp8_dtype),
-        **early_launch.options(device_arch(cache.device)),
+        **fp8_constants(call.fp8_dtype),
+        **early_launch.options(call.arch),
     )
 
 

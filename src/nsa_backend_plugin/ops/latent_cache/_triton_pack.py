@@ -9,15 +9,15 @@ import torch
 import triton
 import triton.language as tl
 
-from nsa_backend_plugin.layouts import LATENT_DIM, LATENT_TILE, ROPE_DIM, packed_latent_bytes
-from nsa_backend_plugin.ops import early_launch
-from nsa_backend_plugin.ops.arch import device_arch, launches_early
-from nsa_backend_plugin.ops.early_launch import await_predecessor
-from nsa_backend_plugin.ops.support import Support, no
-from nsa_backend_plugin.ops.triton_quant import accepts_fp8, arch_fp8_dtype, fp8_constants, scale_from_amax, to_fp8
-from nsa_backend_plugin.ops.triton_support import CompileCase, has_e4m3
-
-PACKED_FP8 = torch.float8_e4m3fn
+from nsa_backend_plugin.layouts import LATENT_DIM, LATENT_TILE, PACKED_FP8, ROPE_DIM, packed_latent_bytes
+from nsa_backend_plugin.ops._triton import early_launch
+from nsa_backend_plugin.ops._triton.early_launch import await_predecessor
+from nsa_backend_plugin.ops._triton.launch import launch
+from nsa_backend_plugin.ops._triton.quant import declines_fp8, fp8_constants, scale_from_amax, to_fp8
+from nsa_backend_plugin.ops._triton.support import CompileCase, has_e4m3
+from nsa_backend_plugin.ops.arch import arch_fp8_dtype, launches_early
+from nsa_backend_plugin.ops.call import Reason
+from nsa_backend_plugin.ops.latent_cache import Dequantize, Quantize
 
 
 @triton.jit
@@ -36,6 +36,13 @@ def pack_values(
     value = to_fp8(x, scale, FP8, FP8_MAX, False)
     tl.store(row_ptr + tile * TILE + tl.arange(0, TILE)[None, :], value, mask=keep)
     tl.store((row_ptr + VALUE_DIM + 4 * tile).to(tl.pointer_type(tl.float32)), scale, mask=keep)
+
+
+@triton.jit
+def _rope_ptr(packed_ptr, row, ROW_BYTES: tl.constexpr, ROPE: tl.constexpr, DTYPE: tl.constexpr):
+    """Start of the unquantized end of packed rows."""
+    BYTES: tl.constexpr = ROPE * (DTYPE.primitive_bitwidth // 8)
+    return (packed_ptr + row * ROW_BYTES + (ROW_BYTES - BYTES)).to(tl.pointer_type(DTYPE))
 
 
 @triton.jit
@@ -64,12 +71,12 @@ def _quantize_kernel(
     x = tl.load(source_ptr, mask=keep, other=0.0).to(tl.float32)
     pack_values(x, out_ptr + row * ROW_BYTES, tile, keep, VALUE_DIM, TILE, FP8, FP8_MAX)
 
-    row = first + tl.arange(0, BLOCK)[:, None]
-    dim = tl.arange(0, ROPE_BLOCK)[None, :]
-    keep = (row < rows) & (dim < ROPE)
-    rope = tl.load(kv_ptr + row * kv_stride + VALUE_DIM + dim, mask=keep)
-    rope_ptr = (out_ptr + row * ROW_BYTES + (ROW_BYTES - 2 * ROPE)).to(tl.pointer_type(kv_ptr.dtype.element_ty))
-    tl.store(rope_ptr + dim, rope, mask=keep)
+    if ROPE:
+        row = first + tl.arange(0, BLOCK)[:, None]
+        dim = tl.arange(0, ROPE_BLOCK)[None, :]
+        keep = (row < rows) & (dim < ROPE)
+        rope = tl.load(kv_ptr + row * kv_stride + VALUE_DIM + dim, mask=keep)
+        tl.store(_rope_ptr(out_ptr, row, ROW_BYTES, ROPE, kv_ptr.dtype.element_ty) + dim, rope, mask=keep)
 
 
 @triton.jit
@@ -96,11 +103,12 @@ def _dequantize_kernel(
     scale = tl.load((row_ptr + VALUE_DIM + 4 * tile).to(tl.pointer_type(tl.float32)), mask=keep, other=0.0)
     tl.store(out_ptr + row * (VALUE_DIM + ROPE) + dim, (value * scale).to(out_ptr.dtype.element_ty), mask=keep)
 
-    row = first + tl.arange(0, BLOCK)[:, None]
-    dim = tl.arange(0, ROPE_BLOCK)[None, :]
-    keep = (row < rows) & (dim < ROPE)
-    rope_ptr = (packed_ptr + row * ROW_BYTES + (ROW_BYTES - 2 * ROPE)).to(tl.pointer_type(out_ptr.dtype.element_ty))
-    tl.store(out_ptr + row * (VALUE_DIM + ROPE) + VALUE_DIM + dim, tl.load(rope_ptr + dim, mask=keep), mask=keep)
+    if ROPE:
+        row = first + tl.arange(0, BLOCK)[:, None]
+        dim = tl.arange(0, ROPE_BLOCK)[None, :]
+        keep = (row < rows) & (dim < ROPE)
+        rope = tl.load(_rope_ptr(packed_ptr, row, ROW_BYTES, ROPE, out_ptr.dtype.element_ty) + dim, mask=keep)
+        tl.store(out_ptr + row * (VALUE_DIM + ROPE) + VALUE_DIM + dim, rope, mask=keep)
 
 
 def _config(rows: int) -> tuple[int, int]:
@@ -112,20 +120,23 @@ def is_power_of_two(value: int) -> bool:
     return value > 0 and value & (value - 1) == 0
 
 
-def _accepts_packed(device: torch.device, row_bytes: int, tile_size: int) -> Support:
+def _declines_packed(arch: str, value_dim: int, tile_size: int, row_bytes: int) -> Reason:
     if not is_power_of_two(tile_size):
-        return no(f"tile_size {tile_size} is not a power of two")
-    if row_bytes % 4:
-        return no(f"rows of {row_bytes} bytes leave scales unaligned")
-    return accepts_fp8(device, PACKED_FP8)
+        return f"tile_size {tile_size} is not a power of two"
+    if value_dim % 4 or row_bytes % 4:
+        return f"rows of {value_dim} values and {row_bytes} bytes leave scales off 4-byte boundaries"
+    return declines_fp8(arch, PACKED_FP8)
 
 
-def accepts_quantize(kv: torch.Tensor, *, value_dim: int, tile_size: int, out: torch.Tensor) -> Support:
-    return _accepts_packed(kv.device, out.shape[1], tile_size)
+def declines_quantize(call: Quantize) -> Reason:
+    width = packed_latent_bytes(call.rows.shape[1], call.value_dim, call.tile_size, call.rows.element_size())
+    return _declines_packed(call.arch, call.value_dim, call.tile_size, width)
 
 
-def accepts_dequantize(packed: torch.Tensor, *, value_dim: int, tile_size: int, out: torch.Tensor) -> Support:
-    return _accepts_packed(packed.device, packed.shape[1], tile_size)
+def declines_dequantize(call: Dequantize) -> Reason:
+    if call.rows.data_ptr() % 4:
+        return "packed does not start at a 4-byte boundary"
+    return _declines_packed(call.arch, call.value_dim, call.tile_size, call.rows.shape[1])
 
 
 def _row_constants(value_dim: int, tile_size: int, rope: int, row_bytes: int, block: int) -> dict[str, Any]:
@@ -135,41 +146,47 @@ def _row_constants(value_dim: int, tile_size: int, rope: int, row_bytes: int, bl
         "ROW_BYTES": row_bytes,
         "TILE": tile_size,
         "TILES_BLOCK": triton.next_power_of_2(value_dim // tile_size),
-        "ROPE_BLOCK": triton.next_power_of_2(rope),
+        "ROPE_BLOCK": triton.next_power_of_2(max(rope, 1)),
         "BLOCK": block,
     }
 
 
-def quantize(kv: torch.Tensor, *, value_dim: int, tile_size: int, out: torch.Tensor) -> None:
-    rows = kv.shape[0]
-    if rows == 0:
-        return
-    block, warps = _config(rows)
-    _quantize_kernel[(triton.cdiv(rows, block),)](
-        kv,
-        out,
-        rows,
-        kv.stride(0),
-        num_warps=warps,
-        **_row_constants(value_dim, tile_size, kv.shape[1] - value_dim, out.shape[1], block),
-        **fp8_constants(PACKED_FP8),
-        **early_launch.options(device_arch(kv.device)),
-    )
+def quantize(call: Quantize) -> torch.Tensor:
+    kv, out = call.rows, call.output()
+    rows, dim = kv.shape
+    if rows:
+        block, warps = _config(rows)
+        launch(
+            _quantize_kernel,
+            (triton.cdiv(rows, block),),
+            kv,
+            out,
+            rows,
+            kv.stride(0),
+            num_warps=warps,
+            **_row_constants(call.value_dim, call.tile_size, dim - call.value_dim, out.shape[1], block),
+            **fp8_constants(PACKED_FP8),
+            **early_launch.options(call.arch),
+        )
+    return call.shaped(out)
 
 
-def dequantize(packed: torch.Tensor, *, value_dim: int, tile_size: int, out: torch.Tensor) -> None:
-    rows = packed.shape[0]
-    if rows == 0:
-        return
-    block, warps = _config(rows)
-    _dequantize_kernel[(triton.cdiv(rows, block),)](
-        packed,
-        out,
-        rows,
-        FP8=fp8_constants(PACKED_FP8)["FP8"],
-        num_warps=warps,
-        **_row_constants(value_dim, tile_size, out.shape[1] - value_dim, packed.shape[1], block),
-    )
+def dequantize(call: Dequantize) -> torch.Tensor:
+    packed, out = call.rows, call.output()
+    rows, row_bytes = packed.shape
+    if rows:
+        block, warps = _config(rows)
+        launch(
+            _dequantize_kernel,
+            (triton.cdiv(rows, block),),
+            packed,
+            out,
+            rows,
+            FP8=fp8_constants(PACKED_FP8)["FP8"],
+            num_warps=warps,
+            **_row_constants(call.value_dim, call.tile_size, call.dim - call.value_dim, row_bytes, block),
+        )
+    return call.shaped(out)
 
 
 def compile_cases(arch: str) -> Iterator[CompileCase]:

@@ -9,14 +9,16 @@ import torch
 import triton
 import triton.language as tl
 
-from nsa_backend_plugin.layouts import FP8_DTYPES, LATENT_DIM, LATENT_TILE, ROPE_DIM, packed_latent_bytes
-from nsa_backend_plugin.ops import early_launch
-from nsa_backend_plugin.ops.arch import device_arch, launches_early
-from nsa_backend_plugin.ops.early_launch import await_predecessor
-from nsa_backend_plugin.ops.latent_cache._triton_pack import PACKED_FP8, is_power_of_two, pack_values
-from nsa_backend_plugin.ops.support import YES, Support, no
-from nsa_backend_plugin.ops.triton_quant import accepts_fp8, arch_fp8_dtype, fp8_constants, to_fp8
-from nsa_backend_plugin.ops.triton_support import CompileCase, has_e4m3
+from nsa_backend_plugin.layouts import FP8_DTYPES, LATENT_DIM, LATENT_TILE, PACKED_FP8, ROPE_DIM, packed_latent_bytes
+from nsa_backend_plugin.ops._triton import early_launch
+from nsa_backend_plugin.ops._triton.early_launch import await_predecessor
+from nsa_backend_plugin.ops._triton.launch import launch
+from nsa_backend_plugin.ops._triton.quant import declines_fp8, fp8_constants, to_fp8
+from nsa_backend_plugin.ops._triton.support import CompileCase, has_e4m3
+from nsa_backend_plugin.ops.arch import arch_fp8_dtype, launches_early
+from nsa_backend_plugin.ops.call import Reason
+from nsa_backend_plugin.ops.latent_cache import Store
+from nsa_backend_plugin.ops.latent_cache._triton_pack import is_power_of_two, pack_values
 
 _HEADS_PER_PROGRAM = 16
 # The products of a rotation must round separately, as torch's do: a fused multiply-add would change cache bytes.
@@ -263,15 +265,15 @@ def _config(tokens: int) -> tuple[int, int]:
     return (1, 1) if tokens <= 512 else (2, 1)
 
 
-def accepts_store(
-    k_nope: torch.Tensor, k_rope: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor, *, kind: str, **_
-) -> Support:
-    nope, rope = k_nope.shape[1], k_rope.shape[1]
+def declines_store(call: Store) -> Reason:
+    nope, rope = call.k_nope.shape[1], call.k_rope.shape[1]
     if nope % LATENT_TILE or not is_power_of_two(nope // LATENT_TILE) or not is_power_of_two(rope) or rope < 2:
-        return no(f"k_nope and k_rope are {nope} and {rope} wide, not a power of two times {LATENT_TILE} and one")
-    if kind == "packed":
-        return accepts_fp8(cache.device, PACKED_FP8)
-    return accepts_fp8(cache.device, cache.dtype) if kind == "fp8" else YES
+        return f"k_nope and k_rope are {nope} and {rope} wide, not a power of two times {LATENT_TILE} and one"
+    if call.kind == "packed":
+        if call.cache.data_ptr() % 4:
+            return "cache does not start at a 4-byte boundary"
+        return declines_fp8(call.arch, PACKED_FP8)
+    return declines_fp8(call.arch, call.cache.dtype) if call.kind == "fp8" else None
 
 
 def _store_constants(kind: str, nope: int, rope: int, row: int, block: int, fp8_dtype: torch.dtype) -> dict[str, Any]:
@@ -279,59 +281,46 @@ def _store_constants(kind: str, nope: int, rope: int, row: int, block: int, fp8_
     return {**shape, "BLOCK": block, "HEADS": _HEADS_PER_PROGRAM, **fp8_constants(fp8_dtype)}
 
 
-def store(
-    k_nope: torch.Tensor,
-    k_rope: torch.Tensor,
-    cache: torch.Tensor,
-    slots: torch.Tensor,
-    *,
-    kind: str,
-    positions: torch.Tensor | None,
-    cos_sin_cache: torch.Tensor | None,
-    is_neox: bool,
-    kv_scale: float | None,
-    k_rope_out: torch.Tensor | None,
-    q_rope: torch.Tensor | None,
-    q_all: torch.Tensor | None,
-    norm_weight: torch.Tensor | None,
-    norm_eps: float,
-) -> None:
-    tokens, nope = k_nope.shape
+def store(call: Store) -> None:
+    tokens, nope = call.k_nope.shape
     if tokens == 0:
         return
-    q_rope_out = None if q_all is None else q_all[..., nope:]
+    cache, positions, k_rope_out, q_rope = call.cache, call.positions, call.k_rope_out, call.q_rope
+    q_rope_out = None if call.q_all is None else call.q_all[..., nope:]
     heads = 0 if q_rope is None else q_rope.shape[1]
     block, warps = _config(tokens)
-    fp8_dtype = cache.dtype if kind == "fp8" else PACKED_FP8
+    fp8_dtype = cache.dtype if call.kind == "fp8" else PACKED_FP8
     if cache.dtype in FP8_DTYPES:
         cache = cache.view(torch.uint8)
-    _store_kernel[(triton.cdiv(tokens, block), 1 + triton.cdiv(heads, _HEADS_PER_PROGRAM))](
-        k_nope,
-        k_rope,
+    launch(
+        _store_kernel,
+        (triton.cdiv(tokens, block), 1 + triton.cdiv(heads, _HEADS_PER_PROGRAM)),
+        call.k_nope,
+        call.k_rope,
         cache,
-        slots,
+        call.slots,
         positions,
-        cos_sin_cache,
+        call.cos_sin_cache,
         k_rope_out,
         q_rope,
         q_rope_out,
-        norm_weight,
-        norm_eps,
-        kv_scale,
+        call.norm_weight,
+        call.norm_eps,
+        call.kv_scale,
         tokens,
         heads,
-        k_nope.stride(0),
-        k_rope.stride(0),
-        slots.stride(0),
+        call.k_nope.stride(0),
+        call.k_rope.stride(0),
+        call.slots.stride(0),
         0 if positions is None else positions.stride(0),
         0 if k_rope_out is None else k_rope_out.stride(0),
         *((0, 0) if q_rope is None else q_rope.stride()[:2]),
         *((0, 0) if q_rope_out is None else q_rope_out.stride()[:2]),
-        NEOX=is_neox,
+        NEOX=call.is_neox,
         num_warps=warps,
-        **_store_constants(kind, nope, k_rope.shape[1], cache.shape[2], block, fp8_dtype),
+        **_store_constants(call.kind, nope, call.k_rope.shape[1], cache.shape[2], block, fp8_dtype),
         **_EXACT_ROPE,
-        **early_launch.options(device_arch(cache.device)),
+        **early_launch.options(call.arch),
     )
 
 

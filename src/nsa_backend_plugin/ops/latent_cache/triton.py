@@ -4,23 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from nsa_backend_plugin.ops._triton import support
 from nsa_backend_plugin.ops.latent_cache import _triton_pack, _triton_store
-from nsa_backend_plugin.ops.latent_cache._triton_pack import accepts_dequantize, accepts_quantize, dequantize, quantize
-from nsa_backend_plugin.ops.latent_cache._triton_store import accepts_store, store
-from nsa_backend_plugin.ops.triton_support import CompileCase, available
 
-__all__ = [
-    "accepts_dequantize",
-    "accepts_quantize",
-    "accepts_store",
-    "available",
-    "compile_cases",
-    "dequantize",
-    "quantize",
-    "store",
-]
+available = support.available
+declines_quantize = _triton_pack.declines_quantize
+declines_dequantize = _triton_pack.declines_dequantize
+declines_store = _triton_store.declines_store
+quantize = _triton_pack.quantize
+dequantize = _triton_pack.dequantize
+store = _triton_store.store
 
 
-def compile_cases(arch: str) -> Iterator[CompileCase]:
+def compile_cases(arch: str) -> Iterator[support.CompileCase]:
     yield from _triton_pack.compile_cases(arch)
     yield from _triton_store.compile_cases(arch)

@@ -6,101 +6,86 @@ report's number. Checked against fakes, not run on AMD.
 
 from __future__ import annotations
 
+import functools
 import os
 
 import torch
 
-from nsa_backend_plugin.ops.arch import fp8_dtype, is_rocm
-from nsa_backend_plugin.ops.mqa_logits import ROW_GUARD, finish
-from nsa_backend_plugin.ops.support import YES, Support, needs_module, no
+from nsa_backend_plugin.ops._vendor import probe
+from nsa_backend_plugin.ops.arch import arch_fp8_dtype, is_rocm
+from nsa_backend_plugin.ops.call import Reason
+from nsa_backend_plugin.ops.mqa_logits import ROW_GUARD, Paged, Ragged
 
 _PAGE_SIZE = 64
 _INT32_BYTES = 1 << 31
 
 
-def available(arch: str) -> Support:
+def available(arch: str) -> Reason:
     if not is_rocm(arch):
-        return no(f"AITER needs a ROCm GPU, not {arch}")
-    return needs_module("aiter")
+        return f"AITER needs a ROCm GPU, not {arch}"
+    return probe.missing("aiter.ops.triton.pa_mqa_logits", "deepgemm_fp8_paged_mqa_logits") or probe.missing(
+        "aiter.ops.triton.fp8_mqa_logits", "fp8_mqa_logits"
+    )
 
 
-def accepts_paged(
-    q: torch.Tensor,
-    cache: torch.Tensor,
-    weights: torch.Tensor,
-    context_lens: torch.Tensor,
-    block_table: torch.Tensor,
-    max_context_len: int,
-    *,
-    layout: str,
-    page_size: int,
-    clean: bool,
-    out: torch.Tensor | None,
-) -> Support:
-    if layout != "preshuffled" or page_size != _PAGE_SIZE:
+def declines_paged(call: Paged) -> Reason:
+    if call.layout != "preshuffled" or call.page_size != _PAGE_SIZE:
         # With row-major pages of 64 the kernel reads illegally or returns wrong logits (aiter 5591, 5614).
-        return no(f"layout {layout}, page size {page_size}: preshuffled pages of {_PAGE_SIZE} only")
-    if q.shape[1] != 1:
-        return no(f"next_n {q.shape[1]}: 1 only")
-    if cache.numel() >= _INT32_BYTES:
+        return f"layout {call.layout}, page size {call.page_size}: preshuffled pages of {_PAGE_SIZE} only"
+    _, next_n, heads, _ = call.q.shape
+    if next_n != 1:
+        return f"next_n {next_n}: 1 only"
+    if heads < 16 or heads & (heads - 1):
+        return f"{heads} heads: a power of two from 16 on only"
+    if call.cache.numel() >= _INT32_BYTES:
         # Its offset of a page has 32 bits: logits of pages behind that are 0 (vllm 52109).
-        return no(f"cache of {cache.numel()} bytes: less than 2 GiB only")
-    native = _native(q)
-    return _gluon() if native.ok else native
+        return f"cache of {call.cache.numel()} bytes: less than 2 GiB only"
+    if call.q.data_ptr() % 16 or call.weights.data_ptr() % 16:
+        return "q or weights do not start at a 16-byte boundary"  # which the kernel is compiled for
+    return _declines_flavour(call) or _gluon()
 
 
-def _native(q: torch.Tensor) -> Support:
-    native = fp8_dtype(q.device)
-    return YES if q.dtype == native else no(f"reads {native}, not {q.dtype}")
+def _declines_flavour(call: Paged | Ragged) -> Reason:
+    native = arch_fp8_dtype(call.arch)
+    return None if call.q.dtype == native else f"reads {native}, not {call.q.dtype}"
 
 
-def _gluon() -> Support:
+@functools.cache
+def _gluon() -> Reason:
     """AITER reads pages of more than one token in its Gluon kernel only, compiled by Triton or ahead of time."""
     import triton
 
     version = tuple(int(n) for n in triton.__version__.split(".")[:2])
     if version >= (3, 5):
-        return YES
+        return None
     if os.environ.get("AITER_ENABLE_AOT_GLUON_PA_MQA_LOGITS", "0") == "1" and version < (3, 4):
-        return YES  # Triton 3.4 launches with another ABI than the compiled kernel has, which AITER asserts
-    return no(
+        return None  # Triton 3.4 launches with another ABI than the compiled kernel has, which AITER asserts
+    return (
         f"Triton {triton.__version__}: its Gluon kernel needs 3.5, or before 3.4 AITER_ENABLE_AOT_GLUON_PA_MQA_LOGITS=1"
     )
 
 
-def paged(
-    q: torch.Tensor,
-    cache: torch.Tensor,
-    weights: torch.Tensor,
-    context_lens: torch.Tensor,
-    block_table: torch.Tensor,
-    max_context_len: int,
-    *,
-    layout: str,
-    page_size: int,
-    clean: bool,
-    out: torch.Tensor | None,
-) -> torch.Tensor:
+def paged(call: Paged) -> torch.Tensor:
     from aiter.ops.triton.pa_mqa_logits import deepgemm_fp8_paged_mqa_logits
 
-    logits = out
+    rows, columns = call.shape
+    logits = call.out
     if logits is None or not _guarded(logits):
         # Its stores pass the end of a row's last page by up to 190 columns, into the next row's (aiter 4580).
-        logits = torch.empty(q.shape[0], max_context_len + ROW_GUARD, dtype=torch.float32, device=q.device)
-        logits = logits[:, :max_context_len]
-    lengths = context_lens.reshape(-1)
+        logits = torch.empty(rows, columns + ROW_GUARD, dtype=torch.float32, device=call.q.device)[:, :columns]
+    lengths = call.context_lens.reshape(-1).contiguous()
     deepgemm_fp8_paged_mqa_logits(
-        q,
-        cache.view(q.dtype).view(cache.shape[0], page_size, 1, -1),
-        weights,
+        call.q,
+        call.cache.view(call.q.dtype).view(call.cache.shape[0], _PAGE_SIZE, 1, -1),
+        call.weights.contiguous(),
         logits,
         lengths,
-        block_table,
-        max_context_len,
+        call.block_table.contiguous(),  # the kernel takes its width for its row stride
+        columns,
         Preshuffle=True,
-        KVBlockSize=page_size,
+        KVBlockSize=_PAGE_SIZE,
     )
-    return finish(logits, None if logits is out else out, clean, None, lengths)
+    return call.finish(logits, None, lengths)
 
 
 def _guarded(out: torch.Tensor) -> bool:
@@ -110,28 +95,22 @@ def _guarded(out: torch.Tensor) -> bool:
     return out.stride(0) >= columns + ROW_GUARD and behind >= (rows - 1) * out.stride(0) + columns + ROW_GUARD
 
 
-def accepts_ragged(q: torch.Tensor, k: torch.Tensor, *_: object, **__: object) -> Support:
-    tokens, heads, _dim = q.shape
+def declines_ragged(call: Ragged) -> Reason:
+    tokens, heads, _ = call.q.shape
+    keys = call.k.shape[0]
     if heads & (heads - 1):
-        return no(f"{heads} heads: a power of two only")
-    aligned = -(-k.shape[0] // 256) * 256
+        return f"{heads} heads: a power of two only"
+    aligned = -(-keys // 256) * 256
     if tokens * aligned * 4 >= _INT32_BYTES:
-        return no(f"logits [{tokens}, {k.shape[0]}]: less than 2 GiB only, above it does not compile (aiter 5114)")
-    return _native(q)
+        return f"logits [{tokens}, {keys}]: less than 2 GiB only, above it does not compile (aiter 5114)"
+    return _declines_flavour(call)
 
 
-def ragged(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    k_scale: torch.Tensor,
-    weights: torch.Tensor,
-    row_start: torch.Tensor,
-    row_end: torch.Tensor,
-    *,
-    clean: bool,
-    out: torch.Tensor | None,
-) -> torch.Tensor:
+def ragged(call: Ragged) -> torch.Tensor:
     from aiter.ops.triton.fp8_mqa_logits import fp8_mqa_logits
 
-    logits = fp8_mqa_logits(q, k, k_scale, weights, row_start, row_end, clean_logits=False)
-    return finish(logits, out, clean, row_start, row_end)
+    start, end = call.row_start.contiguous(), call.row_end.contiguous()
+    logits = fp8_mqa_logits(
+        call.q, call.k, call.k_scale.contiguous(), call.weights.contiguous(), start, end, clean_logits=False
+    )
+    return call.finish(logits, start, end)

@@ -4,105 +4,83 @@ from __future__ import annotations
 
 import torch
 
-from nsa_backend_plugin.ops.mqa_logits import finish
-from nsa_backend_plugin.ops.mqa_logits.reference import row_lengths
-from nsa_backend_plugin.ops.support import YES, Support, needs_module, no
+from nsa_backend_plugin.ops._torch.logits import row_lengths
+from nsa_backend_plugin.ops._vendor import probe
+from nsa_backend_plugin.ops.call import Reason
+from nsa_backend_plugin.ops.mqa_logits import Paged, Ragged
 
+_ARCHES = ("sm_90", "sm_100", "sm_103")
 _HEADS = (32, 64)
 _PAGE_SIZE = 64
+_NAMES = ("fp8_mqa_logits", "fp8_paged_mqa_logits", "get_num_sms", "get_paged_mqa_logits_metadata")
 
 
-def available(arch: str) -> Support:
-    if arch not in ("sm_90", "sm_100", "sm_103"):
-        return no(f"DeepGEMM's MQA logits need sm_90 or sm_100, not {arch}")
-    return needs_module("deep_gemm")
+def available(arch: str) -> Reason:
+    if arch not in _ARCHES:
+        return f"DeepGEMM's MQA logits need {', '.join(_ARCHES)}, not {arch}"
+    return probe.missing("deep_gemm", *_NAMES)
 
 
-def accepts_paged(
-    q: torch.Tensor,
-    cache: torch.Tensor,
-    weights: torch.Tensor,
-    context_lens: torch.Tensor,
-    block_table: torch.Tensor,
-    max_context_len: int,
-    *,
-    layout: str,
-    page_size: int,
-    clean: bool,
-    out: torch.Tensor | None,
-) -> Support:
-    _, next_n, heads, _ = q.shape
-    if layout != "row_major":
-        return no(f"layout {layout}: reads row_major only")
-    if page_size != _PAGE_SIZE:
-        return no(f"page size {page_size}: {_PAGE_SIZE} only")
+def declines_paged(call: Paged) -> Reason:
+    next_n = call.q.shape[1]
+    if call.layout != "row_major":
+        return f"layout {call.layout}: reads row_major only"
+    if call.page_size != _PAGE_SIZE:
+        return f"page size {call.page_size}: {_PAGE_SIZE} only"
     if next_n not in (1, 2):
-        return no(f"next_n {next_n}: 1 or 2 only")
-    if next_n > 1 and context_lens.dim() == 2:
-        return no("context_lens of each query: it stops where the last query of a request does, another may see more")
-    if block_table.shape[1] and block_table.stride(1) != 1:
-        return no("block_table has a stride in its last dimension")
-    return _accepts(q, heads)
+        return f"next_n {next_n}: 1 or 2 only"
+    if next_n > 1 and call.context_lens.dim() == 2:
+        return "context_lens of each query: it stops where the last query of a request does, another may see more"
+    if not call.block_table.shape[1]:
+        return "block_table without pages"
+    return _declines(call, q=call.q, cache=call.cache, weights=call.weights)
 
 
-def accepts_ragged(q: torch.Tensor, *args: object, **kwargs: object) -> Support:
-    return _accepts(q, q.shape[1])
+def declines_ragged(call: Ragged) -> Reason:
+    return _declines(call, q=call.q, k=call.k, k_scale=call.k_scale, weights=call.weights)
 
 
-def _accepts(q: torch.Tensor, heads: int) -> Support:
+def _declines(call: Paged | Ragged, **loaded: torch.Tensor) -> Reason:
+    """loaded: the tensors that it reads through TMA descriptors, which neither nothing nor any address suits."""
+    heads = call.q.shape[-2]
     if heads not in _HEADS:
-        return no(f"{heads} heads: {' or '.join(map(str, _HEADS))} only")
-    if q.dtype != torch.float8_e4m3fn:
-        return no(f"q is {q.dtype}: e4m3fn only")
-    return YES if q.shape[0] else no("an empty batch")
+        return f"{heads} heads: {' or '.join(map(str, _HEADS))} only"
+    if call.q.dtype != torch.float8_e4m3fn:
+        return f"q is {call.q.dtype}: e4m3fn only"
+    for name, tensor in loaded.items():
+        if not tensor.shape[0]:
+            return f"{name} is empty"
+        if tensor.data_ptr() % 16:
+            return f"{name} does not start at a 16-byte boundary"
+    return None
 
 
-def paged(
-    q: torch.Tensor,
-    cache: torch.Tensor,
-    weights: torch.Tensor,
-    context_lens: torch.Tensor,
-    block_table: torch.Tensor,
-    max_context_len: int,
-    *,
-    layout: str,
-    page_size: int,
-    clean: bool,
-    out: torch.Tensor | None,
-) -> torch.Tensor:
+def paged(call: Paged) -> torch.Tensor:
     import deep_gemm
 
-    next_n = q.shape[1]
-    # Two-dimensional lengths: with one-dimensional ones this release can deadlock (SGLang's _to_2d_context_lens).
-    lengths = row_lengths(context_lens, next_n).contiguous()
-    schedule = deep_gemm.get_paged_mqa_logits_metadata(lengths, page_size, deep_gemm.get_num_sms())
+    def plan() -> tuple[torch.Tensor, torch.Tensor]:
+        # Two-dimensional lengths: with one-dimensional ones this release can deadlock (SGLang's _to_2d_context_lens).
+        lengths = row_lengths(call.context_lens, call.q.shape[1]).contiguous()
+        return lengths, deep_gemm.get_paged_mqa_logits_metadata(lengths, _PAGE_SIZE, deep_gemm.get_num_sms())
+
+    lengths, schedule = call.step.once(("deep_gemm", call.q.shape[1]), plan, call.context_lens)
     logits = deep_gemm.fp8_paged_mqa_logits(
-        q,
-        cache.view(cache.shape[0], page_size, 1, -1),
-        weights.contiguous(),
+        call.q,
+        call.cache.view(call.cache.shape[0], _PAGE_SIZE, 1, -1),
+        call.weights.contiguous(),
         lengths,
-        block_table,
+        call.block_table,
         schedule,
-        max_context_len,
+        call.max_context_len,
         clean_logits=False,
     )
-    return finish(logits[:, :max_context_len], out, clean, None, lengths.view(-1))
+    return call.finish(logits[:, : call.max_context_len], None, lengths.view(-1))
 
 
-def ragged(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    k_scale: torch.Tensor,
-    weights: torch.Tensor,
-    row_start: torch.Tensor,
-    row_end: torch.Tensor,
-    *,
-    clean: bool,
-    out: torch.Tensor | None,
-) -> torch.Tensor:
+def ragged(call: Ragged) -> torch.Tensor:
     import deep_gemm
 
-    start, end = row_start.contiguous(), row_end.contiguous()
-    keys = (k, k_scale.contiguous())
-    logits = deep_gemm.fp8_mqa_logits(q, keys, weights.contiguous(), start, end, clean_logits=False)
-    return finish(logits[:, : k.shape[0]], out, clean, start, end)
+    start, end = call.row_start.contiguous(), call.row_end.contiguous()
+    keys = (call.k, call.k_scale.contiguous())
+    logits = deep_gemm.fp8_mqa_logits(call.q, keys, call.weights.contiguous(), start, end, clean_logits=False)
+    return call.finish(logits[:, : call.k.shape[0]], start, end)

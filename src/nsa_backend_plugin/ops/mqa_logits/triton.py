@@ -7,7 +7,6 @@ which is never stored.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,25 +15,23 @@ import triton
 import triton.language as tl
 
 from nsa_backend_plugin.layouts import INDEX_DIM, INDEX_PAGE_SIZE
-from nsa_backend_plugin.ops import early_launch, triton_support
-from nsa_backend_plugin.ops.arch import device_arch, is_cuda, is_rocm, launches_early
-from nsa_backend_plugin.ops.early_launch import await_predecessor
-from nsa_backend_plugin.ops.mqa_logits import new_logits
-from nsa_backend_plugin.ops.mqa_logits.reference import row_lengths
-from nsa_backend_plugin.ops.support import YES, Support, no
+from nsa_backend_plugin.ops._torch.logits import row_lengths
+from nsa_backend_plugin.ops._triton import early_launch, support
+from nsa_backend_plugin.ops._triton.early_launch import await_predecessor
+from nsa_backend_plugin.ops._triton.index_pages import scale_offset, value_offsets
+from nsa_backend_plugin.ops._triton.launch import launch
+from nsa_backend_plugin.ops.arch import core_count, is_cuda, is_rocm, launches_early
+from nsa_backend_plugin.ops.call import Reason
+from nsa_backend_plugin.ops.mqa_logits import Paged, Ragged
 
-MAX_BATCH = 4096  # every paged program holds the tile counts of the whole batch in registers
 MAX_HEADS = 128
 _PAGED_TILE = 64
 _FILL_BLOCK = 1024
 _WARP_GROUP_MMA = ("sm_90", "sm_100", "sm_103")  # fp8 operands come from shared memory
 
 
-def available(arch: str) -> Support:
-    support = triton_support.available(arch)
-    if support.ok and not triton_support.has_e4m3(arch):
-        return no(f"{arch} has no e4m3 arithmetic")
-    return support
+def available(arch: str) -> Reason:
+    return support.available(arch) or (None if support.has_e4m3(arch) else f"{arch} has no e4m3 arithmetic")
 
 
 @triton.jit
@@ -114,11 +111,7 @@ def _paged_kernel(
     queries = tl.minimum(NEXT_N - first_query, QUERIES)
     j = tl.arange(0, QUERIES)
     token = tl.arange(0, TILE)
-    dim = tl.arange(0, D)
-    if PRESHUFFLED:
-        in_tile = ((token // 16) * (16 * D) + (token % 16) * 16)[:, None] + ((dim // 16) * 256 + dim % 16)[None, :]
-    else:
-        in_tile = token[:, None] * D + dim[None, :]
+    in_tile = value_offsets(token, PRESHUFFLED)
 
     while tile < last:
         row = tl.sum((tiles_up_to <= tile).to(tl.int32), 0)
@@ -146,7 +139,7 @@ def _paged_kernel(
             page_begin = cache + page.to(tl.int64) * PAGE_BYTES
             tile_begin = page_begin + in_page * D
             k = _load_in_memory_order(tile_begin, TILE, D) if LINEAR else tl.load(tile_begin + in_tile)
-            scale = cache_scale + page.to(tl.int64) * (PAGE_BYTES // 4) + PAGE_SIZE * D // 4
+            scale = cache_scale + page.to(tl.int64) * (PAGE_BYTES // 4) + scale_offset(0, PAGE_SIZE, D) // 4
             k_scale = tl.load(scale + in_page + token)
             logits = _tile_logits(k, values, weight, k_scale, TILE, QUERIES, HEADS)
             position = i * TILE + token
@@ -251,70 +244,58 @@ def _loads_in_memory_order(arch: str) -> bool:
     return not is_rocm(arch) and arch != "sm_89"
 
 
-@functools.cache
-def _cores(device: torch.device) -> int:
-    """Multiprocessors or compute units of a device; the interpreter gets a few programs."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+def _max_batch(arch: str) -> int:
+    """Every paged program holds the tile counts of the whole batch in registers, of which RDNA has half as many."""
+    return 2048 if is_rocm(arch) and not arch.startswith("gfx9") else 4096
 
 
-def accepts_paged(q: torch.Tensor, cache: torch.Tensor, *args: object, **kwargs: object) -> Support:
-    if q.shape[2] > MAX_HEADS:
-        return no(f"{q.shape[2]} heads: at most {MAX_HEADS}")
-    if q.shape[0] > MAX_BATCH:
-        return no(f"batch {q.shape[0]}: at most {MAX_BATCH}")
-    return _aligned(q=q, cache=cache)
+def declines_paged(call: Paged) -> Reason:
+    batch, _, heads, _ = call.q.shape
+    if batch > _max_batch(call.arch):
+        return f"batch {batch}: at most {_max_batch(call.arch)}"
+    return _declines(heads, q=call.q, cache=call.cache)
 
 
-def accepts_ragged(q: torch.Tensor, k: torch.Tensor, *args: object, **kwargs: object) -> Support:
-    if q.shape[1] > MAX_HEADS:
-        return no(f"{q.shape[1]} heads: at most {MAX_HEADS}")
-    return _aligned(q=q, k=k)
+def declines_ragged(call: Ragged) -> Reason:
+    return _declines(call.q.shape[1], q=call.q, k=call.k)
 
 
-def _aligned(**tensors: torch.Tensor) -> Support:
+def _declines(heads: int, **tensors: torch.Tensor) -> Reason:
+    if heads > MAX_HEADS:
+        return f"{heads} heads: at most {MAX_HEADS}"
     for name, tensor in tensors.items():
         if tensor.data_ptr() % 16:
-            return no(f"{name} does not start at a 16-byte boundary")
-    return YES
+            return f"{name} does not start at a 16-byte boundary"
+    return None
 
 
-def paged(
-    q: torch.Tensor,
-    cache: torch.Tensor,
-    weights: torch.Tensor,
-    context_lens: torch.Tensor,
-    block_table: torch.Tensor,
-    max_context_len: int,
-    *,
-    layout: str,
-    page_size: int,
-    clean: bool,
-    out: torch.Tensor | None,
-) -> torch.Tensor:
-    batch, next_n, heads, dim = q.shape
-    out = new_logits(out, batch * next_n, max_context_len, q.device)
-    if batch * next_n * heads == 0:
+def paged(call: Paged) -> torch.Tensor:
+    batch, next_n, heads, dim = call.q.shape
+    out = call.output()
+    if batch * next_n == 0:
         return out
-    config = _config(device_arch(q.device), "paged", next_n, heads, page_size)
+    config = _config(call.arch, "paged", next_n, heads, call.page_size)
     groups = triton.cdiv(next_n, config.queries)
-    programs = max(1, _cores(q.device) * config.programs_per_core // groups)
-    _paged_kernel[(programs, groups)](
-        q,
-        cache.view(q.dtype),
-        cache.view(torch.float32),
-        weights.contiguous(),
-        context_lens.contiguous(),
-        block_table,
+    programs = max(1, core_count(out.device) * config.programs_per_core // groups)
+    launch(
+        _paged_kernel,
+        (programs, groups),
+        call.q,
+        call.cache.view(call.q.dtype),
+        call.cache.view(torch.float32),
+        call.weights.contiguous(),
+        call.context_lens.contiguous(),
+        call.block_table,
         out,
         batch,
         heads,
-        block_table.stride(0),
+        call.block_table.stride(0),
         out.stride(0),
         NEXT_N=next_n,
-        LENS_PER_QUERY=context_lens.dim() == 2,
-        PRESHUFFLED=layout == "preshuffled",
-        LINEAR=layout == "preshuffled" and _loads_in_memory_order(device_arch(q.device)),
-        PAGE_SIZE=page_size,
+        LENS_PER_QUERY=call.context_lens.dim() == 2,
+        PRESHUFFLED=call.layout == "preshuffled",
+        LINEAR=call.layout == "preshuffled" and _loads_in_memory_order(call.arch),
+        PAGE_SIZE=call.page_size,
         D=dim,
         TILE=config.tile,
         QUERIES=config.queries,
@@ -323,41 +304,34 @@ def paged(
         STAGES=config.num_stages,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        **early_launch.options(device_arch(q.device)),
+        **early_launch.options(call.arch),
     )
-    if clean:
-        _fill_outside(out, None, row_lengths(context_lens, next_n).reshape(-1))
+    if call.clean:
+        _fill_outside(out, None, row_lengths(call.context_lens, next_n).reshape(-1))
     return out
 
 
-def ragged(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    k_scale: torch.Tensor,
-    weights: torch.Tensor,
-    row_start: torch.Tensor,
-    row_end: torch.Tensor,
-    *,
-    clean: bool,
-    out: torch.Tensor | None,
-) -> torch.Tensor:
-    tokens, heads, dim = q.shape
-    keys = k.shape[0]
-    out = new_logits(out, tokens, keys, q.device)
-    if tokens * keys * heads == 0:
+def ragged(call: Ragged) -> torch.Tensor:
+    tokens, heads, dim = call.q.shape
+    keys = call.k.shape[0]
+    out = call.output()
+    if tokens * keys == 0:
         return out
-    config = _config(device_arch(q.device), "ragged", tokens, heads)
+    config = _config(call.arch, "ragged", tokens, heads)
     blocks = triton.cdiv(tokens, config.queries)
     tiles = triton.cdiv(keys, config.tile)
-    splits = max(1, min(tiles, _cores(q.device) * config.programs_per_core // blocks))
+    splits = max(1, min(tiles, core_count(out.device) * config.programs_per_core // blocks))
     tiles_per_program = triton.cdiv(tiles, splits)
-    _ragged_kernel[(blocks, triton.cdiv(tiles, tiles_per_program))](
-        q,
-        k,
-        k_scale.contiguous(),
-        weights.contiguous(),
-        row_start.contiguous(),
-        row_end.contiguous(),
+    start, end = call.row_start.contiguous(), call.row_end.contiguous()
+    launch(
+        _ragged_kernel,
+        (blocks, triton.cdiv(tiles, tiles_per_program)),
+        call.q,
+        call.k,
+        call.k_scale.contiguous(),
+        call.weights.contiguous(),
+        start,
+        end,
         out,
         tokens,
         keys,
@@ -372,14 +346,16 @@ def ragged(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    if clean:
-        _fill_outside(out, row_start.contiguous(), row_end.contiguous())
+    if call.clean:
+        _fill_outside(out, start, end)
     return out
 
 
 def _fill_outside(out: torch.Tensor, row_start: torch.Tensor | None, row_end: torch.Tensor) -> None:
     rows, columns = out.shape
-    _fill_outside_kernel[(rows, triton.cdiv(columns, _FILL_BLOCK))](
+    launch(
+        _fill_outside_kernel,
+        (rows, triton.cdiv(columns, _FILL_BLOCK)),
         out,
         row_start,
         row_end,
@@ -390,49 +366,25 @@ def _fill_outside(out: torch.Tensor, row_start: torch.Tensor | None, row_end: to
     )
 
 
-def compile_cases(arch: str) -> Iterator[triton_support.CompileCase]:
-    fp8 = "*fp8e4b8" if arch == "gfx942" else "*fp8e4nv"
-    pointers = {"q": fp8, "weights": "*fp32", "out": "*fp32"}
+def compile_cases(arch: str) -> Iterator[support.CompileCase]:
+    pointers = {"q": support.fp8_pointer(arch), "weights": "*fp32", "out": "*fp32"}
     for heads in (8, 32, 64, 128):
         for next_n in (1, 2, 4):
-            config = _config(arch, "paged", next_n, heads)
             for layout in ("row_major", "preshuffled") if next_n == 1 else ("row_major",):
-                yield triton_support.CompileCase(
-                    name=f"paged {layout} {heads} heads next_n {next_n}",
-                    kernel=_paged_kernel,
-                    signature={
-                        **pointers,
-                        "cache": fp8,
-                        "cache_scale": "*fp32",
-                        "context_lens": "*i32",
-                        "block_table": "*i32",
-                        **dict.fromkeys(("batch", "heads", "table_stride", "out_stride"), "i32"),
-                    },
-                    constexprs={
-                        "NEXT_N": next_n,
-                        "LENS_PER_QUERY": next_n == 2,
-                        "PRESHUFFLED": layout == "preshuffled",
-                        "LINEAR": layout == "preshuffled" and _loads_in_memory_order(arch),
-                        "PAGE_SIZE": INDEX_PAGE_SIZE,
-                        "D": INDEX_DIM,
-                        "TILE": config.tile,
-                        "QUERIES": config.queries,
-                        "HEADS": config.heads,
-                        "BATCH": 64,
-                        "STAGES": config.num_stages,
-                        "EARLY": launches_early(arch),
-                    },
-                    num_warps=config.num_warps,
-                    num_stages=config.num_stages,
-                    divisible=("q", "cache", "cache_scale", "weights", "context_lens", "block_table", "out"),
-                )
+                yield _paged_case(arch, f"paged {layout} {heads} heads next_n {next_n}", layout, heads, next_n, 64)
+    # Registers hold the tile counts of the whole batch: its extremes, with the narrowest and the widest tile.
+    for heads, next_n in ((8, 1), (128, 2)):
+        for batch in (1, _max_batch(arch)):
+            name = f"paged {heads} heads next_n {next_n} batch {batch}"
+            yield _paged_case(arch, name, "row_major", heads, next_n, batch)
+    for heads in (8, 32, 64, 128):
         config = _config(arch, "ragged", 4096, heads)
-        yield triton_support.CompileCase(
+        yield support.CompileCase(
             name=f"ragged {heads} heads",
             kernel=_ragged_kernel,
             signature={
                 **pointers,
-                "k": fp8,
+                "k": support.fp8_pointer(arch),
                 "k_scale": "*fp32",
                 "row_start": "*i32",
                 "row_end": "*i32",
@@ -449,7 +401,7 @@ def compile_cases(arch: str) -> Iterator[triton_support.CompileCase]:
             num_stages=config.num_stages,
             divisible=("q", "k", "k_scale", "weights", "row_start", "row_end", "out"),
         )
-    yield triton_support.CompileCase(
+    yield support.CompileCase(
         name="fill outside",
         kernel=_fill_outside_kernel,
         signature={
@@ -460,4 +412,33 @@ def compile_cases(arch: str) -> Iterator[triton_support.CompileCase]:
             "out_stride": "i32",
         },
         constexprs={"HAS_START": True, "BLOCK": _FILL_BLOCK},
+    )
+
+
+def _paged_case(arch: str, name: str, layout: str, heads: int, next_n: int, batch: int) -> support.CompileCase:
+    config = _config(arch, "paged", next_n, heads)
+    fp8 = support.fp8_pointer(arch)
+    pointers = {"q": fp8, "weights": "*fp32", "out": "*fp32", "cache": fp8, "cache_scale": "*fp32"}
+    pointers |= {"context_lens": "*i32", "block_table": "*i32"}
+    return support.CompileCase(
+        name=name,
+        kernel=_paged_kernel,
+        signature=pointers | dict.fromkeys(("batch", "heads", "table_stride", "out_stride"), "i32"),
+        constexprs={
+            "NEXT_N": next_n,
+            "LENS_PER_QUERY": next_n == 2,
+            "PRESHUFFLED": layout == "preshuffled",
+            "LINEAR": layout == "preshuffled" and _loads_in_memory_order(arch),
+            "PAGE_SIZE": INDEX_PAGE_SIZE,
+            "D": INDEX_DIM,
+            "TILE": config.tile,
+            "QUERIES": config.queries,
+            "HEADS": config.heads,
+            "BATCH": batch,
+            "STAGES": config.num_stages,
+            "EARLY": launches_early(arch),
+        },
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        divisible=tuple(pointers),
     )

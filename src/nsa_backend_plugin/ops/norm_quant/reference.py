@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import torch
-
-from nsa_backend_plugin.ops.index_key_cache.reference import quantize_rows
-from nsa_backend_plugin.ops.indexer_prep.reference import normalize
-from nsa_backend_plugin.ops.support import YES, Support
-
-
-def available(arch: str) -> Support:
-    return YES
+from nsa_backend_plugin.ops._torch.norm import normalize
+from nsa_backend_plugin.ops._torch.quant import quantize_rows
+from nsa_backend_plugin.ops.call import Reason
+from nsa_backend_plugin.ops.norm_quant import GROUP, Result, Rms
 
 
-def rms(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    *,
-    eps: float,
-    scale_format: str,
-    values: torch.Tensor,
-    scales: torch.Tensor,
-) -> None:
-    groups = normalize(x, weight, None, "rms", eps).to(x.dtype).unflatten(-1, (scales.shape[1], -1))
-    quantized, scale = quantize_rows(groups, scale_format, values.dtype)
+def available(arch: str) -> Reason:
+    return None
+
+
+def rms(call: Rms) -> Result:
+    values, scales = call.output()
+    normalized = normalize(call.x, call.weight, None, "rms", call.eps).to(call.x.dtype)
+    quantized, scale = quantize_rows(normalized.unflatten(-1, (-1, GROUP)), call.scale_format, values.dtype)
     values.copy_(quantized.flatten(1))
     scales.copy_(scale)
+    return values, scales

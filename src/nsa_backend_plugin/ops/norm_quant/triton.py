@@ -11,14 +11,15 @@ import torch
 import triton
 import triton.language as tl
 
-from nsa_backend_plugin.ops import early_launch
-from nsa_backend_plugin.ops.arch import device_arch, launches_early
-from nsa_backend_plugin.ops.early_launch import await_predecessor
-from nsa_backend_plugin.ops.support import Support
-from nsa_backend_plugin.ops.triton_quant import accepts_fp8, arch_fp8_dtype, fp8_constants, scale_from_amax
-from nsa_backend_plugin.ops.triton_support import CompileCase, available, has_e4m3
+from nsa_backend_plugin.ops._triton import early_launch, support
+from nsa_backend_plugin.ops._triton.early_launch import await_predecessor
+from nsa_backend_plugin.ops._triton.launch import launch
+from nsa_backend_plugin.ops._triton.quant import declines_fp8, fp8_constants, scale_from_amax
+from nsa_backend_plugin.ops.arch import arch_fp8_dtype, launches_early
+from nsa_backend_plugin.ops.call import Reason
+from nsa_backend_plugin.ops.norm_quant import GROUP, Result, Rms
 
-__all__ = ["accepts_rms", "available", "compile_cases", "rms"]
+available = support.available
 
 _WARPS = 8  # 16 groups of 128 values: 8 values a lane, one load
 
@@ -57,51 +58,46 @@ def _rms_kernel(
     tl.store(values_ptr + token * (GROUPS * GROUP) + dim, quantized, mask=inside)
 
 
-def accepts_rms(x: torch.Tensor, weight: torch.Tensor, *, values: torch.Tensor, **_: object) -> Support:
-    return accepts_fp8(x.device, values.dtype)
+def declines_rms(call: Rms) -> Reason:
+    return declines_fp8(call.arch, call.fp8_dtype)
 
 
-def rms(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    *,
-    eps: float,
-    scale_format: str,
-    values: torch.Tensor,
-    scales: torch.Tensor,
-) -> None:
+def rms(call: Rms) -> Result:
+    values, scales = call.output()
     tokens, groups = scales.shape
-    if tokens == 0:
-        return
-    _rms_kernel[(tokens,)](
-        x,
-        weight,
-        values.view(torch.uint8),
-        scales,
-        eps,
-        x.stride(0),
-        scales.stride(1),
-        **_constants(groups, x.shape[1] // groups, values.dtype, scale_format),
-        num_warps=_WARPS,
-        **early_launch.options(device_arch(x.device)),
-    )
+    if tokens:
+        launch(
+            _rms_kernel,
+            (tokens,),
+            call.x,
+            call.weight,
+            values.view(torch.uint8),
+            scales,
+            call.eps,
+            call.x.stride(0),
+            scales.stride(1),
+            **_constants(groups, values.dtype, call.scale_format),
+            num_warps=_WARPS,
+            **early_launch.options(call.arch),
+        )
+    return values, scales
 
 
-def _constants(groups: int, group: int, dtype: torch.dtype, scale_format: str) -> dict[str, object]:
+def _constants(groups: int, dtype: torch.dtype, scale_format: str) -> dict[str, object]:
     rows = triton.next_power_of_2(groups)
-    return dict(GROUPS=groups, GROUP=group, ROWS=rows, UE8M0=scale_format == "ue8m0", **fp8_constants(dtype))
+    return dict(GROUPS=groups, GROUP=GROUP, ROWS=rows, UE8M0=scale_format == "ue8m0", **fp8_constants(dtype))
 
 
-def compile_cases(arch: str) -> Iterator[CompileCase]:
-    if not has_e4m3(arch):
+def compile_cases(arch: str) -> Iterator[support.CompileCase]:
+    if not support.has_e4m3(arch):
         return
     pointers = dict(x_ptr="*bf16", weight_ptr="*bf16", values_ptr="*u8", scales_ptr="*fp32")
     for width, scale_format in ((1536, "fp32"), (1536, "ue8m0"), (2048, "fp32")):
-        yield CompileCase(
+        yield support.CompileCase(
             f"rms.{width}.{scale_format}",
             _rms_kernel,
             pointers | dict(eps="fp32", x_stride="i32", scales_stride="i32"),
-            _constants(width // 128, 128, arch_fp8_dtype(arch), scale_format) | {"EARLY": launches_early(arch)},
+            _constants(width // GROUP, arch_fp8_dtype(arch), scale_format) | {"EARLY": launches_early(arch)},
             num_warps=_WARPS,
             divisible=(*pointers, "x_stride"),
         )

@@ -2,29 +2,64 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
 import torch
 
-from nsa_backend_plugin.layouts import FP8_DTYPES, LATENT_DIM, packed_latent_bytes
+from nsa_backend_plugin.layouts import LATENT_DIM
 from nsa_backend_plugin.ops import checks
-from nsa_backend_plugin.ops.registry import Operation
-
-_attend = Operation("sparse_mla", "attend")
-
-
-def kv_kind(kv: torch.Tensor, query_dim: int, value_dim: int, name: str = "kv") -> str:
-    """Kind of a latent cache: "bf16" (any float type), "fp8" (plain, one scalar scale) or "packed" (656-byte rows)."""
-    if kv.dtype in checks.FLOAT_DTYPES and kv.shape[-1] == query_dim:
-        return "bf16"
-    if kv.dtype in FP8_DTYPES and kv.shape[-1] == query_dim:
-        return "fp8"
-    if kv.dtype in (torch.uint8, torch.float8_e4m3fn) and kv.shape[-1] == packed_latent_bytes(query_dim, value_dim):
-        return "packed"
-    raise ValueError(
-        f"{name} has shape {list(kv.shape)} and dtype {kv.dtype}: expected [slots, 1, {query_dim}] bf16, fp16, fp32 or "
-        f"fp8, or [slots, 1, {packed_latent_bytes(query_dim, value_dim)}] packed uint8 or e4m3fn"
-    )
+from nsa_backend_plugin.ops._torch import mla
+from nsa_backend_plugin.ops.arch import device_arch
+from nsa_backend_plugin.ops.call import Fact, Step
+from nsa_backend_plugin.ops.checks import kv_kind as kv_kind
+from nsa_backend_plugin.ops.dispatch import operation
 
 
+@dataclass(slots=True, eq=False, kw_only=True)
+class Attend(mla.MlaCall):
+    """The arguments of `attend`; kind is that of kv (`checks.kv_kind`)."""
+
+    indices: torch.Tensor
+    lengths: torch.Tensor | None
+    kind: str
+    kv_scale: float | None
+
+    def facts(self) -> Mapping[str, Fact]:
+        tokens, heads, _ = self.q.shape
+        return {
+            "tokens": tokens,
+            "heads": heads,
+            "topk": self.indices.shape[1],
+            "kv": self.kind,
+            "dtype": str(self.kv.dtype),
+            "rows_have_keys": self.rows_have_keys,
+            "lengths": self.lengths is not None,
+            "lse": self.return_lse,
+        }
+
+    def of_rows(self, rows: torch.Tensor) -> Attend:
+        """With a cache of only the selected slots, in whole pages as vendors' kernels want them."""
+        indices = self.indices[rows]
+        slots, places = indices[indices >= 0].long().unique(return_inverse=True)
+        renumbered = torch.full_like(indices, -1)
+        renumbered[indices >= 0] = places.to(torch.int32)
+        kv = self.kv.view(torch.uint8)  # of bytes: not every operator of torch takes fp8
+        picked = kv.new_zeros(max(-(-len(slots) // 64), 1) * 64, 1, kv.shape[-1])
+        picked[: len(slots)] = kv[slots]
+        return replace(
+            self,
+            q=self.q[rows],
+            kv=picked.view(self.kv.dtype),
+            indices=renumbered,
+            lengths=None if self.lengths is None else self.lengths[rows],
+            out=None,
+            workspace=None,
+            step=Step(),
+        )
+
+
+@operation
 def attend(
     q: torch.Tensor,
     kv: torch.Tensor,
@@ -33,69 +68,81 @@ def attend(
     *,
     kv_scale: float | None = None,
     value_dim: int = LATENT_DIM,
+    lengths: torch.Tensor | None = None,
+    rows_have_keys: bool = False,
     return_lse: bool = False,
     out: torch.Tensor | None = None,
     workspace: torch.Tensor | None = None,
+    step: Step | None = None,
     impl: str | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> Attend:
     """out[t, h] = softmax over j of (q[t, h] . kv[indices[t, j]] * softmax_scale), times the rows' value part.
 
     q: [T, H, 576] bf16, fp16 or fp32, contiguous. kv: [slots, 1, 576] bf16/fp16/fp32; or fp8 with one scalar kv_scale
     (ROCm: value = byte * kv_scale); or [slots, 1, 656] packed fp8 (`latent_cache.quantize`).
-    indices: [T, K] int32 slots, -1 = none, any order. The first value_dim values of a row are its value.
+    indices: [T, K] int32 slots, contiguous, -1 = none, any order. The first value_dim values of a row are its value.
+    lengths: [T] int32, the caller's promise that of each row exactly the first lengths[t] indices are slots and all
+    behind are -1. `topk.select` leaves its result so. Vendors' kernels then neither sort nor count indices, nor read
+    past a length. rows_have_keys: the caller's promise that no row is all -1 (and no length 0). Vendors' results then
+    need no pass that looks for such rows and clears them. A broken promise gives undefined results, on a CPU
+    ValueError.
     out: [T, H, value_dim] in q's dtype to write into. workspace: uint8 scratch of at least `workspace_bytes(...)`
     (None allocates; pass one inside CUDA graphs, one per stream).
-    Returns out, and lse [T, H] fp32 (natural log of the sum of exponentials) with return_lse. A row whose indices are
-    all -1 gives out 0 and lse -inf.
-    Raises ValueError for bad shapes, dtypes, devices, and on CPU for slots out of range.
+    Returns out, and lse [T, H] fp32 (natural log of the sum of exponentials) with return_lse. Without `out` given, the
+    result may be a vendor's own whose rows lie further apart (padded heads); its last dimension is contiguous. A row
+    whose indices are all -1 gives out 0 and lse -inf.
+    Raises ValueError for bad shapes, dtypes, devices, strides, and on CPU for slots or lengths out of range.
     Source: DeepSeek-V3.2 sparse attention; FlashMLA sparse decode for the packed layout.
     """
-    checks.tensor("q", q, (None, None, None), checks.FLOAT_DTYPES)
-    checks.contiguous("q", q)
-    tokens, heads, query_dim = q.shape
-    checks.positive("value_dim", value_dim)
-    checks.require(value_dim <= query_dim, "value_dim", value_dim, f"at most q's last dimension {query_dim}")
-    checks.require(1 <= heads <= 128, "q.shape[1]", heads, "1 to 128 heads")
+    tokens, _, query_dim = mla.check(q, value_dim, softmax_scale, out, workspace)
     checks.require(isinstance(kv, torch.Tensor) and kv.dim() == 3 and kv.shape[1] == 1, "kv", kv, "[slots, 1, bytes]")
     kind = kv_kind(kv, query_dim, value_dim)
-    checks.require(kv.device == q.device, "kv.device", str(kv.device), str(q.device))
+    checks.on_device("kv", kv, q.device)
     checks.inner_contiguous("kv", kv)
-    checks.require(
-        (kv_scale is not None) == (kind == "fp8"),
-        "kv_scale",
-        kv_scale,
-        "a float with plain fp8 kv, else None",
-    )
+    if (kv_scale is not None) != (kind == "fp8"):
+        raise ValueError(f"kv_scale={kv_scale!r}: expected a float with plain fp8 kv, else None")
+    if kv_scale is not None:
+        checks.finite("kv_scale", kv_scale)
     checks.tensor("indices", indices, (tokens, None), torch.int32, q.device)
     checks.contiguous("indices", indices)
     checks.index_range("indices", indices, -1, kv.shape[0])
-    if out is None:
-        out = torch.empty(tokens, heads, value_dim, dtype=q.dtype, device=q.device)
-    else:
-        checks.tensor("out", out, (tokens, heads, value_dim), q.dtype, q.device)
-        checks.contiguous("out", out)
-    lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device) if return_lse else None
-    shape = {"tokens": tokens, "heads": heads, "topk": indices.shape[1], "kv": kind}
-    _attend(
-        impl,
-        q.device,
-        shape,
-        q,
-        kv,
-        indices,
-        softmax_scale,
+    if lengths is not None:
+        checks.tensor("lengths", lengths, (tokens,), torch.int32, q.device)
+        checks.index_range("lengths", lengths, 0, indices.shape[1] + 1)
+        lengths = lengths.contiguous()
+    if q.device.type == "cpu":
+        _check_promises(indices, lengths, rows_have_keys)
+    return Attend(
+        arch=device_arch(q.device),
+        step=step or Step(),
+        impl=impl,
+        q=q,
+        kv=kv,
+        indices=indices,
+        softmax_scale=softmax_scale,
         kind=kind,
         kv_scale=kv_scale,
         value_dim=value_dim,
+        lengths=lengths,
+        rows_have_keys=rows_have_keys,
+        return_lse=return_lse,
         out=out,
-        lse=lse,
         workspace=workspace,
     )
-    return out if lse is None else (out, lse)
+
+
+def _check_promises(indices: torch.Tensor, lengths: torch.Tensor | None, rows_have_keys: bool) -> None:
+    exists = indices >= 0
+    if lengths is not None:
+        expected = torch.arange(indices.shape[1], device=indices.device) < lengths[:, None]
+        kept = bool((exists == expected).all())
+        checks.require(kept, "lengths", lengths.tolist(), "the number of slots that lead each row of indices, then -1")
+    if rows_have_keys:
+        checks.require(bool(exists.any(dim=1).all()), "rows_have_keys", True, "False: a row of indices is all -1")
 
 
 def workspace_bytes(
     max_tokens: int, heads: int, topk: int, device: torch.device | str, value_dim: int = LATENT_DIM
 ) -> int:
     """Scratch bytes that suffice for every implementation on this device and every call of up to max_tokens."""
-    return _attend.workspace_bytes(device, max_tokens=max_tokens, heads=heads, topk=topk, value_dim=value_dim)
+    return attend.workspace_bytes(device, max_tokens=max_tokens, heads=heads, topk=topk, value_dim=value_dim)

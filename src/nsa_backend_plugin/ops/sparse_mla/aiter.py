@@ -8,48 +8,29 @@ from __future__ import annotations
 import torch
 
 from nsa_backend_plugin.layouts import FP8_DTYPES
-from nsa_backend_plugin.ops import aiter_mla
-from nsa_backend_plugin.ops.support import Support, no
+from nsa_backend_plugin.ops._torch.mla import Result
+from nsa_backend_plugin.ops._vendor import aiter_mla
+from nsa_backend_plugin.ops.call import Reason
+from nsa_backend_plugin.ops.sparse_mla import Attend
+
+available = aiter_mla.available
 
 
-def available(arch: str) -> Support:
-    return aiter_mla.available(arch)
+def declines_attend(call: Attend) -> Reason:
+    if call.kind == "packed" or call.kv.dtype not in (torch.bfloat16, *FP8_DTYPES):
+        return f"kv is {call.kind} ({call.kv.dtype}): only bfloat16 and plain fp8 rows"
+    if call.return_lse:
+        return "return_lse: its log-sum-exp covers splits, not rows"
+    if call.indices.shape[1] == 0:
+        return "top-k 0"
+    return aiter_mla.limits(call)
 
 
-def accepts_attend(
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    indices: torch.Tensor,
-    softmax_scale: float,
-    *,
-    kind: str,
-    kv_scale: float | None,
-    value_dim: int,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-    workspace: torch.Tensor | None,
-) -> Support:
-    if kind == "packed" or kv.dtype not in (torch.bfloat16, *FP8_DTYPES):
-        return no(f"kv is {kind} ({kv.dtype}): only bfloat16 and plain fp8 rows")
-    if lse is not None:
-        return no("return_lse: its log-sum-exp covers splits, not rows")
-    if indices.shape[1] == 0:
-        return no("top-k 0")
-    return aiter_mla.fits(q, kv, value_dim)
-
-
-def attend(
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    indices: torch.Tensor,
-    softmax_scale: float,
-    *,
-    kind: str,
-    kv_scale: float | None,
-    value_dim: int,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-    workspace: torch.Tensor | None,
-) -> None:
-    entries, starts = aiter_mla.ragged(indices, indices >= 0)
-    aiter_mla.decode(q, kv, entries, starts, softmax_scale, kv_scale=kv_scale, out=out)
+def attend(call: Attend) -> Result:
+    valid, lengths = call.indices >= 0, call.lengths
+    if lengths is None:
+        starts = aiter_mla.starts(valid.sum(dim=1))
+    else:
+        starts = call.step.once("aiter starts", lambda: aiter_mla.starts(lengths), lengths)
+    entries = aiter_mla.entries(call.indices, valid, starts)
+    return aiter_mla.decode(call, entries, starts, call.kv_scale)

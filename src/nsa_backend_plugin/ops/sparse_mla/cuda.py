@@ -14,13 +14,18 @@ from pathlib import Path
 
 import torch
 
-from nsa_backend_plugin.layouts import LATENT_DIM, ROPE_DIM
-from nsa_backend_plugin.ops import checks, cuda_jit
-from nsa_backend_plugin.ops.arch import device_arch, launches_early
-from nsa_backend_plugin.ops.support import YES, Support, no
+from nsa_backend_plugin.layouts import LATENT_DIM, ROPE_DIM, packed_latent_bytes
+from nsa_backend_plugin.ops import checks
+from nsa_backend_plugin.ops._cuda import jit
+from nsa_backend_plugin.ops._torch.mla import Result
+from nsa_backend_plugin.ops._torch.mla import result as as_result
+from nsa_backend_plugin.ops.arch import core_count, device_arch, launches_early
+from nsa_backend_plugin.ops.call import Reason
+from nsa_backend_plugin.ops.sparse_mla import Attend
 
 _DECODE = Path(__file__).with_name("packed_decode.cu")
 _MERGE = Path(__file__).with_name("packed_merge.cu")
+_ROW_BYTES = packed_latent_bytes(LATENT_DIM + ROPE_DIM)
 _TILE = 32  # rows of a tile, as in the source
 _GROUP_HEADS = 16  # of a block
 _DECODE_THREADS = 128
@@ -48,12 +53,17 @@ class Config:
 
     @property
     def defines(self) -> dict[str, object]:
-        return {"STAGES": self.stages, "BLOCKS_PER_SM": self.blocks_per_sm, "SHARED_BYTES": self.shared_bytes}
+        return {
+            "STAGES": self.stages,
+            "BLOCKS_PER_SM": self.blocks_per_sm,
+            "SHARED_BYTES": self.shared_bytes,
+            "ROW_BYTES": _ROW_BYTES,
+        }
 
     @property
     def shared_bytes(self) -> int:
         """sizeof(Shared) of the source, which asserts it."""
-        return self.stages * (_TILE * 656 + 8) + 4 * 16 * 40 * 4 + 16 * 40 * 2 + 16 * 4
+        return self.stages * (_TILE * _ROW_BYTES + 8) + 4 * 16 * 40 * 4 + 16 * 40 * 2 + 16 * 4
 
 
 #: Per architecture, smallest calls first. sm_90 and sm_10x have 228 KB of shared memory per SM, sm_89 and sm_12x 100.
@@ -70,39 +80,28 @@ _CONFIGS = {
 }
 
 
-def available(arch: str) -> Support:
+def available(arch: str) -> Reason:
     if arch not in _CONFIGS:
-        return no(f"packed fp8 decode in CUDA C++ needs {', '.join(sorted(_CONFIGS))}, not {arch}")
-    verdicts = [cuda_jit.compiles(_DECODE, arch, config.defines) for config in _CONFIGS[arch]]
-    verdicts.append(cuda_jit.compiles(_MERGE, arch))
-    return next((verdict for verdict in verdicts if not verdict.ok), YES)
+        return f"packed fp8 decode in CUDA C++ needs {', '.join(sorted(_CONFIGS))}, not {arch}"
+    reasons = [jit.compiles(_DECODE, arch, config.defines) for config in _CONFIGS[arch]]
+    reasons.append(jit.compiles(_MERGE, arch))
+    return next((reason for reason in reasons if reason), None)
 
 
-def accepts_attend(
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    indices: torch.Tensor,
-    softmax_scale: float,
-    *,
-    kind: str,
-    kv_scale: float | None,
-    value_dim: int,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-    workspace: torch.Tensor | None,
-) -> Support:
+def declines_attend(call: Attend) -> Reason:
+    q, kv, out = call.q, call.kv, call.out
     tokens, _, query_dim = q.shape
-    if kind != "packed":
-        return no(f"kv is {kind}: only packed fp8 rows")
+    if call.kind != "packed":
+        return f"kv is {call.kind}: only packed fp8 rows"
     if q.dtype != torch.bfloat16:
-        return no(f"q is {q.dtype}: only bfloat16")
-    if (value_dim, query_dim) != (LATENT_DIM, LATENT_DIM + ROPE_DIM):
-        return no(f"value_dim {value_dim} of {query_dim}: only {LATENT_DIM} of {LATENT_DIM + ROPE_DIM}")
+        return f"q is {q.dtype}: only bfloat16"
+    if (call.value_dim, query_dim) != (LATENT_DIM, LATENT_DIM + ROPE_DIM):
+        return f"value_dim {call.value_dim} of {query_dim}: only {LATENT_DIM} of {LATENT_DIM + ROPE_DIM}"
     if tokens > _MAX_TOKENS:
-        return no(f"{tokens} tokens: at most {_MAX_TOKENS}")
-    if kv.stride(0) % 16 or any(t.data_ptr() % 16 for t in (q, kv, out)):
-        return no("q, kv and out must start, and kv rows must lie, on multiples of 16 bytes")
-    return YES
+        return f"{tokens} tokens: at most {_MAX_TOKENS}"
+    if kv.stride(0) % 16 or q.data_ptr() % 16 or kv.data_ptr() % 16 or (out is not None and out.data_ptr() % 16):
+        return "q, kv and out must start, and kv rows must lie, on multiples of 16 bytes"
+    return None
 
 
 def workspace_bytes_attend(device: torch.device, max_tokens: int, heads: int, topk: int, value_dim: int) -> int:
@@ -113,31 +112,20 @@ def workspace_bytes_attend(device: torch.device, max_tokens: int, heads: int, to
     return sum(_layout(parts, heads, value_dim))
 
 
-def attend(
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    indices: torch.Tensor,
-    softmax_scale: float,
-    *,
-    kind: str,
-    kv_scale: float | None,
-    value_dim: int,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-    workspace: torch.Tensor | None,
-) -> None:
+def attend(call: Attend) -> Result:
+    q, kv, indices, arch = call.q, call.kv, call.indices, call.arch
+    out, lse = call.output(), call.new_lse()
     tokens, heads, _ = q.shape
     topk = indices.shape[1]
     if tokens == 0:
-        return
-    arch = device_arch(q.device)
+        return as_result(out, lse)
     groups = _groups(heads)
     config = _config(arch, tokens * groups)
     splits = _split_count(tokens * groups, topk, _resident_blocks(q.device, config))
     result, result_lse, lse_unit = out.data_ptr(), 0 if lse is None else lse.data_ptr(), math.log(2)
     if splits > 1:
-        sizes = _layout(tokens * splits, heads, value_dim)
-        workspace = _checked_workspace(workspace, sum(sizes), q.device)
+        sizes = _layout(tokens * splits, heads, call.value_dim)
+        workspace = checks.workspace(call.workspace, sum(sizes), q.device)
         result, result_lse, lse_unit = workspace.data_ptr(), workspace.data_ptr() + sizes[0], 1.0
     arguments = _DecodeArguments(
         q=q.data_ptr(),
@@ -146,14 +134,14 @@ def attend(
         out=result,
         lse=result_lse,
         row_stride=kv.stride(0),
-        scale_log2=softmax_scale * math.log2(math.e),
+        scale_log2=call.softmax_scale * math.log2(math.e),
         lse_unit=lse_unit,
         heads=heads,
         topk=topk,
         splits=splits,
         merge_waits=splits > 1 and tokens * groups * splits <= _MERGE_WAITS_BLOCKS,
     )
-    cuda_jit.launch(
+    jit.launch(
         _decode_kernel(arch, config),
         (groups, splits, tokens),
         (_DECODE_THREADS, 1, 1),
@@ -164,6 +152,7 @@ def attend(
     )
     if splits > 1:
         _merge(arch, result, result_lse, out, lse, splits)
+    return as_result(out, lse)
 
 
 def _merge(
@@ -179,7 +168,7 @@ def _merge(
         splits=splits,
         lane_bits=lane_bits,
     )
-    cuda_jit.launch(
+    jit.launch(
         _merge_kernel(arch),
         (1 << lane_bits, heads, tokens),
         (value_dim // 8, 1, 1),
@@ -222,13 +211,13 @@ class _MergeArguments(ctypes.Structure):
 
 
 @functools.cache
-def _decode_kernel(arch: str, config: Config) -> cuda_jit.Kernel:
-    return cuda_jit.load(_DECODE, ["packed_decode"], arch, config.defines)["packed_decode"]
+def _decode_kernel(arch: str, config: Config) -> jit.Kernel:
+    return jit.load(_DECODE, ["packed_decode"], arch, config.defines)["packed_decode"]
 
 
 @functools.cache
-def _merge_kernel(arch: str) -> cuda_jit.Kernel:
-    return cuda_jit.load(_MERGE, ["packed_merge"], arch)["packed_merge"]
+def _merge_kernel(arch: str) -> jit.Kernel:
+    return jit.load(_MERGE, ["packed_merge"], arch)["packed_merge"]
 
 
 def _groups(heads: int) -> int:
@@ -241,7 +230,7 @@ def _config(arch: str, token_groups: int) -> Config:
 
 def _resident_blocks(device: torch.device, config: Config) -> int:
     """Blocks that the GPU holds at once."""
-    return torch.cuda.get_device_properties(device).multi_processor_count * config.blocks_per_sm
+    return core_count(device) * config.blocks_per_sm
 
 
 @functools.lru_cache(maxsize=1024)
@@ -260,13 +249,3 @@ def _split_count(token_groups: int, topk: int, resident_blocks: int) -> int:
 def _layout(parts: int, heads: int, value_dim: int) -> tuple[int, int]:
     """Bytes of bf16 outputs and log-sum-exps of `parts` = tokens * splits."""
     return -(-parts * heads * value_dim * 2 // 16) * 16, parts * heads * 4
-
-
-def _checked_workspace(workspace: torch.Tensor | None, needed: int, device: torch.device) -> torch.Tensor:
-    if workspace is None:
-        return torch.empty(needed, dtype=torch.uint8, device=device)
-    checks.tensor("workspace", workspace, (None,), torch.uint8, device)
-    checks.contiguous("workspace", workspace)
-    checks.require(workspace.numel() >= needed, "workspace.numel()", workspace.numel(), f"at least {needed} bytes")
-    checks.require(workspace.data_ptr() % 16 == 0, "workspace.data_ptr()", workspace.data_ptr(), "16-byte alignment")
-    return workspace

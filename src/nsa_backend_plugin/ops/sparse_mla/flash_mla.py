@@ -1,128 +1,52 @@
 """FlashMLA's sparse kernels: decode over packed fp8 rows, and the prefill kernel over bf16 rows.
 
-From sgl_kernel (sglang-kernel 0.4.5) or flash_mla (sgl-flash-mla 1.0.0, whose Hopper kernels are its legacy set).
-Heads are padded to 64 or 128, the only counts they take. The tile scheduler's metadata is made per call, on the
-device; it depends on (tokens, heads, top-k) alone, so an engine may make it once per batch size.
+Heads are padded to 64 or 128, the only counts they take. The decode widens rows to bf16 before it multiplies. On
+FlashMLA's own test data (4 tokens, 16 heads, 2046 of 2048 indices) that was measured 6.9e-6 (cosine distance) from
+the exact result of the same rows, where the other implementations stay below 5e-6: the tests give it a bar of its own.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
-from nsa_backend_plugin.ops import mla_vendor
-from nsa_backend_plugin.ops.arch import device_arch
-from nsa_backend_plugin.ops.support import YES, Support, no
+from nsa_backend_plugin.ops._torch.mla import Result
+from nsa_backend_plugin.ops._vendor import flash_mla, mla
+from nsa_backend_plugin.ops.call import Reason
+from nsa_backend_plugin.ops.sparse_mla import Attend
 
 _ARCHS = ("sm_90", "sm_100", "sm_103")
-_PAGE = 64
-_NAMES = ("flash_mla_with_kvcache", "flash_mla_sparse_fwd", "get_mla_metadata")
 
 
-def available(arch: str) -> Support:
-    if arch not in _ARCHS:
-        return no(f"FlashMLA needs {', '.join(_ARCHS)}, not {arch}")
-    sgl_kernel = mla_vendor.can_import("sgl_kernel.flash_mla", *_NAMES)
-    flash_mla = mla_vendor.can_import("flash_mla", *_NAMES)
-    return YES if sgl_kernel.ok or flash_mla.ok else no(f"{sgl_kernel.reason}; {flash_mla.reason}")
+def available(arch: str) -> Reason:
+    return flash_mla.missing() if arch in _ARCHS else f"FlashMLA needs {', '.join(_ARCHS)}, not {arch}"
 
 
-def accepts_attend(
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    indices: torch.Tensor,
-    softmax_scale: float,
-    *,
-    kind: str,
-    kv_scale: float | None,
-    value_dim: int,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-    workspace: torch.Tensor | None,
-) -> Support:
-    if kind == "fp8":
-        return no("kv is plain fp8: only bf16 and packed rows")
-    if kind == "bf16" and kv.dtype != torch.bfloat16:
-        return no(f"kv is {kv.dtype}: only bfloat16 and packed rows")
-    if indices.shape[1] == 0 or indices.shape[1] % 128:
-        return no(f"top-k {indices.shape[1]}: only multiples of 128")
-    return mla_vendor.fits(q, kv, value_dim, _PAGE if kind == "packed" else 1)
+def declines_attend(call: Attend) -> Reason:
+    if call.kind == "fp8":
+        return "kv is plain fp8: only bf16 and packed rows"
+    if call.kind == "bf16" and call.kv.dtype != torch.bfloat16:
+        return f"kv is {call.kv.dtype}: only bfloat16 and packed rows"
+    topk = call.indices.shape[1]
+    if topk == 0 or topk % 128:
+        return f"top-k {topk}: only multiples of 128"
+    return mla.limits(call, flash_mla.PAGE if call.kind == "packed" else 1)
 
 
-def attend(
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    indices: torch.Tensor,
-    softmax_scale: float,
-    *,
-    kind: str,
-    kv_scale: float | None,
-    value_dim: int,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-    workspace: torch.Tensor | None,
-) -> None:
-    heads = q.shape[1]
-    padded = mla_vendor.pad_heads(q, 64 if heads <= 64 else 128)
-    run = _decode_packed if kind == "packed" else _prefill_bf16
-    vendor_out, vendor_lse, unit = run(padded, kv, indices, softmax_scale, value_dim)
-    mla_vendor.write(out, lse, vendor_out[:, :heads], vendor_lse[:, :heads], (indices < 0).all(dim=1), unit)
-
-
-def _decode_packed(
-    q: torch.Tensor, kv: torch.Tensor, indices: torch.Tensor, softmax_scale: float, value_dim: int
-) -> tuple[torch.Tensor, torch.Tensor, float]:
-    tokens, heads, dim = q.shape
-    topk = indices.shape[1]
-    arguments: dict[str, Any] = dict(
-        q=q.view(tokens, 1, heads, dim),
-        k_cache=kv.view(-1, _PAGE, 1, kv.shape[-1]),
-        head_dim_v=value_dim,
-        softmax_scale=softmax_scale,
-        causal=False,
+def attend(call: Attend) -> Result:
+    heads, indices, lengths = call.q.shape[1], call.indices, call.lengths
+    q = mla.pad_heads(call.q, 64 if heads <= 64 else 128)
+    empty = (lambda: (indices < 0).all(dim=1)) if lengths is None else mla.no_length(call, lengths)
+    if call.kind != "packed":
+        return mla.finish(call, *flash_mla.prefill(call, q, indices, lengths), empty, mla.BASE_2)
+    out, lse = flash_mla.decode(
+        call,
+        q,
+        lengths,
+        (indices.shape[1],),
+        block_table=None,
+        cache_seqlens=None,
         is_fp8_kvcache=True,
         indices=indices.unsqueeze(1),
+        topk_length=lengths,
     )
-    if mla_vendor.can_import("sgl_kernel.flash_mla", *_NAMES).ok:
-        from sgl_kernel.flash_mla import flash_mla_with_kvcache, get_mla_metadata
-
-        lengths = torch.full((tokens,), topk, dtype=torch.int32, device=q.device)
-        metadata, splits = get_mla_metadata(lengths, heads, 1, heads, True, topk)
-        no_table = torch.empty(tokens, 0, dtype=torch.int32, device=q.device)
-        vendor_out, vendor_lse = flash_mla_with_kvcache(
-            **arguments,
-            block_table=no_table,
-            cache_seqlens=lengths,
-            tile_scheduler_metadata=metadata,
-            num_splits=splits,
-        )
-    else:
-        from flash_mla import flash_mla_with_kvcache, get_mla_metadata
-
-        metadata, _ = get_mla_metadata()
-        vendor_out, vendor_lse = flash_mla_with_kvcache(
-            **arguments,
-            block_table=None,
-            cache_seqlens=None,
-            tile_scheduler_metadata=metadata,
-            use_legacy=device_arch(q.device) == "sm_90",
-        )
-    return vendor_out[:, 0], vendor_lse[:, :, 0], 1.0
-
-
-def _prefill_bf16(
-    q: torch.Tensor, kv: torch.Tensor, indices: torch.Tensor, softmax_scale: float, value_dim: int
-) -> tuple[torch.Tensor, torch.Tensor, float]:
-    if mla_vendor.can_import("sgl_kernel.flash_mla", *_NAMES).ok:
-        from sgl_kernel.flash_mla import flash_mla_sparse_fwd
-
-        vendor_out, _, vendor_lse = flash_mla_sparse_fwd(q, kv, indices.unsqueeze(1), softmax_scale, value_dim)
-        return vendor_out, vendor_lse, mla_vendor.BASE_2
-    from flash_mla import flash_mla_sparse_fwd
-
-    legacy = device_arch(q.device) == "sm_90"
-    vendor_out, _, vendor_lse = flash_mla_sparse_fwd(
-        q, kv, indices.unsqueeze(1), softmax_scale, value_dim, use_legacy=legacy
-    )
-    return vendor_out, vendor_lse, 1.0
+    return mla.finish(call, out, lse, empty)

@@ -14,7 +14,7 @@
 // Range: nothing overflows f16. q is scaled by a power of two per (head, 128 values), probabilities by a constant and
 // the rows' scales by a running power of two per 128 values; the factors come back in f32.
 //
-// Compile-time parameters: STAGES, BLOCKS_PER_SM, SHARED_BYTES.
+// Compile-time parameters: STAGES, BLOCKS_PER_SM, SHARED_BYTES, ROW_BYTES.
 
 #include "ptx.cuh"
 
@@ -22,8 +22,8 @@
 
 constexpr int VALUE_DIM = 512, ROPE_DIM = 64, QUERY_DIM = VALUE_DIM + ROPE_DIM;
 constexpr int SCALE_OFFSET = VALUE_DIM, ROPE_OFFSET = VALUE_DIM + 16;
-// Also the pitch in shared memory: 656 bytes put eight consecutive rows on distinct banks for ldmatrix.
-constexpr int ROW_BYTES = 656;
+// ROW_BYTES is also the pitch in shared memory: 656 put eight consecutive rows on distinct banks for ldmatrix.
+static_assert(ROW_BYTES == ROPE_OFFSET + 2 * ROPE_DIM, "rows of another layout");
 
 constexpr int TILE = 32;
 constexpr int HEADS = 16;  // of a block: M of the matrix instruction

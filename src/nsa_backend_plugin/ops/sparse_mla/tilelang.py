@@ -13,9 +13,12 @@ from typing import Any
 import torch
 
 from nsa_backend_plugin.layouts import FP8_DTYPES, LATENT_DIM, ROPE_DIM
-from nsa_backend_plugin.ops import mla_vendor
-from nsa_backend_plugin.ops.arch import device_arch, is_cuda
-from nsa_backend_plugin.ops.support import Support, no
+from nsa_backend_plugin.ops._torch.mla import Result
+from nsa_backend_plugin.ops._torch.mla import result as as_result
+from nsa_backend_plugin.ops._vendor import mla, probe
+from nsa_backend_plugin.ops.arch import is_cuda
+from nsa_backend_plugin.ops.call import Reason
+from nsa_backend_plugin.ops.sparse_mla import Attend
 
 _ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "gfx942", "gfx950")
 _TILE = 32  # selected rows per step
@@ -25,76 +28,47 @@ _LOG2_E = 1.4426950408889634
 _NO_SCORE = -1e30  # start of the running maximum: finite, so that -inf - max is -inf
 
 
-def available(arch: str) -> Support:
+def available(arch: str) -> Reason:
     if arch not in _ARCHS:
-        return no(f"TileLang sparse decode needs {', '.join(_ARCHS)}, not {arch}")
-    return mla_vendor.can_import("tilelang", "compile")
+        return f"TileLang sparse decode needs {', '.join(_ARCHS)}, not {arch}"
+    return probe.missing("tilelang", "compile")
 
 
-def accepts_attend(
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    indices: torch.Tensor,
-    softmax_scale: float,
-    *,
-    kind: str,
-    kv_scale: float | None,
-    value_dim: int,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-    workspace: torch.Tensor | None,
-) -> Support:
-    if kind == "packed" or kv.dtype not in (torch.bfloat16, *FP8_DTYPES):
-        return no(f"kv is {kind} ({kv.dtype}): only bfloat16 and plain fp8 rows")
-    if indices.shape[1] == 0:
-        return no("top-k 0")
-    return mla_vendor.fits(q, kv, value_dim)
+def declines_attend(call: Attend) -> Reason:
+    if call.kind == "packed" or call.kv.dtype not in (torch.bfloat16, *FP8_DTYPES):
+        return f"kv is {call.kind} ({call.kv.dtype}): only bfloat16 and plain fp8 rows"
+    if call.indices.shape[1] == 0:
+        return "top-k 0"
+    return mla.shape_limits(call)
 
 
-def attend(
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    indices: torch.Tensor,
-    softmax_scale: float,
-    *,
-    kind: str,
-    kv_scale: float | None,
-    value_dim: int,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-    workspace: torch.Tensor | None,
-) -> None:
+def attend(call: Attend) -> Result:
+    q, kv, indices, arch = call.q, call.kv, call.indices, call.arch
     tokens, heads, dim = q.shape
-    unit = 1.0 if kv_scale is None else float(kv_scale)
-    arch = device_arch(q.device)
+    unit = 1.0 if call.kv_scale is None else float(call.kv_scale)
     block = head_block(heads, arch)
-    padded = mla_vendor.pad_heads(q, -(-heads // block) * block)
+    padded = mla.pad_heads(q, -(-heads // block) * block)
     splits = _split_count(tokens * padded.shape[1] // block, indices.shape[1])
 
-    result, result_lse = _results(tokens, None, padded.shape[1], torch.bfloat16, q.device)
+    width = padded.shape[1]
+    result = call.output() if padded is q else q.new_empty(tokens, width, LATENT_DIM)
+    result_lse = q.new_empty(tokens, width, dtype=torch.float32)
     if splits == 1:
         partial, partial_lse = result.unsqueeze(1), result_lse.unsqueeze(1)
     else:
-        partial, partial_lse = _results(tokens, splits, padded.shape[1], torch.float32, q.device)
-    kernel = _attend_kernel(padded.shape[1], block, _NAMES[kv.dtype], _NAMES[partial.dtype], arch)
-    kernel(padded, kv.view(-1, dim), indices, partial, partial_lse, softmax_scale * _LOG2_E * unit, unit)
+        partial = q.new_empty(tokens, splits, width, LATENT_DIM, dtype=torch.float32)
+        partial_lse = q.new_empty(tokens, splits, width, dtype=torch.float32)
+    kernel = _attend_kernel(width, block, NAMES[kv.dtype], NAMES[partial.dtype], arch)
+    scale = call.softmax_scale * _LOG2_E * unit
+    kernel(padded, kv.view(-1, dim), indices, partial, partial_lse, scale, unit)
     if splits > 1:
-        _merge_kernel(padded.shape[1], arch)(partial, partial_lse, result, result_lse)
-    out.copy_(result[:, :heads])
-    if lse is not None:
-        lse.copy_(result_lse[:, :heads])
+        _merge_kernel(width, arch)(partial, partial_lse, result, result_lse)
+    if call.out is not None and padded is not q:
+        result = call.out.copy_(result[:, :heads])
+    return as_result(result[:, :heads], result_lse[:, :heads] if call.return_lse else None)
 
 
-def _results(
-    tokens: int, splits: int | None, heads: int, dtype: torch.dtype, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out [tokens, splits, heads, 512], lse) to write into; no dimension of splits for None."""
-    shape = (tokens, heads) if splits is None else (tokens, splits, heads)
-    out = torch.empty(*shape, LATENT_DIM, dtype=dtype, device=device)
-    return out, torch.empty(shape, dtype=torch.float32, device=device)
-
-
-_NAMES = {
+NAMES = {
     torch.bfloat16: "bfloat16",
     torch.float32: "float32",
     torch.float8_e4m3fn: "float8_e4m3fn",

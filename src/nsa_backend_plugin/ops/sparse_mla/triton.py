@@ -2,67 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
-from nsa_backend_plugin.ops import mla_launch, triton_support
-from nsa_backend_plugin.ops.arch import device_arch
-from nsa_backend_plugin.ops.support import Support
+from nsa_backend_plugin.ops._torch.mla import Result
+from nsa_backend_plugin.ops._triton import mla_launch, quant, support
+from nsa_backend_plugin.ops.arch import core_count
+from nsa_backend_plugin.ops.call import Reason
+from nsa_backend_plugin.ops.sparse_mla import Attend
 
-available = triton_support.available_for_large_tiles
+available = support.available_for_large_tiles
 
 
-def accepts_attend(
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    indices: torch.Tensor,
-    softmax_scale: float,
-    *,
-    kind: str,
-    value_dim: int,
-    **_: object,
-) -> Support:
-    return mla_launch.accepts(q, kv, kind, value_dim)
+def declines_attend(call: Attend) -> Reason:
+    return mla_launch.declines(call, call.kind)
 
 
 def workspace_bytes_attend(device: torch.device, max_tokens: int, heads: int, topk: int, value_dim: int) -> int:
-    return mla_launch.workspace_bytes(device_arch(device), max_tokens, heads, value_dim)
+    return mla_launch.workspace_bytes(core_count(device), max_tokens, heads, value_dim)
 
 
-def attend(
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    indices: torch.Tensor,
-    softmax_scale: float,
-    *,
-    kind: str,
-    kv_scale: float | None,
-    value_dim: int,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-    workspace: torch.Tensor | None,
-) -> None:
-    tokens, heads, _ = q.shape
-    arch = device_arch(q.device)
-    config = mla_launch.tile(arch, kind, heads)
-    mla_launch.attend(
-        q,
-        kv,
-        indices,
+def attend(call: Attend) -> Result:
+    tokens, heads, _ = call.q.shape
+    config = mla_launch.tile(call.arch, call.kind, heads)
+    cores = core_count(call.q.device)
+    splits = mla_launch.split_count(cores, tokens, heads, call.indices.shape[1], config)
+    return mla_launch.attend(
+        call,
+        call.indices,
         None,
-        softmax_scale,
-        kind=kind,
-        kv_scale=kv_scale,
+        kind=call.kind,
+        kv_scale=call.kv_scale,
         page_size=0,
         config=config,
-        splits=mla_launch.split_count(arch, tokens, heads, indices.shape[1], config),
-        out=out,
-        lse=lse,
-        workspace=workspace,
+        splits=splits,
     )
 
 
-def compile_cases(arch: str) -> list[triton_support.CompileCase]:
+def compile_cases(arch: str) -> Iterator[support.CompileCase]:
     kinds = ["bf16"]
-    if triton_support.has_e4m3(arch):
-        kinds += ["fp8"] if arch == "gfx942" else ["packed", "fp8"]
+    if quant.declines_fp8(arch, torch.float8_e4m3fn) is None:  # the fp8 flavour of packed rows
+        kinds.append("packed")
+    if support.has_e4m3(arch):
+        kinds.append("fp8")
     return mla_launch.compile_cases(arch, kinds, [0])

@@ -2,14 +2,77 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
 import torch
 
 from nsa_backend_plugin.ops import checks
-from nsa_backend_plugin.ops.registry import Operation
+from nsa_backend_plugin.ops.arch import device_arch
+from nsa_backend_plugin.ops.call import Call, Fact, Step
+from nsa_backend_plugin.ops.dispatch import operation
 
-_select = Operation("topk", "select")
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Select(Call[torch.Tensor]):
+    """The arguments of `select`; out [R, k] int32 is there always."""
+
+    logits: torch.Tensor
+    lengths: torch.Tensor
+    k: int
+    row_starts: torch.Tensor | None
+    page_table: torch.Tensor | None
+    page_rows: torch.Tensor | None
+    page_size: int
+    deterministic: bool
+    out: torch.Tensor
+
+    def facts(self) -> Mapping[str, Fact]:
+        rows, columns = self.logits.shape
+        return {
+            "rows": rows,
+            "columns": columns,
+            "k": self.k,
+            "deterministic": self.deterministic,
+            "paged": self.page_table is not None,
+        }
+
+    def row_count(self) -> int:
+        return self.logits.shape[0]
+
+    def of_rows(self, rows: torch.Tensor) -> Select:
+        tables = (
+            None
+            if self.page_table is None
+            else self.page_table[rows if self.page_rows is None else self.page_rows[rows].long()]
+        )
+        return replace(
+            self,
+            logits=self.logits[rows],
+            lengths=self.lengths[rows],
+            row_starts=None if self.row_starts is None else self.row_starts[rows],
+            page_table=tables,
+            page_rows=None,
+            out=torch.empty_like(self.out[rows]),
+            step=Step(),
+        )
+
+    def comparable(self, result: torch.Tensor) -> torch.Tensor:
+        """The selected logits, largest first: which of several equal ones were taken is free."""
+        index = result
+        if self.page_table is not None:
+            position = torch.arange(self.page_table.shape[1] * self.page_size, device=result.device)
+            slots = self.page_table[:, position // self.page_size] * self.page_size + position % self.page_size
+            order = slots.long().argsort(1)
+            places = torch.searchsorted(slots.long().gather(1, order), result.clamp_min(0).long())
+            index = order.gather(1, places.clamp_max(order.shape[1] - 1)).where(result >= 0, -1)
+        start = 0 if self.row_starts is None else self.row_starts[:, None]
+        columns = (index.long() + start).clamp(0, self.logits.shape[1] - 1)
+        chosen = self.logits.gather(1, columns).where(result >= 0, float("-inf"))
+        return chosen.sort(1, descending=True).values
 
 
+@operation
 def select(
     logits: torch.Tensor,
     lengths: torch.Tensor,
@@ -21,8 +84,9 @@ def select(
     page_size: int = 1,
     deterministic: bool = False,
     out: torch.Tensor | None = None,
+    step: Step | None = None,
     impl: str | None = None,
-) -> torch.Tensor:
+) -> Select:
     """Indices of the k largest logits of each row, among its own candidates, -1 padded.
 
     logits: [R, N] fp32, row stride free; only candidate columns are read. lengths: [R] int32 candidates per row.
@@ -62,19 +126,13 @@ def select(
     else:
         checks.tensor("out", out, (rows, k), torch.int32, logits.device)
         checks.contiguous("out", out)
-    _select(
-        impl,
-        logits.device,
-        {
-            "rows": rows,
-            "columns": columns,
-            "k": k,
-            "deterministic": deterministic,
-            "paged": page_table is not None,
-        },
-        logits,
-        lengths,
-        k,
+    return Select(
+        arch=device_arch(logits.device),
+        step=step or Step(),
+        impl=impl,
+        logits=logits,
+        lengths=lengths,
+        k=k,
         row_starts=row_starts,
         page_table=page_table,
         page_rows=page_rows,
@@ -82,4 +140,3 @@ def select(
         deterministic=deterministic,
         out=out,
     )
-    return out

@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import torch
 
-from nsa_backend_plugin.ops import cuda_jit
-from nsa_backend_plugin.ops.arch import device_arch, launches_early
-from nsa_backend_plugin.ops.support import YES, Support, no
+from nsa_backend_plugin.ops._cuda import jit
+from nsa_backend_plugin.ops.arch import core_count, launches_early
+from nsa_backend_plugin.ops.call import Reason
+from nsa_backend_plugin.ops.topk import Select
 
 _SOURCE = Path(__file__).with_name("topk.cu")
 #: Rows beyond the number of multiprocessors share them two by two, in smaller blocks.
@@ -30,12 +31,12 @@ MAX_K = 4096
 _SHARED_BYTES = 4 * 2048 + 256 + 8 * 8192 + 4 * MAX_K
 
 
-def available(arch: str) -> Support:
-    return cuda_jit.compiles(_SOURCE, arch, _defines(_Variant(_THREADS_FEW_ROWS, 1, False)))
+def available(arch: str) -> Reason:
+    return jit.compiles(_SOURCE, arch, _defines(_Variant(_THREADS_FEW_ROWS, 1, False)))
 
 
-def accepts_select(logits: torch.Tensor, lengths: torch.Tensor, k: int, **kwargs: object) -> Support:
-    return YES if k <= MAX_K else no(f"k {k}: at most {MAX_K}")
+def declines_select(call: Select) -> Reason:
+    return None if call.k <= MAX_K else f"k {call.k}: at most {MAX_K}"
 
 
 class _Variant(NamedTuple):
@@ -82,49 +83,34 @@ def _variants(arch: str) -> list[_Variant]:
 
 
 @functools.cache
-def _kernels(arch: str) -> dict[_Variant, cuda_jit.Kernel]:
+def _kernels(arch: str) -> dict[_Variant, jit.Kernel]:
     """All variants at once: the first call loads what any later, captured call may need."""
-    return {v: cuda_jit.load(_SOURCE, ["topk"], arch, _defines(v))["topk"] for v in _variants(arch)}
+    return {v: jit.load(_SOURCE, ["topk"], arch, _defines(v))["topk"] for v in _variants(arch)}
 
 
-@functools.cache
-def _cores(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def select(
-    logits: torch.Tensor,
-    lengths: torch.Tensor,
-    k: int,
-    *,
-    row_starts: torch.Tensor | None,
-    page_table: torch.Tensor | None,
-    page_rows: torch.Tensor | None,
-    page_size: int,
-    deterministic: bool,
-    out: torch.Tensor,
-) -> None:
+def select(call: Select) -> torch.Tensor:
+    logits, arch = call.logits, call.arch
     rows, columns = logits.shape
     if rows == 0:
-        return
-    arch = device_arch(logits.device)
-    variant = _variant(arch, _cores(logits.device), rows, columns, deterministic)
-    cuda_jit.launch(
+        return call.out
+    variant = _variant(arch, core_count(logits.device), rows, columns, call.deterministic)
+    jit.launch(
         _kernels(arch)[variant],
         grid=(rows * variant.cluster, 1, 1),
         block=(variant.threads, 1, 1),
         args=(
             logits,
-            lengths.contiguous(),
-            None if row_starts is None else row_starts.contiguous(),
-            page_table,
-            None if page_rows is None else page_rows.contiguous(),
-            out,
+            call.lengths.contiguous(),
+            None if call.row_starts is None else call.row_starts.contiguous(),
+            call.page_table,
+            None if call.page_rows is None else call.page_rows.contiguous(),
+            call.out,
             ctypes.c_longlong(logits.stride(0)),
-            ctypes.c_longlong(0 if page_table is None else page_table.stride(0)),
-            k,
-            page_size,
+            ctypes.c_longlong(0 if call.page_table is None else call.page_table.stride(0)),
+            call.k,
+            call.page_size,
         ),
         shared_bytes=_SHARED_BYTES,
         pdl=launches_early(arch),
     )
+    return call.out

@@ -2,69 +2,48 @@
 
 from __future__ import annotations
 
+import importlib.util
+import shutil
+
 import torch
 
+from nsa_backend_plugin.ops._vendor import probe
 from nsa_backend_plugin.ops.arch import is_cuda
-from nsa_backend_plugin.ops.support import YES, Support, needs_module, no
+from nsa_backend_plugin.ops.call import Reason
+from nsa_backend_plugin.ops.topk import Select
 
 
-def available(arch: str) -> Support:
+def available(arch: str) -> Reason:
     if not is_cuda(arch):
-        return no(f"FlashInfer needs CUDA, not {arch}")
-    support = needs_module("flashinfer")
-    if not support.ok:
-        return support
+        return f"FlashInfer needs CUDA, not {arch}"
+    if importlib.util.find_spec("flashinfer_jit_cache") is None and shutil.which("nvcc") is None:
+        return "FlashInfer compiles its kernels with nvcc, which is not on PATH, and flashinfer_jit_cache is not there"
+    return probe.missing("flashinfer", "top_k_page_table_transform", "top_k_ragged_transform")
+
+
+def declines_select(call: Select) -> Reason:
+    if call.deterministic:
+        return "its deterministic mode does not sort rows by index"
+    if call.row_starts is not None:
+        return "row_starts: its page tables are indexed from the start of the logits row"
+    if call.page_table is not None and call.page_size != 1:
+        return f"page size {call.page_size}: page tables of page size 1 only"
+    if not call.logits.is_contiguous() or (call.page_table is not None and not call.page_table.is_contiguous()):
+        return "logits or page_table not contiguous"
+    return None if call.logits.shape[0] else "no rows"
+
+
+def select(call: Select) -> torch.Tensor:
     import flashinfer
 
-    if not hasattr(flashinfer, "top_k_page_table_transform"):
-        return no(f"flashinfer {flashinfer.__version__} has no top_k_page_table_transform")
-    return YES
-
-
-def accepts_select(
-    logits: torch.Tensor,
-    lengths: torch.Tensor,
-    k: int,
-    *,
-    row_starts: torch.Tensor | None,
-    page_table: torch.Tensor | None,
-    page_rows: torch.Tensor | None,
-    page_size: int,
-    deterministic: bool,
-    out: torch.Tensor,
-) -> Support:
-    if deterministic:
-        return no("its deterministic mode does not sort rows by index")
-    if row_starts is not None:
-        return no("row_starts: its page tables are indexed from the start of the logits row")
-    if page_table is not None and page_size != 1:
-        return no(f"page size {page_size}: page tables of page size 1 only")
-    if not logits.is_contiguous() or (page_table is not None and not page_table.is_contiguous()):
-        return no("logits or page_table not contiguous")
-    return YES if logits.shape[0] else no("no rows")
-
-
-def select(
-    logits: torch.Tensor,
-    lengths: torch.Tensor,
-    k: int,
-    *,
-    row_starts: torch.Tensor | None,
-    page_table: torch.Tensor | None,
-    page_rows: torch.Tensor | None,
-    page_size: int,
-    deterministic: bool,
-    out: torch.Tensor,
-) -> None:
-    import flashinfer
-
+    lengths = call.lengths.contiguous()
     # dsa_graph_safe: the other paths choose their launch from the lengths, which a captured graph would freeze.
-    if page_table is None:
+    if call.page_table is None:
         result = flashinfer.top_k_ragged_transform(
-            logits, torch.zeros_like(lengths), lengths.contiguous(), k, dsa_graph_safe=True
+            call.logits, torch.zeros_like(lengths), lengths, call.k, dsa_graph_safe=True
         )
     else:
         result = flashinfer.top_k_page_table_transform(
-            logits, page_table, lengths.contiguous(), k, row_to_batch=page_rows, dsa_graph_safe=True
+            call.logits, call.page_table, lengths, call.k, row_to_batch=call.page_rows, dsa_graph_safe=True
         )
-    out.copy_(result)
+    return call.out.copy_(result)

@@ -11,27 +11,28 @@ Sources: threshold from a sample, Floyd and Rivest 1975.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 
-from nsa_backend_plugin.ops import triton_support
-from nsa_backend_plugin.ops.arch import device_arch, is_cuda
-from nsa_backend_plugin.ops.support import YES, Support, no
+from nsa_backend_plugin.ops._triton import support
+from nsa_backend_plugin.ops._triton.launch import launch
+from nsa_backend_plugin.ops.arch import core_count, is_cuda
+from nsa_backend_plugin.ops.call import Reason
+from nsa_backend_plugin.ops.topk import Select
 
 MAX_K = 4096
 _MIN_BLOCK = 8192
 _PROGRAMS_PER_CORE = 2
 
 
-available = triton_support.available_for_large_tiles
+available = support.available_for_large_tiles
 
 
-def accepts_select(logits: torch.Tensor, lengths: torch.Tensor, k: int, **kwargs: object) -> Support:
-    return YES if k <= MAX_K else no(f"k {k}: at most {MAX_K}")
+def declines_select(call: Select) -> Reason:
+    return None if call.k <= MAX_K else f"k {call.k}: at most {MAX_K}"
 
 
 @triton.jit
@@ -193,11 +194,6 @@ def _select_kernel(
         row += tl.num_programs(0)
 
 
-@functools.cache
-def _cores(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
 def _num_warps(arch: str) -> int:
     """512 threads: 16 logits each."""
     return 16 if is_cuda(arch) else 8
@@ -208,53 +204,46 @@ def _block(k: int) -> int:
     return max(_MIN_BLOCK, triton.next_power_of_2(2 * k))
 
 
-def select(
-    logits: torch.Tensor,
-    lengths: torch.Tensor,
-    k: int,
-    *,
-    row_starts: torch.Tensor | None,
-    page_table: torch.Tensor | None,
-    page_rows: torch.Tensor | None,
-    page_size: int,
-    deterministic: bool,
-    out: torch.Tensor,
-) -> None:
+def select(call: Select) -> torch.Tensor:
+    logits, k = call.logits, call.k
     rows, columns = logits.shape
     if rows == 0:
-        return
+        return call.out
     block = _block(k)
-    programs = min(rows, _cores(logits.device) * _PROGRAMS_PER_CORE)
+    programs = min(rows, core_count(logits.device) * _PROGRAMS_PER_CORE)
     long = columns > block
     candidates = torch.empty(programs * block if long else 0, dtype=torch.int32, device=logits.device)
-    _select_kernel[(programs,)](
+    launch(
+        _select_kernel,
+        (programs,),
         logits,
-        lengths.contiguous(),
-        None if row_starts is None else row_starts.contiguous(),
-        page_table,
-        None if page_rows is None else page_rows.contiguous(),
-        out,
+        call.lengths.contiguous(),
+        None if call.row_starts is None else call.row_starts.contiguous(),
+        call.page_table,
+        None if call.page_rows is None else call.page_rows.contiguous(),
+        call.out,
         candidates,
         rows,
         k,
         logits.stride(0),
-        0 if page_table is None else page_table.stride(0),
-        HAS_STARTS=row_starts is not None,
-        PAGE_SIZE=page_size if page_table is not None else 0,
-        HAS_PAGE_ROWS=page_rows is not None,
+        0 if call.page_table is None else call.page_table.stride(0),
+        HAS_STARTS=call.row_starts is not None,
+        PAGE_SIZE=call.page_size if call.page_table is not None else 0,
+        HAS_PAGE_ROWS=call.page_rows is not None,
         LONG=long,
         BLOCK=block,
-        num_warps=_num_warps(device_arch(logits.device)),
+        num_warps=_num_warps(call.arch),
     )
+    return call.out
 
 
-def compile_cases(arch: str) -> Iterator[triton_support.CompileCase]:
+def compile_cases(arch: str) -> Iterator[support.CompileCase]:
     pointers = {
         "logits": "*fp32",
         **dict.fromkeys(("lengths", "row_starts", "page_table", "page_rows", "out", "candidates"), "*i32"),
     }
     for k, long in ((2048, True), (2048, False)):
-        yield triton_support.CompileCase(
+        yield support.CompileCase(
             name=f"select k {k} {'long' if long else 'short'} rows",
             kernel=_select_kernel,
             signature={

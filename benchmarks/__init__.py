@@ -1,0 +1,1 @@
+"""The attention benchmark suite: `python -m benchmarks` from the root of a clone."""

@@ -1,0 +1,1 @@
+"""Whole layers and servers beside stock SGLang."""

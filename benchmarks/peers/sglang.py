@@ -1,0 +1,213 @@
+"""Kernels of SGLang that have no adapter under `ops/`, which never imports it; DeepGEMM and top-k as its indexer calls
+them; and torch's own concatenation.
+
+Each is prepared once per case, outside the timing, with what the engine prepares once per step (plans, split counts,
+metadata), so that its time is its best.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks.workloads import Problem
+from benchmarks.workloads.base import HEAD_DIM, INDEX_TOKEN_BYTES, SOFTMAX_SCALE, VALUE_DIM
+from benchmarks.workloads.dense_mla import row_slots
+from nsa_backend_plugin.engine.kernels import sglang_topk_v2
+from nsa_backend_plugin.layouts import INDEX_PAGE_SIZE
+
+Call = Callable[[Any], Any]
+
+
+def triton_decode(problem: Problem) -> Call:
+    """SGLang's stock Triton MLA decode, with the split counts its backend would choose."""
+    from sglang.kernels.ops.attention.decode_attention import decode_attention_fwd
+    from sglang.kernels.ops.attention.metadata import get_num_kv_splits_triton
+
+    pool, lengths, heads = problem.extra["pool"], problem.extra["lengths"], problem.extra["heads"]
+    device, rows, most_splits = pool.device, len(lengths), 256
+    splits = torch.empty(rows, dtype=torch.int32, device=device)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    width = max(256, 1 << (rows - 1).bit_length())
+    get_num_kv_splits_triton[(1,)](
+        splits, problem.extra["seq_lens"], rows, 1, heads, 1, most_splits, processors, MAX_NUM_SEQ=width
+    )
+    partial = torch.empty(rows, heads, most_splits, VALUE_DIM, device=device)
+    partial_lse = torch.empty(rows, heads, most_splits, device=device)
+    starts = torch.nn.functional.pad(problem.extra["seq_lens"].cumsum(0, dtype=torch.int32), (1, 0))
+    out = torch.empty(rows, heads, VALUE_DIM, dtype=torch.bfloat16, device=device)
+    slots = {
+        id(table): torch.cat([row_slots(t, n, problem.extra["page_size"]) for t, n in zip(table, lengths, strict=True)])
+        for _, table in problem.inputs
+    }
+
+    def call(item: Any) -> torch.Tensor:
+        q, table = item
+        decode_attention_fwd(
+            q,
+            pool,
+            pool[..., :VALUE_DIM],
+            out,
+            starts,
+            slots[id(table)],
+            partial,
+            partial_lse,
+            splits,
+            most_splits,
+            SOFTMAX_SCALE,
+            1.0,
+            1.0,
+            has_mla=True,
+            use_pdl=True,
+        )
+        return out
+
+    return call
+
+
+def deep_gemm_planned(problem: Problem) -> Call:
+    """DeepGEMM's paged logits with the schedule made outside, as the engine does once per step."""
+    import deep_gemm
+
+    from nsa_backend_plugin.ops.mqa_logits.reference import row_lengths
+
+    next_n = problem.inputs[0][0].shape[1]
+    lens = row_lengths(problem.extra["lens"], next_n).contiguous()
+    pages = problem.extra["pool"].view(-1, INDEX_PAGE_SIZE, 1, INDEX_TOKEN_BYTES)
+    metadata = deep_gemm.get_paged_mqa_logits_metadata(lens, INDEX_PAGE_SIZE, deep_gemm.get_num_sms())
+    width = problem.extra["pages"] * INDEX_PAGE_SIZE
+
+    def call(item: Any) -> torch.Tensor:
+        q, weights, table = item
+        return deep_gemm.fp8_paged_mqa_logits(q, pages, weights, lens, table, metadata, width, clean_logits=False)
+
+    return call
+
+
+def topk_planned(problem: Problem) -> Call:
+    """SGLang's JIT top-k v2, its plan made once per step."""
+    lens, table, k = problem.extra["lens"], problem.extra["table"], problem.extra["k"]
+    plan = sglang_topk_v2.plan(lens)
+
+    def call(logits: torch.Tensor) -> torch.Tensor:
+        out = logits.new_empty((logits.shape[0], k), dtype=torch.int32)
+        sglang_topk_v2.run(logits, lens, table, INDEX_PAGE_SIZE, plan, out)
+        return out
+
+    return call
+
+
+def chain(problem: Problem) -> Call:
+    """DeepGEMM logits, then SGLang's top-k v2: the engine's own chain."""
+    logits_of = deep_gemm_planned(problem)
+    lens, k = problem.extra["lens"], problem.extra["k"]
+    plan = sglang_topk_v2.plan(lens)
+
+    def call(item: Any) -> torch.Tensor:
+        logits = logits_of(item)
+        if logits.shape[0] == 1 and logits.stride(0) % 4:  # the kernel asks for 16-byte rows
+            logits = logits.as_strided(logits.shape, (-(-logits.shape[1] // 4) * 4, 1))
+        out = logits.new_empty((logits.shape[0], k), dtype=torch.int32)
+        sglang_topk_v2.run(logits, lens, item[2], INDEX_PAGE_SIZE, plan, out)
+        return out
+
+    return call
+
+
+def prep(problem: Problem) -> Call:
+    """SGLang's indexer prologue, kernel by kernel: norm, RoPE, two Hadamards, quantization, gate scaling, store."""
+    from sglang.kernels.ops.attention.dsa.triton_kernel import act_quant
+    from sglang.kernels.ops.attention.fused_store_index_cache import fused_store_index_k_cache
+    from sglang.kernels.ops.attention.rope import apply_rope_with_cos_sin_cache_inplace
+    from sglang.kernels.ops.quantization.hadamard import hadamard_transform
+
+    extra = problem.extra
+    weight, bias = extra["weight"].to(torch.bfloat16), extra["bias"].to(torch.bfloat16)
+
+    def call(item: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        q, key, gate, positions, slots = item
+        # The engine rotates in place; repeated timing must not rotate the same data again and again.
+        q = q.clone()
+        normed = torch.nn.functional.layer_norm(key, (128,), weight, bias, 1e-6)
+        apply_rope_with_cos_sin_cache_inplace(
+            q[..., :64], normed[:, None, :64], extra["cos_sin"], positions, is_neox=extra["is_neox"]
+        )
+        rotated = hadamard_transform(q, scale=128**-0.5)
+        rotated_key = hadamard_transform(normed, scale=128**-0.5)
+        q_fp8, scale = act_quant(rotated, 128, None)
+        weights = gate.float() * scale.squeeze(-1) * extra["weight_scale"]
+        fused_store_index_k_cache(rotated_key, extra["cache"], slots, INDEX_PAGE_SIZE)
+        return q_fp8, weights
+
+    return call
+
+
+def index_store(problem: Problem) -> Call:
+    from sglang.kernels.ops.attention.fused_store_index_cache import fused_store_index_k_cache
+
+    cache = problem.extra["cache"]
+
+    def call(item: Any) -> torch.Tensor:
+        fused_store_index_k_cache(*(item[0], cache, item[1]), INDEX_PAGE_SIZE)
+        return cache
+
+    return call
+
+
+def latent_store(problem: Problem) -> Call:
+    """SGLang's two kernels, quantize and write; it rotates the key in a kernel before, which is not counted."""
+    from sglang.kernels.ops.attention.dsa.quant_k_cache import quantize_k_cache_separate
+    from sglang.kernels.ops.kvcache.mla_buffer import set_mla_kv_buffer_triton
+
+    cache = problem.extra["cache"]
+
+    def call(item: Any) -> torch.Tensor:
+        nope, rope, slots, _ = item
+        set_mla_kv_buffer_triton(cache, slots, *quantize_k_cache_separate(nope, rope))
+        return cache
+
+    return call
+
+
+def norm_quant(problem: Problem) -> Call:
+    """Two kernels, the norm and the quantization of its result."""
+    from flashinfer.norm import rmsnorm
+    from sglang.kernels.ops.quantization.fp8_kernel import sglang_per_token_group_quant_fp8
+
+    weight = problem.extra["weight"]
+
+    def call(item: torch.Tensor) -> Any:
+        normalized = rmsnorm(item, weight, 1e-6)
+        return sglang_per_token_group_quant_fp8(normalized, 128, column_major_scales=True, scale_tma_aligned=True)
+
+    return call
+
+
+def quantize(problem: Problem) -> Call:
+    from sglang.kernels.ops.attention.dsa.quant_k_cache import quantize_k_cache
+
+    return lambda item: quantize_k_cache(item.view(-1, 1, 1, HEAD_DIM))
+
+
+def concat(problem: Problem) -> Call:
+    from sglang.kernels.ops.attention.concat_mla import concat_mla_k
+
+    out = problem.extra["out"]
+
+    def call(item: Any) -> torch.Tensor:
+        concat_mla_k(out, *item)
+        return out
+
+    return call
+
+
+def torch_cat(problem: Problem) -> Call:
+    """torch.cat of the key with the expanded rotary part: what vLLM replaced."""
+
+    def call(item: Any) -> torch.Tensor:
+        nope, rope = item
+        return torch.cat([nope, rope.expand(-1, nope.shape[1], -1)], dim=-1)
+
+    return call

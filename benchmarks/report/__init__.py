@@ -1,0 +1,1 @@
+"""What a run shows: screen, pictures, comparisons, the results page."""

@@ -1,0 +1,1 @@
+"""One row, the process that measures it, a whole run."""

@@ -1,0 +1,50 @@
+"""What a server will run, as `runtime.served` describes it: for the start-up report and for compiling ahead."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sglang.srt.configs.model_config import is_deepseek_dsa
+from sglang.srt.runtime_context import get_parallel
+
+from nsa_backend_plugin.engine import index_cache
+from nsa_backend_plugin.layouts import FP8_DTYPES, LATENT_DIM, ROPE_DIM
+from nsa_backend_plugin.runtime import served
+
+
+def model(runner: Any) -> served.Model:
+    """Of a ModelRunner."""
+    config = runner.model_config.hf_config
+    pool = runner.token_to_kv_pool
+    heads = runner.model_config.num_attention_heads // get_parallel().attn_tp_size
+    if not is_deepseek_dsa(config):
+        return served.Model(heads, page_size=pool.page_size)
+    return served.Model(
+        heads,
+        index_heads=config.index_n_heads,
+        index_topk=config.index_topk,
+        kv=_kind(pool.get_key_buffer(pool.start_layer)),
+        layout=index_cache.layout_of(pool),
+        page_size=pool.page_size,
+        q_lora_rank=config.q_lora_rank or 0,
+        neox=not getattr(config, "indexer_rope_interleave", False),
+    )
+
+
+def _kind(rows: torch.Tensor) -> str:
+    if rows.shape[-1] != LATENT_DIM + ROPE_DIM:
+        return "packed"
+    return "fp8" if rows.dtype in FP8_DTYPES else "bf16"
+
+
+def steps(server_args: Any, context_length: int) -> list[served.Step]:
+    """The forwards that graphs are captured for, and a whole chunk of a prompt, over the longest context."""
+    config = server_args.cuda_graph_config
+    queries = server_args.speculative_num_draft_tokens or 1
+    decode = sorted(config.decode.bs or [1])
+    prefill = sorted({*(config.prefill.bs or ()), max(server_args.chunked_prefill_size or 0, 1)})
+    return [
+        *(served.Step(requests, context_length, queries) for requests in decode),
+        *(served.Step(1, context_length, tokens, prefill=True) for tokens in prefill),
+    ]

@@ -1,0 +1,1 @@
+"""What the CUDA C++ kernels share: run-time compilation and launch."""

@@ -1,0 +1,1 @@
+"""What the torch references share: rotary embedding, Hadamard rotation, norms."""

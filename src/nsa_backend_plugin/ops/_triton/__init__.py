@@ -1,0 +1,1 @@
+"""What the Triton kernels share: targets, early launch, fp8 conversion, the MLA kernels."""

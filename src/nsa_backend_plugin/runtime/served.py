@@ -1,0 +1,276 @@
+"""The calls that serving a model makes, with tensors on `meta`: for reports, and for compiling kernels before they run.
+
+Shapes, strides and dtypes are those of the engine's own calls, so that a report names what will run and a kernel is
+compiled with the specialization that will be launched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nsa_backend_plugin.layouts import (
+    INDEX_DIM,
+    LATENT_DIM,
+    ROPE_DIM,
+    index_page_bytes,
+    packed_latent_bytes,
+)
+from nsa_backend_plugin.ops import (
+    concat,
+    dense_mla,
+    index_key_cache,
+    indexer_prep,
+    latent_cache,
+    mqa_logits,
+    norm_quant,
+    sparse_mla,
+    topk,
+)
+from nsa_backend_plugin.ops.arch import arch_fp8_dtype, is_cuda, is_rocm, pretended
+from nsa_backend_plugin.ops.call import Call
+from nsa_backend_plugin.ops.dispatch import Explanation, Operation
+
+NOPE_DIM = 128  # of a query head, before it is absorbed
+_PAGES = 1 << 12
+
+
+@dataclass(frozen=True)
+class Model:
+    """What decides the shapes of a model's calls on one GPU.
+
+    heads: query heads. index_heads: 0 for a model without an indexer. kv: "bf16", "packed", or "fp8" (ROCm).
+    q_lora_rank: 0 where the fused query projection does not run. neox: half-split RoPE pairs, and a Hadamard rotation
+    in the indexer; else interleaved (GLM).
+    """
+
+    heads: int
+    index_heads: int = 0
+    index_topk: int = 2048
+    kv: str = "bf16"
+    layout: str = "row_major"
+    page_size: int = 64
+    q_lora_rank: int = 1536
+    neox: bool = True
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward: `requests` of `queries` tokens each, with `context` tokens in the cache, as decode or prefill."""
+
+    requests: int
+    context: int
+    queries: int = 1
+    prefill: bool = False
+
+    def __str__(self) -> str:
+        kind = "prefill" if self.prefill else "decode"
+        return f"{kind} {self.requests} x {self.queries} over {self.context}"
+
+
+#: For a report without a model at hand: what people serve, and how.
+TYPICAL = (Step(1, 8192), Step(64, 8192), Step(1, 8192, 4096, prefill=True))
+
+
+def examples(arch: str) -> dict[str, Model]:
+    """Models of a report without one at hand, by a name that says what they are."""
+    kv, layout = ("packed", "row_major") if is_cuda(arch) else ("bf16", "preshuffled" if is_rocm(arch) else "row_major")
+    return {
+        "DeepSeek-V3.2, 16 heads": Model(16, index_heads=64, kv=kv, layout=layout),
+        "DeepSeek-V3.2, 128 heads": Model(128, index_heads=64, kv=kv, layout=layout),
+        "DeepSeek-V3, 16 heads": Model(16),
+        "DeepSeek-V3, 128 heads": Model(128),
+    }
+
+
+_Made = tuple[Operation, Call]
+
+
+def calls(model: Model, step: Step, arch: str) -> Iterator[_Made]:
+    """(operation, call) of one layer in one step, in the order of the engine's calls."""
+    with pretended(arch) as device:
+        yield from (_sparse if model.index_heads else _dense)(model, step, arch, device)
+
+
+def explanations(model: Model, steps: Iterable[Step], arch: str) -> Iterator[tuple[Step, Explanation]]:
+    """What runs each call, for each step."""
+    for step in steps:
+        for operation, call in calls(model, step, arch):
+            yield step, operation.explain(call)
+
+
+def report(model: Model, steps: Iterable[Step], arch: str) -> list[str]:
+    """A line for every function: what runs it, apart by step where that differs, and why each other one does not."""
+    found: dict[str, list[tuple[Step, Explanation]]] = {}
+    for step, explained in explanations(model, steps, arch):
+        found.setdefault(explained.operation, []).append((step, explained))
+    lines = []
+    for rows in found.values():
+        if len({explained.chosen for _, explained in rows}) == 1:
+            lines.append(str(rows[0][1]))
+        else:
+            lines += [f"{explained} [{step}]" for step, explained in rows]
+    return lines
+
+
+def _sparse(model: Model, step: Step, arch: str, device: torch.device) -> Iterator[_Made]:
+    make = _maker(device)
+    fp8 = arch_fp8_dtype(arch)
+    tokens, heads, index_heads = step.requests * step.queries, model.heads, model.index_heads
+    pages = -(-step.context // model.page_size)
+    position = make(tokens, dtype=torch.int64)
+    rope = make(1 << 16, ROPE_DIM, dtype=torch.float32)
+    slots = make(tokens, dtype=torch.int64)
+    index_cache = make(_PAGES, index_page_bytes(model.page_size), dtype=torch.uint8)
+    cache = _latent_cache(model, fp8, make)
+    kv_scale = 1.0 if model.kv == "fp8" else None
+
+    if model.q_lora_rank and not step.prefill:
+        q_lora = make(tokens, model.q_lora_rank + LATENT_DIM + ROPE_DIM)[:, : model.q_lora_rank]
+        yield norm_quant.rms, norm_quant.rms.call(q_lora, make(model.q_lora_rank))
+    if not step.prefill:
+        both = make(tokens, INDEX_DIM + index_heads, dtype=torch.float32)
+        bias = make(INDEX_DIM, dtype=torch.float32) if model.neox else None
+        yield (
+            indexer_prep.key_store,
+            indexer_prep.key_store.call(
+                both[:, :INDEX_DIM],
+                make(INDEX_DIM, dtype=torch.float32),
+                bias,
+                position,
+                rope,
+                index_cache,
+                slots,
+                is_neox=model.neox,
+                norm="layer" if model.neox else "rms",
+                hadamard=model.neox,
+                layout=model.layout,
+                page_size=model.page_size,
+            ),
+        )
+        yield (
+            indexer_prep.query,
+            indexer_prep.query.call(
+                make(tokens, index_heads, INDEX_DIM),
+                both[:, INDEX_DIM:],
+                position,
+                rope,
+                weight_scale=1.0,
+                is_neox=model.neox,
+                hadamard=model.neox,
+            ),
+        )
+    weights = make(tokens, index_heads, dtype=torch.float32)
+    lengths = make(step.requests, *(() if step.queries == 1 else (step.queries,)), dtype=torch.int32)
+    table = make(tokens, pages, dtype=torch.int32)
+    if step.prefill:
+        keys = step.requests * step.context
+        scale = make(keys, dtype=torch.float32)
+        starts = make(tokens, dtype=torch.int32)
+        logits_call = mqa_logits.ragged.call(
+            make(tokens, index_heads, INDEX_DIM, dtype=fp8),
+            make(keys, INDEX_DIM, dtype=fp8),
+            scale,
+            weights,
+            starts,
+            starts,
+        )
+        yield (
+            index_key_cache.gather,
+            index_key_cache.gather.call(
+                index_cache,
+                make(step.requests, pages, dtype=torch.int32),
+                make(step.requests, dtype=torch.int32),
+                layout=model.layout,
+                page_size=model.page_size,
+                total_tokens=keys,
+            ),
+        )
+        yield mqa_logits.ragged, logits_call
+        columns = keys
+    else:
+        columns = pages * model.page_size
+        yield (
+            mqa_logits.paged,
+            mqa_logits.paged.call(
+                make(step.requests, step.queries, index_heads, INDEX_DIM, dtype=fp8),
+                index_cache,
+                weights,
+                lengths,
+                table[:: step.queries],
+                columns,
+                layout=model.layout,
+                page_size=model.page_size,
+            ),
+        )
+    yield (
+        topk.select,
+        topk.select.call(
+            make(tokens, columns, dtype=torch.float32),
+            lengths.view(-1) if not step.prefill else make(tokens, dtype=torch.int32),
+            model.index_topk,
+            page_table=table,
+            page_size=model.page_size,
+        ),
+    )
+    q_all = make(tokens, heads, LATENT_DIM + ROPE_DIM)
+    latent = make(tokens, LATENT_DIM + ROPE_DIM)
+    query = make(tokens, heads, NOPE_DIM + ROPE_DIM)
+    fused = not step.prefill
+    yield (
+        latent_cache.store,
+        latent_cache.store.call(
+            latent[:, :LATENT_DIM],
+            latent[:, LATENT_DIM:],
+            cache,
+            slots,
+            positions=position,
+            cos_sin_cache=rope,
+            is_neox=False,
+            kv_scale=kv_scale,
+            q_rope=query[..., NOPE_DIM:] if fused else None,
+            q_all=q_all if fused else None,
+            norm_weight=make(LATENT_DIM) if fused else None,
+        ),
+    )
+    yield (
+        sparse_mla.attend,
+        sparse_mla.attend.call(q_all, cache, make(tokens, model.index_topk, dtype=torch.int32), 1.0, kv_scale=kv_scale),
+    )
+
+
+def _dense(model: Model, step: Step, arch: str, device: torch.device) -> Iterator[_Made]:
+    make = _maker(device)
+    tokens = step.requests * step.queries
+    if step.prefill:
+        k_nope = make(tokens, model.heads, 2 * NOPE_DIM)[..., :NOPE_DIM]
+        yield concat.mla_k, concat.mla_k.call(k_nope, make(tokens, 1, ROPE_DIM))
+        return
+    yield (
+        dense_mla.decode,
+        dense_mla.decode.call(
+            make(tokens, model.heads, LATENT_DIM + ROPE_DIM),
+            _latent_cache(model, arch_fp8_dtype(arch), make),
+            make(tokens, -(-step.context // model.page_size), dtype=torch.int32),
+            make(tokens, dtype=torch.int32),
+            1.0,
+            page_size=model.page_size,
+        ),
+    )
+
+
+def _maker(device: torch.device) -> Callable[..., torch.Tensor]:
+    def make(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    return make
+
+
+def _latent_cache(model: Model, fp8: torch.dtype, make: Callable[..., Any]) -> torch.Tensor:
+    slots = _PAGES * model.page_size
+    if model.kv == "packed":
+        return make(slots, 1, packed_latent_bytes(LATENT_DIM + ROPE_DIM, LATENT_DIM), dtype=torch.uint8)
+    return make(slots, 1, LATENT_DIM + ROPE_DIM, dtype=fp8 if model.kv == "fp8" else torch.bfloat16)
