@@ -101,7 +101,7 @@ def test_every_handler_says_when_it_serves():
         if row.handler:
             module = Path(launch.__file__).parent / (row.handler.split(":")[0].replace(".", "/") + ".py")
             names = {r.name for r in ledger.LEDGER if r.handler == row.handler}
-            assert any(re.search(rf'hooks\.fired\([^)]*"{name}"', module.read_text()) for name in names), row.name
+            assert any(re.search(rf'hooks\.fired\(.*"{name}"', module.read_text()) for name in names), row.name
 
 
 def test_cpu_platform_is_inert_on_accelerator_hosts_and_beside_sglangs_cpu_engine(command_line):
