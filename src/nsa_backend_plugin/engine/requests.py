@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from nsa_backend_plugin.engine import hooks, launch
+from nsa_backend_plugin.engine import contract, hooks, launch
 
 
 def inside_vocabulary(
     original: Callable[..., None],
-    manager: Any,
+    manager: contract.TokenizerManager,
     request: Any,
     input_ids: Sequence[int] | None,
     *args: Any,
