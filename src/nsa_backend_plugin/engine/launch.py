@@ -117,7 +117,8 @@ def check_untested(server_args: Any) -> None:
     unknown = [name for name, _, _ in unclassified(server_args)]
     logger.warning(
         "nsa_plugin was never tried with SGLang %s (NSA_PLUGIN_ALLOW_UNTESTED_SGLANG): %d of %d hooks have their "
-        "target, %d attributes that it reads are gone, and it does not know the arguments %s, which must keep their defaults",
+        "target, %d attributes that it reads are gone, and it does not know the arguments %s, which must keep their "
+        "defaults",
         release.version(),
         len(ledger.LEDGER) - len(missing),
         len(ledger.LEDGER),
