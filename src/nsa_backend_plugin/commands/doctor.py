@@ -257,7 +257,14 @@ def aiter_contract(
 def hooks(on_cpu: bool, problems: Problems) -> list[dict[str, Any]]:
     """Every hook into SGLang and whether the installed release has its target; a missing one is a problem only where
     the hook is used. GPU modules of SGLang do not import without GPU libraries."""
+    from nsa_backend_plugin.engine import contract
     from nsa_backend_plugin.engine.ledger import LEDGER
+
+    for name in contract.missing():
+        problems.add(
+            f"the installed SGLang has no attribute {name}, which the plugin reads",
+            "install a supported SGLang release, see the table in README.md",
+        )
 
     rows = []
     for row in LEDGER:
