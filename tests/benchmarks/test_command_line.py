@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from nsa_backend_plugin.ops.dispatch import operations
 
 from benchmarks import backends, cli, registry, workloads
 from benchmarks.batch_spec import MAX_TOKENS, parse_batch_spec
 from benchmarks.report import screen
+from nsa_backend_plugin.ops.dispatch import operations
 
 from .conftest import SUITE, code
 
@@ -194,7 +194,7 @@ def test_a_missing_library_is_named(name: str, monkeypatch: pytest.MonkeyPatch, 
     find = cli.importlib.util.find_spec
     monkeypatch.setattr(cli.importlib.util, "find_spec", lambda n, *rest: None if n == name else find(n, *rest))
     error = refused(capsys, *TORCH)
-    assert error.startswith(f"benchmarks: error: {name} not found by {sys.executable}: pip install")
+    assert error.startswith(f"benchmarks: error: {name} not found: in the clone, {sys.executable} -m pip install")
 
 
 def test_a_batch_has_limits() -> None:

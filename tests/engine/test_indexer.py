@@ -7,15 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from nsa_backend_plugin.ops.rotary import apply_leading_rope, hadamard
 
 from nsa_backend_plugin.engine import index_cache
 from nsa_backend_plugin.layouts import index_page_bytes
 from nsa_backend_plugin.ops import index_key_cache, indexer_prep
+from nsa_backend_plugin.ops._torch.rotary import rotate
 
 pytest.importorskip("sglang", reason="needs SGLang")
 indexer_path = pytest.importorskip("nsa_backend_plugin.engine.indexer")
 from tests.engine.test_fused_decode import INDEX_HEADS, Q_LORA, Case, Norm  # noqa: E402
+from tests.engine.test_merged_weights import lora  # noqa: E402
 
 
 def cpu_forward(case: Case, **keywords: Any) -> torch.Tensor | None:
@@ -46,6 +47,23 @@ def test_cpu_and_cuda_write_and_select_alike(case: Case, scale_fmt: str | None) 
     case.index_pages.copy_(before)
     assert torch.equal(cpu_forward(case), slots)
     assert torch.equal(case.index_pages, pages)
+
+
+@pytest.mark.parametrize("which", ["wk", "weights_proj", "wq_b"])
+def test_an_adapter_reaches_both_paths(case: Case, which: str) -> None:
+    """SGLang wraps a layer by LoRA after its weight was merged."""
+    before = case.index_pages.clone()
+    bare = case.prepare()[7], case.index_pages.clone()
+    if which != "wq_b":  # which would leave the merged key, not rounded to bf16
+        indexer_path.merge_projection(case.indexer)
+    setattr(case.indexer, which, lora(getattr(case.indexer, which)))
+    case.index_pages.copy_(before)
+    slots, pages = case.prepare()[7], case.index_pages.clone()
+    case.index_pages.copy_(before)
+    assert torch.equal(cpu_forward(case), slots)
+    assert torch.equal(case.index_pages, pages)
+    assert torch.equal(pages, bare[1]) == (which != "wk")
+    assert which == "wk" or not torch.equal(slots, bare[0])
 
 
 def test_writing_only_and_unknown_keywords(case: Case) -> None:
@@ -84,7 +102,7 @@ def test_scale_formats(scale_fmt: str | None, table_dtype: torch.dtype) -> None:
 
     x = key.float() - key.float().mean(-1, keepdim=True)
     x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon) * norm.weight + norm.bias
-    rotated = hadamard(apply_leading_rope(x, table.float()[positions], is_neox=True))
+    rotated = rotate(x, positions, table.float(), is_neox=True, hadamard=True)
     want = torch.zeros_like(pages)
     index_key_cache.store(rotated, want, slots, scale_format="fp32")
     assert torch.equal(pages, want)

@@ -129,6 +129,8 @@ def check_sparse(
     step: Step | None = None,
     lengths: bool = False,
     rows_have_keys: bool = False,
+    context: bool = False,
+    bar: float = 5e-6,
 ) -> None:
     if lengths:
         q, kv, indices, counts = compact_inputs(kind, heads)
@@ -142,9 +144,12 @@ def check_sparse(
     expected = attend_rows(q, latents)
     arguments = dict(q=q, kv=kv, indices=indices, softmax_scale=SCALE, step=step)
     arguments |= dict(lengths=counts, rows_have_keys=rows_have_keys)
+    if context:  # in any order, with slots that nobody selects
+        used = indices[indices >= 0].unique()
+        arguments["context"] = used[torch.randperm(len(used))]
     actual = run_adapter("sparse_mla", name, arch, arguments, want_lse=want_lse)
-    for got, want, bar in zip(actual, expected, (5e-6, 1e-8), strict=False):
-        assert_close(got, want, bar)
+    for got, want, most in zip(actual, expected, (bar, 1e-8 if bar == 5e-6 else bar), strict=False):
+        assert_close(got, want, most)
 
 
 def check_dense(
@@ -307,6 +312,40 @@ def flash_mla(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 def test_flash_mla_sparse(kind: str, heads: int, promises: dict[str, bool]) -> None:
     assert adapter("sparse_mla", "flash_mla").available("sm_90") is None
     check_sparse("flash_mla", kind, heads, **promises)
+
+
+@pytest.mark.parametrize("heads", [8, 64, 128])
+@pytest.mark.parametrize("promises", [{}, {"lengths": True, "rows_have_keys": True}])
+@pytest.mark.usefixtures("flash_mla")
+def test_flash_mla_over_unpacked_rows(heads: int, promises: dict[str, bool]) -> None:
+    """Its bar is its own: rows are rounded to bf16."""
+    check_sparse("flash_mla_unpacked", "packed", heads, context=True, bar=2e-5, **promises)
+
+
+def test_flash_mla_over_unpacked_rows_says_what_it_needs() -> None:
+    module = adapter("sparse_mla", "flash_mla_unpacked")
+    q, kv, indices = sparse_inputs("packed", 64)
+    call = sparse_mla.attend.call(q, kv, indices, SCALE)
+    assert "does not say which slots" in module.declines_attend(call)
+    call.context = torch.arange(module.MOST_ROWS + 1, dtype=torch.int32)
+    assert f"a context of {module.MOST_ROWS + 1} slots" in module.declines_attend(call)
+    q, kv, indices = sparse_inputs("bf16", 64)
+    assert "only packed rows" in module.declines_attend(sparse_mla.attend.call(q, kv, indices, SCALE))
+
+
+@pytest.mark.usefixtures("flash_mla")
+def test_the_places_of_slots_are_made_once_per_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, step, made = adapter("sparse_mla", "flash_mla_unpacked"), Step(), []
+    context, once = torch.arange(256, dtype=torch.int32), Step.once
+
+    def counting(self: Step, key: Any, make: Any, *of: torch.Tensor, **where: Any) -> Any:
+        return once(self, key, lambda: made.append(key) or make(), *of, **where)
+
+    monkeypatch.setattr(Step, "once", counting)
+    for _ in range(3):
+        q, kv, indices = sparse_inputs("packed", 64)
+        module.attend(sparse_mla.attend.call(q, kv, indices, SCALE, context=context, step=step))
+    assert [key for key in made if "places" in str(key)] == [("places of slots", 256)]
 
 
 @pytest.mark.parametrize("heads", [12, 16])

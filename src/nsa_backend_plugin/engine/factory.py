@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from nsa_backend_plugin import __version__, settings
-from nsa_backend_plugin.engine import hooks, launch, release, shapes
+from nsa_backend_plugin.engine import contract, hooks, launch, release, shapes
 from nsa_backend_plugin.engine.gpu import rocm
 from nsa_backend_plugin.ops import dispatch
 from nsa_backend_plugin.ops.arch import device_arch, is_cuda
@@ -17,7 +17,7 @@ from nsa_backend_plugin.runtime import prepare, served
 logger = logging.getLogger(__name__)
 
 
-def create_backend(runner: Any) -> Any:
+def create_backend(runner: contract.ModelRunner) -> Any:
     """Backend of a ModelRunner. Raises ValueError, with what to do, for what cannot be served."""
     hooks.fired("factory")
     launch.check_settings()

@@ -44,9 +44,10 @@ def preshuffled_pages(original: Callable[[], bool]) -> bool:
 
     from nsa_backend_plugin.engine import hooks, launch
 
-    arguments = get_server_args()
-    if not _resolving and (arguments is None or not launch.selected(arguments)):
-        return original()
+    if not _resolving:
+        arguments = get_server_args()
+        if arguments is None or not launch.selected(arguments):
+            return original()
     hooks.fired("rocm_pages")
     return True
 
