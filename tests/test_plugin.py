@@ -104,6 +104,28 @@ def test_every_handler_says_when_it_serves():
             assert any(re.search(rf'hooks\.fired\(.*"{name}"', module.read_text()) for name in names), row.name
 
 
+def test_a_request_with_a_token_outside_the_vocabulary_is_refused():
+    from types import SimpleNamespace
+
+    from nsa_backend_plugin.engine import requests
+
+    names = {"attention_backend": "nsa_plugin", "prefill_attention_backend": None, "decode_attention_backend": None}
+    manager = SimpleNamespace(server_args=SimpleNamespace(**names), model_config=SimpleNamespace(vocab_size=10))
+    taken = []
+
+    def check(*arguments):
+        taken.append(arguments)
+
+    for input_ids in ([0, 9], [], None):
+        requests.inside_vocabulary(check, manager, "request", input_ids)
+    for token in (10, -1):
+        with pytest.raises(ValueError, match=f"input_ids has the token {token}: the model's tokens are 0 to 9"):
+            requests.inside_vocabulary(check, manager, "request", [0, token])
+    manager.server_args.attention_backend = "triton"  # not ours to judge
+    requests.inside_vocabulary(check, manager, "request", [10])
+    assert [ids for _, _, ids in taken] == [[0, 9], [], None, [10]]
+
+
 def test_cpu_platform_is_inert_on_accelerator_hosts_and_beside_sglangs_cpu_engine(command_line):
     command_line(NAMED, accelerator=True)
     assert plugin.activate_cpu_platform() is None
