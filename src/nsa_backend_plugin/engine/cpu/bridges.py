@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from nsa_backend_plugin import BACKEND_NAME
+from nsa_backend_plugin.engine import hooks
 
 
 @contextlib.contextmanager
@@ -56,3 +57,12 @@ def get_rope_cpu(
 def support_triton(original: Callable[[str], bool], backend: str) -> bool:
     """AROUND hook: request and token bookkeeping of our backend takes the torch path."""
     return backend != BACKEND_NAME and original(backend)
+
+
+def send_plain_indices() -> None:
+    """Have a prefill server wait for the page numbers that it sends; newer releases copy them through pinned memory."""
+    from sglang.srt.disaggregation.mooncake.conn import MooncakeKVSender
+
+    if getattr(MooncakeKVSender, "supports_host_tensor_indices", False):
+        MooncakeKVSender.supports_host_tensor_indices = False
+        hooks.fired("transfer_indices")
