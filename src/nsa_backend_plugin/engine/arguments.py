@@ -76,12 +76,12 @@ REFUSED: Mapping[str, Refused] = {
     "enable_streaming_session": _no("streaming sessions"),
     "enable_session_radix_cache": _no("streaming sessions"),
     # Who computes what
-    "disaggregation_transfer_backend": _no(
-        "another transfer of caches than Mooncake's", ("mooncake", "mooncake_tcp")
-    ),
+    "disaggregation_transfer_backend": _no("another transfer of caches than Mooncake's", ("mooncake", "mooncake_tcp")),
     "disaggregation_decode_enable_radix_cache": _no("a decode server that keeps prefixes"),
     "disaggregation_decode_enable_offload_kvcache": _no(_HICACHE),
-    "disaggregation_decode_retraction_backup": _no("a chosen store for what a decode server retracts", _UNSET, asked=True),
+    "disaggregation_decode_retraction_backup": _no(
+        "a chosen store for what a decode server retracts", _UNSET, asked=True
+    ),
     "disaggregation_decode_host_receive_threshold": _no("caches that are received in host memory", (1.0,)),
     "disaggregation_decode_allocation_policy": _no("decode memory that is reserved after prefill", ("early",)),
     "disaggregation_enable_kv_checksum": _no("checksums of transferred caches"),
