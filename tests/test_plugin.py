@@ -171,12 +171,14 @@ def test_exact_mode_needs_float32_on_cpu(monkeypatch):
     for dtype, device in ((torch.bfloat16, "cpu"), (torch.float32, "cuda")):
         with pytest.raises(ValueError, match=r"NSA_PLUGIN_EXACT=1 .*--dtype float32"):
             launch.check_exact(dtype, torch.device(device))
+    with pytest.raises(ValueError, match=r"NSA_PLUGIN_EXACT=1 with --disaggregation-mode decode: .*not transferred"):
+        launch.check_exact(torch.float32, torch.device("cpu"), "decode")
 
 
 def test_ledger_rows_are_complete_and_unique():
     assert len({row.name for row in ledger.LEDGER}) == len(ledger.LEDGER)
     for row in ledger.LEDGER:
-        assert row.kind in ("call", "append", "hook", "subclass", "op")
+        assert row.kind in ("call", "append", "hook", "subclass", "op", "attribute")
         assert row.stage in ("name", "start", "cpu", "factory", "gpu", "gpu_dsa")
         assert row.why
         assert row.versions

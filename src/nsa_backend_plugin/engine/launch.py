@@ -75,11 +75,14 @@ def check_arguments(server_args: Any, as_given: bool = False) -> None:
             "because one cache layout serves both. Use --attention-backend nsa_plugin alone"
         )
     kind = _device_kind(server_args)
-    own = arguments.ON_DEVICE[kind]
-    for name, rule in [*((n, r) for n, r in arguments.REFUSED.items() if n not in own), *own.items()]:
+    rules = {name: (rule, "") for name, rule in arguments.REFUSED.items()}
+    rules |= {name: (rule, f" on {kind}") for name, rule in arguments.ON_DEVICE[kind].items()}
+    if (role := getattr(server_args, "disaggregation_mode", "null")) != "null":
+        rules |= {name: (rule, f" with --disaggregation-mode {role}") for name, rule in arguments.IN_PAIRS.items()}
+    for name, (rule, where) in rules.items():
         value = getattr(server_args, name, rule.served[0])  # a release without the argument
         if value not in rule.served and (as_given or not rule.asked):
-            given = f"{value} on {kind}" if name in own else f"is set ({value!r})"
+            given = f"{value}{where}" if where else f"is set ({value!r})"
             raise ValueError(f"{_flag(name)} {given}: nsa_plugin {rule.why}. {rule.advice}")
     if as_given:
         for name, value, default in unclassified(server_args):
@@ -167,11 +170,17 @@ def check_model(model: contract.ModelConfig, page_size: int | None) -> None:
         raise ValueError(f"{name} has index_head_dim {model.hf_config.index_head_dim}: nsa_plugin serves {INDEX_DIM}")
 
 
-def check_exact(model_dtype: torch.dtype, device: torch.device) -> None:
-    """Raise ValueError when NSA_PLUGIN_EXACT is on where it cannot be exact."""
-    if settings.enabled("NSA_PLUGIN_EXACT") and (device.type != "cpu" or model_dtype != torch.float32):
+def check_exact(model_dtype: torch.dtype, device: torch.device, role: str = "null") -> None:
+    """Raise ValueError when NSA_PLUGIN_EXACT is on where it cannot be exact. role: the disaggregation mode."""
+    if not settings.enabled("NSA_PLUGIN_EXACT"):
+        return
+    if device.type != "cpu" or model_dtype != torch.float32:
         raise ValueError(
             f"NSA_PLUGIN_EXACT=1 with {model_dtype} on {device.type}: it needs --device cpu and --dtype float32"
+        )
+    if role != "null":
+        raise ValueError(
+            f"NSA_PLUGIN_EXACT=1 with --disaggregation-mode {role}: exact index keys are not transferred. Unset it"
         )
 
 

@@ -18,12 +18,12 @@ class Hook:
 
     target: dotted path in SGLang. older_target: where it was in older releases. kind: "call" (a public registration
     function), "append" (to a list that SGLang shares by reference), "hook" (HookRegistry, AROUND), "op" (a module's
-    forward on our platform) or "subclass" (nothing is installed). stage: "name" (by plugin.py), "start" (when the
-    plugin loads), "cpu" (then, on our CPU platform only), "factory" (when nsa_plugin is selected and its backend is
-    created), "gpu" (then, on a GPU), "gpu_dsa" (there, for DSA models). handler: "module:function" below
-    `nsa_backend_plugin.engine`, which says `hooks.fired(name)` when it serves. needed: whether the installed release
-    and device need the row. patch_point: the list of handlers that the row's patch (patches/<release>/<name>.patch)
-    adds to SGLang, if it does.
+    forward on our platform), "attribute" (of a class, set) or "subclass" (nothing is installed).
+    stage: "name" (by plugin.py), "start" (when the plugin loads), "cpu" (then, on our CPU platform only), "factory"
+    (when nsa_plugin is selected and its backend is created), "gpu" (then, on a GPU), "gpu_dsa" (there, for DSA models).
+    handler: "module:function" below `nsa_backend_plugin.engine`, which says `hooks.fired(name)` when it serves.
+    needed: whether the installed release and device need the row. patch_point: the list of handlers that the row's
+    patch (patches/<release>/<name>.patch) adds to SGLang, if it does.
     """
 
     name: str
@@ -60,6 +60,7 @@ _GRAMMAR = "sglang.srt.constrained.xgrammar_backend"
 _FORWARD_BATCH = "sglang.srt.model_executor.forward_batch_info"
 _UPDATER = "sglang.srt.managers.scheduler_components.weight_updater"
 _MLA_POOL = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._build_oot_mla_kv_pool"
+_TRANSFER_INDICES = "sglang.srt.disaggregation.mooncake.conn.MooncakeKVSender.supports_host_tensor_indices"
 _ROCM_PREPARE = f"{_FORWARD_METHODS}.forward_mla_rocm.DeepseekMLARocmForwardMixin.forward_absorb_rocm_prepare"
 
 
@@ -194,6 +195,16 @@ LEDGER: tuple[Hook, ...] = (
         versions="releases with a builder for each out-of-tree pool",
         upstream="solved upstream by one builder for all pools",
         needed=lambda: release.exists(_MLA_POOL),
+    ),
+    Hook(
+        name="transfer_indices",
+        target=_TRANSFER_INDICES,
+        kind="attribute",
+        stage="factory",
+        why="a CPU's prefill server copies the page numbers that it sends itself: stock does it through pinned memory",
+        versions="releases whose sender takes them as a tensor on the host",
+        upstream="not reported",
+        needed=lambda: release.exists(_TRANSFER_INDICES),
     ),
     Hook(
         name="fused_decode",

@@ -85,3 +85,12 @@ def dp_padding(original: Callable[..., None], *args: Any, **kwargs: Any) -> None
     hooks.fired("dp_padding")
     with _Pageable():
         return original(*args, **kwargs)
+
+
+def send_plain_indices() -> None:
+    """Have a prefill server wait for the page numbers that it sends; newer releases copy them through pinned memory."""
+    from sglang.srt.disaggregation.mooncake.conn import MooncakeKVSender
+
+    if getattr(MooncakeKVSender, "supports_host_tensor_indices", False):
+        MooncakeKVSender.supports_host_tensor_indices = False
+        hooks.fired("transfer_indices")

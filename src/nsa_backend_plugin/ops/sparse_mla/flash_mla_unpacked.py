@@ -3,7 +3,7 @@
 Its decode kernel, which reads packed rows itself, spends more on widening every row for every query than on
 multiplying (its authors give 410 TFLOP/s on an H800, and 640 for this one). With many queries over one context that
 is paid once per layer here. The copy rounds a row's values to bf16 as the decode kernel does, which costs a cosine
-distance of up to 1e-5 by itself. Needs `context`, the slots that may be selected.
+distance of some 1e-5 by itself. Needs `context`, the slots that may be selected.
 """
 
 from __future__ import annotations
