@@ -82,9 +82,10 @@ def test_live_pages_equal_the_reference_writer(served):
     for call in served.calls:
         options = call["options"]
         assert (options["layout"], options["page_size"]) == ("preshuffled", 64)
-        normed = normalize(call["key"], call["weight"], call["bias"], options["norm"], options["eps"])
-        rotated = rotate(normed, call["positions"], call["cos_sin"], options["is_neox"], hadamard=options["hadamard"])
-        values, scales = quantize_rows(rotated, options.get("scale_format", "fp32"), dtype)
+        normed = normalize(call["key"], call["norm_weight"], call["norm_bias"], options["norm"], options["eps"])
+        cos_sin = call["cos_sin_cache"]
+        rotated = rotate(normed, call["positions"], cos_sin, options["is_neox"], hadamard=options["hadamard"])
+        values, scales = quantize_rows(rotated, options["scale_format"], dtype)
         reached = max(reached, float(values.detach().float().abs().max()))
         for slot, value, scale in zip(call["slots"].tolist(), values, scales, strict=True):
             _write(expected[call["pages_at"]][slot // 64], "preshuffled", slot % 64, value, scale)

@@ -1,7 +1,8 @@
 """The out-of-tree CPU platform.
 
 With it SGLang's `is_cpu()` and `is_cuda()` are both false, so that the native (torch) paths run and neither
-`sgl_kernel` nor a GPU is needed. Activated by `plugin.activate_cpu_platform`.
+`sgl_kernel` nor a GPU is needed. Activated by `plugin.activate_cpu_platform`. Nothing else of ours is imported with
+this module: SGLang would report a failure here as its own, before `plugin.register` could say what it is.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 
 from nsa_backend_plugin import BACKEND_NAME
-from nsa_backend_plugin.engine import release
 
 logger = logging.getLogger(__name__)
 #: Tokens in the cache when the user says nothing about memory: SGLang would take most of the machine's.
@@ -70,6 +70,8 @@ class NsaPluginCpuPlatform(CpuDeviceMixin, SRTPlatform):
 
     def get_paged_allocator_cls(self) -> Any:
         """None where SGLang's own allocator runs without Triton when the platform declares that it cannot."""
+        from nsa_backend_plugin.engine import release
+
         if release.platform_declares_triton():
             return None
         from nsa_backend_plugin.engine.cpu import allocator
