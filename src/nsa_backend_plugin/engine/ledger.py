@@ -18,12 +18,12 @@ class Hook:
 
     target: dotted path in SGLang. older_target: where it was in older releases. kind: "call" (a public registration
     function), "append" (to a list that SGLang shares by reference), "hook" (HookRegistry, AROUND), "op" (a module's
-    forward on our platform), "attribute" (of a class, set) or "subclass" (nothing is installed). stage: "name" (by plugin.py), "start" (when the
-    plugin loads), "cpu" (then, on our CPU platform only), "factory" (when nsa_plugin is selected and its backend is
-    created), "gpu" (then, on a GPU), "gpu_dsa" (there, for DSA models). handler: "module:function" below
-    `nsa_backend_plugin.engine`, which says `hooks.fired(name)` when it serves. needed: whether the installed release
-    and device need the row. patch_point: the list of handlers that the row's patch (patches/<release>/<name>.patch)
-    adds to SGLang, if it does.
+    forward on our platform), "attribute" (of a class, set) or "subclass" (nothing is installed). stage: "name" (by
+    plugin.py), "start" (when the plugin loads), "cpu" (then, on our CPU platform only), "factory" (when nsa_plugin is
+    selected and its backend is created), "gpu" (then, on a GPU), "gpu_dsa" (there, for DSA models). handler:
+    "module:function" below `nsa_backend_plugin.engine`, which says `hooks.fired(name)` when it serves. needed: whether
+    the installed release and device need the row. patch_point: the list of handlers that the row's patch
+    (patches/<release>/<name>.patch) adds to SGLang, if it does.
     """
 
     name: str
