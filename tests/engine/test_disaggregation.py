@@ -142,7 +142,9 @@ def _ask_both(prefill: Server, decode: Server, length: int, bootstrap: int) -> r
 def _wait_idle(server: Server) -> None:
     """Until the server holds no request."""
     deadline = time.monotonic() + PATIENCE
-    while any(load["num_total_reqs"] for load in json.loads(server.get("/v1/loads"))["loads"]):
+    while any(
+        load["num_running_reqs"] + load["num_waiting_reqs"] for load in json.loads(server.get("/v1/loads"))["loads"]
+    ):
         assert time.monotonic() < deadline, "requests are still there"
         time.sleep(0.2)
 
