@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -193,7 +194,7 @@ def test_doctor_refuses_an_unsupported_release(monkeypatch):
 
 
 def test_doctor_reports_a_forced_implementation_that_cannot_run(monkeypatch):
-    monkeypatch.setattr(dispatch, "_unavailable", lambda op, name, arch: "no such engine")
+    monkeypatch.setattr(dispatch, "_unavailable", functools.cache(lambda op, name, arch: "no such engine"))
     dispatch.forget_plans()
     problems = doctor.Problems()
     rows = doctor.operations("cpu", problems)

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BOOLS = [s.name for s in settings.SETTINGS.values() if s.kind == "bool"]
 CHOICES = [s.name for s in settings.SETTINGS.values() if s.kind == "choice"]
 NAMES = [s.name for s in settings.SETTINGS.values() if s.kind == "names"]
+PATHS = [s.name for s in settings.SETTINGS.values() if s.kind == "path"]
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +24,7 @@ def clean_environment(monkeypatch):
 
 
 def test_every_setting_has_a_known_kind_and_a_valid_default():
-    assert set(BOOLS) | set(CHOICES) | set(NAMES) == set(settings.SETTINGS)
+    assert set(BOOLS) | set(CHOICES) | set(NAMES) | set(PATHS) == set(settings.SETTINGS)
     for name, setting in settings.SETTINGS.items():
         assert name.startswith("NSA_PLUGIN_")
         settings.get(name)
@@ -31,7 +32,7 @@ def test_every_setting_has_a_known_kind_and_a_valid_default():
 
 
 def test_every_operation_has_a_variable_and_a_folder():
-    assert [settings.impl_variable(op) for op in settings.OPERATIONS] == NAMES
+    assert [settings.impl_variable(op) for op in settings.OPERATIONS] == [n for n in NAMES if n.endswith("_IMPL")]
     folders = {p.parent.name for p in (ROOT / "src/nsa_backend_plugin/ops").glob("*/reference.py")}
     assert folders == set(settings.OPERATIONS)
 
@@ -77,6 +78,13 @@ def test_choice(monkeypatch, name):
 def test_names(monkeypatch, name, raw, value):
     monkeypatch.setenv(name, raw)
     assert settings.get(name) == value
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_path(monkeypatch, name):
+    assert settings.get(name) == settings.SETTINGS[name].default
+    monkeypatch.setenv(name, " a folder/of mine ")
+    assert settings.get(name) == "a folder/of mine"
 
 
 @pytest.mark.parametrize("name", BOOLS + CHOICES)

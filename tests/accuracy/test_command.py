@@ -91,7 +91,7 @@ def test_report_says_what_ran(launches, data, capsys, monkeypatch):
     assert found["data"]["questions"] == 10
     assert len(found["data"]["sha256"]) == 64
     first, second = found["arms"]
-    assert first["kernels"] == ["topk.select: torch (triton no GPU)", "sparse_mla.attend: triton (x)"]
+    assert first["kernels"] == ["topk.select: torch runs k=1 (x)", "sparse_mla.attend: triton runs (x)"]
     assert first["command"][3:] == ["--model-path=m", "--attention-backend=nsa_plugin", "--tp=8"]
     assert first["device"].startswith("cpu")
     assert first["server"]["version"] == "0.5.17"
@@ -99,7 +99,7 @@ def test_report_says_what_ran(launches, data, capsys, monkeypatch):
     (pair,) = found["pairs"]
     assert pair["completion"]["agreement"] == 1.0
     assert not pair["completion"]["differs"]
-    for text in ("do not differ", "torch: topk.select; triton: sparse_mla.attend", f"nsa-backend-plugin {__version__}"):
+    for text in ("do not differ", "topk.select: torch; sparse_mla.attend: triton", f"nsa-backend-plugin {__version__}"):
         assert text in out
     assert f"torch {found['versions']['torch']}" in out
     assert "command: nsa-plugin gsm8k" in out

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from nsa_backend_plugin.ops.rotary import apply_leading_rope, hadamard
 
 from nsa_backend_plugin.engine import index_cache
 from nsa_backend_plugin.layouts import index_page_bytes
 from nsa_backend_plugin.ops import index_key_cache, indexer_prep
+from nsa_backend_plugin.ops._torch.rotary import rotate
 
 pytest.importorskip("sglang", reason="needs SGLang")
 indexer_path = pytest.importorskip("nsa_backend_plugin.engine.indexer")
@@ -84,7 +84,7 @@ def test_scale_formats(scale_fmt: str | None, table_dtype: torch.dtype) -> None:
 
     x = key.float() - key.float().mean(-1, keepdim=True)
     x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon) * norm.weight + norm.bias
-    rotated = hadamard(apply_leading_rope(x, table.float()[positions], is_neox=True))
+    rotated = rotate(x, positions, table.float(), is_neox=True, hadamard=True)
     want = torch.zeros_like(pages)
     index_key_cache.store(rotated, want, slots, scale_format="fp32")
     assert torch.equal(pages, want)

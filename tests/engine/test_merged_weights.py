@@ -303,6 +303,7 @@ def test_query_projections_merge_and_follow_an_update(kind: str) -> None:
         query_projection.merge(attn)  # again by another backend of the same model: graphs keep the first matrix
         assert all(torch.equal(layer.weight.float(), weight) for layer, weight in zip(layers, before, strict=True))
         assert query_projection.merged(attn) is not None
+        assert query_projection.quantizes(attn) == (kind != "bf16")
         index_query, project_q = query_projection.project(attn, q_lora)
         torch.testing.assert_close(project_q(), expected(layers[0]).view(5, 4, 64))
         torch.testing.assert_close(index_query, expected(layers[1]).view(5, 2, 128))

@@ -217,6 +217,7 @@ def test_other_backends_get_their_own_draft_backends() -> None:
 
 
 ARGUMENTS = {
+    "device": "cuda",
     "attention_backend": "nsa_plugin",
     "prefill_attention_backend": None,
     "decode_attention_backend": None,
@@ -229,11 +230,9 @@ ARGUMENTS = {
 @pytest.mark.parametrize("width", [None, 1])
 def test_chains_of_drafts_are_served_on_cuda(algorithm: str, width: int | None) -> None:
     served = {**ARGUMENTS, "speculative_algorithm": algorithm, "speculative_eagle_topk": width}
-    arguments = SimpleNamespace(**served)
-    launch.check_arguments(arguments)
-    launch.check_speculation(arguments, "cuda")
+    launch.check_arguments(SimpleNamespace(**served))
     with pytest.raises(ValueError, match=f"--speculative-algorithm {algorithm} on cpu.*NVIDIA GPUs"):
-        launch.check_speculation(arguments, "cpu")
+        launch.check_arguments(SimpleNamespace(**{**served, "device": "cpu"}))
 
 
 @pytest.mark.parametrize(
@@ -255,5 +254,5 @@ def test_other_drafts_are_refused_by_name(name: str, value: Any) -> None:
 
 def test_speculation_is_refused_on_rocm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    with pytest.raises(ValueError, match="on ROCm"):
-        launch.check_speculation(SimpleNamespace(**ARGUMENTS), "cuda")
+    with pytest.raises(ValueError, match="--speculative-algorithm NEXTN on rocm.*NVIDIA GPUs"):
+        launch.check_arguments(SimpleNamespace(**ARGUMENTS))

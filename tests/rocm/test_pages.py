@@ -49,8 +49,10 @@ def test_our_backend_has_pages_of_64_whatever_stock_finds(monkeypatch, backend, 
 def test_stock_answers_before_there_are_arguments(monkeypatch):
     from sglang.srt import runtime_context
 
-    monkeypatch.setattr(runtime_context, "get_server_args", lambda: None)
+    monkeypatch.setattr(runtime_context.get_context(), "_server_args", None)
     assert rocm.preshuffled_pages(lambda: False) is False
+    with rocm.resolution():
+        assert rocm.preshuffled_pages(lambda: False) is True
 
 
 @pytest.mark.parametrize("arch, layout", [("gfx942", "preshuffled"), ("gfx950", "preshuffled"), ("sm_90", "row_major")])

@@ -23,7 +23,7 @@ STEPS = (
     served.Step(1, 300, 300, prefill=True),
 )
 MODELS = {
-    "V3.2 packed": served.Model(16, index_heads=64, kv="packed"),
+    "V3.2 packed": served.Model(16, index_heads=64, kv="packed", quantized_q_lora=1536),
     "V3.2 bf16, 128 heads": served.Model(128, index_heads=64),
     "GLM": served.Model(8, index_heads=32, kv="packed", neox=False),
     "V3": served.Model(128),
@@ -50,7 +50,7 @@ def test_a_report_names_each_function_once_unless_steps_differ() -> None:
     lines = served.report(MODELS["V3.2 packed"], served.TYPICAL, "sm_90")
     names = [line.split(":")[0] for line in lines]
     assert len(names) == len(set(names))
-    many = served.report(served.Model(128, index_heads=64, kv="packed"), served.TYPICAL, "sm_90")
+    many = served.report(served.Model(128, index_heads=64, kv="packed", quantized_q_lora=1536), served.TYPICAL, "sm_90")
     assert {line.split(":")[0] for line in many} == set(names)
 
 
@@ -113,7 +113,9 @@ def test_preparing_compiles_and_launches_nothing(monkeypatch) -> None:
     monkeypatch.setattr(
         jit, "load", lambda source, names, *rest: {n: warmed.append(n) or jit.Kernel(n, None) for n in names}
     )
-    for operation, call in served.calls(served.Model(16, index_heads=64), served.Step(8, 8192), "sm_90"):
+    for operation, call in served.calls(
+        served.Model(16, index_heads=64, quantized_q_lora=1536), served.Step(8, 8192), "sm_90"
+    ):
         operation.prepare(call)
     topk_cuda._kernels.cache_clear()
     assert {"topk", "_rms_kernel", "_key_kernel", "_query_kernel", "attend_kernel", "_store_kernel"} <= set(warmed)

@@ -50,7 +50,7 @@ def load_model(
 def merge(model: torch.nn.Module, device: str) -> None:
     """Merge what can be merged in every layer with an indexer of a model that is served on a device (its type)."""
     _models.add(model)
-    for attn in _layers(model):
+    for attn in layers(model):
         if _offloaded(attn, device):
             continue
         rocm.merge_key_weight(attn)
@@ -73,7 +73,7 @@ def updating(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Iterato
 def settle(model: torch.nn.Module, device: str) -> None:
     """Before the first forward: forget what was replaced since loading, and log once why a layer serves itself."""
     merged_weights.drop_replaced(model)
-    for attn in _layers(model):
+    for attn in layers(model):
         reasons = [None if attn.indexer.use_dsa_indexer_fusion else indexer.obstacle(attn.indexer)]
         if attn.q_lora_rank is not None:
             reasons.append(query_projection.obstacle(attn))
@@ -83,7 +83,8 @@ def settle(model: torch.nn.Module, device: str) -> None:
             _log_once(reason)
 
 
-def _layers(model: torch.nn.Module) -> Iterator[Any]:
+def layers(model: torch.nn.Module) -> Iterator[Any]:
+    """Attention layers with an indexer."""
     return (module for module in model.modules() if getattr(module, "indexer", None) is not None)
 
 

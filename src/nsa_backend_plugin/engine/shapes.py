@@ -8,7 +8,8 @@ import torch
 from sglang.srt.configs.model_config import is_deepseek_dsa
 from sglang.srt.runtime_context import get_parallel
 
-from nsa_backend_plugin.engine import index_cache
+from nsa_backend_plugin.engine import index_cache, merging
+from nsa_backend_plugin.engine.gpu import query_projection
 from nsa_backend_plugin.layouts import FP8_DTYPES, LATENT_DIM, ROPE_DIM
 from nsa_backend_plugin.runtime import served
 
@@ -27,7 +28,9 @@ def model(runner: Any) -> served.Model:
         kv=_kind(pool.get_key_buffer(pool.start_layer)),
         layout=index_cache.layout_of(pool),
         page_size=pool.page_size,
-        q_lora_rank=config.q_lora_rank or 0,
+        quantized_q_lora=next(
+            (a.q_lora_rank for a in merging.layers(runner.model) if query_projection.quantizes(a)), 0
+        ),
         neox=not getattr(config, "indexer_rope_interleave", False),
     )
 

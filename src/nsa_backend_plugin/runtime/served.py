@@ -7,7 +7,7 @@ compiled with the specialization that will be launched.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -43,8 +43,8 @@ class Model:
     """What decides the shapes of a model's calls on one GPU.
 
     heads: query heads. index_heads: 0 for a model without an indexer. kv: "bf16", "packed", or "fp8" (ROCm).
-    q_lora_rank: 0 where the fused query projection does not run. neox: half-split RoPE pairs, and a Hadamard rotation
-    in the indexer; else interleaved (GLM).
+    quantized_q_lora: width of q_lora where one call normalizes and quantizes it (merged fp8 projections), else 0.
+    neox: half-split RoPE pairs, and a Hadamard rotation in the indexer; else interleaved (GLM).
     """
 
     heads: int
@@ -53,7 +53,7 @@ class Model:
     kv: str = "bf16"
     layout: str = "row_major"
     page_size: int = 64
-    q_lora_rank: int = 1536
+    quantized_q_lora: int = 0
     neox: bool = True
 
 
@@ -78,9 +78,10 @@ TYPICAL = (Step(1, 8192), Step(64, 8192), Step(1, 8192, 4096, prefill=True))
 def examples(arch: str) -> dict[str, Model]:
     """Models of a report without one at hand, by a name that says what they are."""
     kv, layout = ("packed", "row_major") if is_cuda(arch) else ("bf16", "preshuffled" if is_rocm(arch) else "row_major")
+    v32 = Model(16, index_heads=64, kv=kv, layout=layout, quantized_q_lora=1536 if is_cuda(arch) else 0)
     return {
-        "DeepSeek-V3.2, 16 heads": Model(16, index_heads=64, kv=kv, layout=layout),
-        "DeepSeek-V3.2, 128 heads": Model(128, index_heads=64, kv=kv, layout=layout),
+        "DeepSeek-V3.2, 16 heads": v32,
+        "DeepSeek-V3.2, 128 heads": replace(v32, heads=128),
         "DeepSeek-V3, 16 heads": Model(16),
         "DeepSeek-V3, 128 heads": Model(128),
     }
@@ -128,9 +129,9 @@ def _sparse(model: Model, step: Step, arch: str, device: torch.device) -> Iterat
     cache = _latent_cache(model, fp8, make)
     kv_scale = 1.0 if model.kv == "fp8" else None
 
-    if model.q_lora_rank and not step.prefill:
-        q_lora = make(tokens, model.q_lora_rank + LATENT_DIM + ROPE_DIM)[:, : model.q_lora_rank]
-        yield norm_quant.rms, norm_quant.rms.call(q_lora, make(model.q_lora_rank))
+    if (width := model.quantized_q_lora) and not step.prefill:
+        q_lora = make(tokens, width + LATENT_DIM + ROPE_DIM)[:, :width]
+        yield norm_quant.rms, norm_quant.rms.call(q_lora, make(width))
     if not step.prefill:
         both = make(tokens, INDEX_DIM + index_heads, dtype=torch.float32)
         bias = make(INDEX_DIM, dtype=torch.float32) if model.neox else None

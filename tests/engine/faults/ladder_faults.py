@@ -51,7 +51,8 @@ def _wrap(owner: Any, name: str, faulty: Callable[..., Any]) -> None:
     setattr(owner, name, wrapped)
 
 
-def _select(fault: str, original: Any, logits: torch.Tensor, *args: Any, out: torch.Tensor, **kwargs: Any) -> None:
+def _select(fault: str, original: Any, call: Any) -> torch.Tensor:
+    logits = call.logits
     if fault == "random":
         logits = torch.rand_like(logits)
     elif fault == "bottom_k":
@@ -60,9 +61,10 @@ def _select(fault: str, original: Any, logits: torch.Tensor, *args: Any, out: to
         logits = torch.roll(logits, -PAGE, dims=1)
     elif fault == "last_window":
         logits = torch.arange(logits.shape[1], dtype=torch.float32).expand_as(logits)
-    original(logits, *args, out=out, **kwargs)
+    out = original(dataclasses.replace(call, logits=logits))
     if fault == "dropped":
         out[torch.rand(out.shape) < DROPPED] = -1
+    return out
 
 
 def _attend(fault: str, original: Any, call: Any) -> Any:

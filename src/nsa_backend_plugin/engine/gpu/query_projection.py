@@ -51,9 +51,9 @@ def _fp8_obstacle(layer: Any) -> str | None:
         return f"runs by {getattr(run, '__name__', run)}"
     if layer.orig_dtype != torch.bfloat16:
         return f"returns {layer.orig_dtype}"
-    block, rows = layer.quant_method.weight_block_size, layer.weight.shape[0]
-    if list(block) != _BLOCK or rows % norm_quant.GROUP:
-        return f"has {rows} rows in blocks of {block}"
+    block, (rows, columns) = layer.quant_method.weight_block_size, layer.weight.shape
+    if list(block) != _BLOCK or rows % norm_quant.GROUP or columns % norm_quant.GROUP:
+        return f"has {rows} rows of {columns} in blocks of {block}"
     return None
 
 
@@ -76,6 +76,11 @@ def merged(attn: Any) -> MergedWeights | None:
     """The two as one; None where they are not merged, or where one was wrapped or replaced since."""
     found = getattr(attn, _MERGED, None)
     return found if found is not None and found.serves(attn.q_b_proj, attn.indexer.wq_b) else None
+
+
+def quantizes(attn: Any) -> bool:
+    """Whether the merged projection takes q_lora as fp8: then its norm is `norm_quant.rms`."""
+    return hasattr(merged(attn), "scale")
 
 
 def project(attn: Any, q_lora: torch.Tensor) -> tuple[torch.Tensor, Callable[[], torch.Tensor]]:

@@ -40,15 +40,23 @@ def preshuffled_pages(original: Callable[[], bool]) -> bool:
     Stock ROCm falls to page size 1 where AITER's paged kernel cannot run (no AITER, Triton < 3.5). Ours reads and
     writes pages of 64 in either layout, and the registry declines AITER's kernel where it cannot run.
     """
-    from sglang.srt.runtime_context import get_server_args
+    from nsa_backend_plugin.engine import hooks
 
-    from nsa_backend_plugin.engine import hooks, launch
-
-    arguments = get_server_args()
-    if not _resolving and (arguments is None or not launch.selected(arguments)):
+    if not _resolving and not _published_for_us():
         return original()
     hooks.fired("rocm_pages")
     return True
+
+
+def _published_for_us() -> bool:
+    from sglang.srt.runtime_context import get_server_args
+
+    from nsa_backend_plugin.engine import launch
+
+    try:
+        return launch.selected(get_server_args())
+    except ValueError:  # none are published: SGLang also asks while its modules are imported
+        return False
 
 
 def unquantized(hidden_states: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor | None:
