@@ -37,6 +37,9 @@ IMPATIENT = {
     "SGLANG_DISAGGREGATION_HEARTBEAT_INTERVAL": "1",
 }
 PATIENCE = 60.0
+#: Slots of the decode server: two of these long answers do not fit, and one of them must wait in the host's memory.
+SLOTS = 1024
+LONG, LONG_TOKENS = 333, 300
 #: A plugin of SGLang for the negative control: the pool hands over no index keys.
 LEAVES_OUT = """
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
@@ -91,18 +94,19 @@ class Pair:
     router: Router
     bootstrap: int
     expected: dict[int, dict[str, Any]]
+    expected_long: list[int]
     #: (mode, bootstrap port, env, port) -> another server of the same model, not started yet.
     role: Callable[..., Server]
 
-    def ask(self, length: int) -> requests.Response:
+    def ask(self, length: int, new_tokens: int = NEW_TOKENS) -> requests.Response:
         """Reply of the router."""
-        body = _body(PROMPTS[length], return_logprob=True)
+        body = _body(PROMPTS[length], new_tokens, return_logprob=True)
         return requests.post(f"{self.router.url}/generate", json=body, timeout=PATIENCE)
 
     @contextlib.contextmanager
     def stream(self, length: int) -> Iterator[Iterator[bytes]]:
         """Events of a long answer, of which the first have come. The client leaves at the end of the block."""
-        body = _body(PROMPTS[length], new_tokens=3000, stream=True)
+        body = _body(PROMPTS[length], SLOTS // 2, stream=True)
         with requests.post(f"{self.router.url}/generate", json=body, timeout=PATIENCE, stream=True) as reply:
             events = (line for line in reply.iter_lines() if line)
             for _ in range(3):
@@ -142,7 +146,9 @@ def _ask_both(prefill: Server, decode: Server, length: int, bootstrap: int) -> r
 def _wait_idle(server: Server) -> None:
     """Until the server holds no request."""
     deadline = time.monotonic() + PATIENCE
-    while any(load["num_total_reqs"] for load in json.loads(server.get("/v1/loads"))["loads"]):
+    while any(
+        load["num_running_reqs"] + load["num_waiting_reqs"] for load in json.loads(server.get("/v1/loads"))["loads"]
+    ):
         assert time.monotonic() < deadline, "requests are still there"
         time.sleep(0.2)
 
@@ -154,6 +160,8 @@ def pair(request, models, start_server, tmp_path_factory) -> Iterator[Pair]:
 
     def role(mode: str, bootstrap: int, env: Mapping[str, str] | None = None, port: int | None = None) -> Server:
         flags = (f"--disaggregation-mode={mode}", f"--disaggregation-bootstrap-port={bootstrap}")
+        if mode == "decode":
+            flags += (f"--max-total-tokens={SLOTS}", "--num-reserved-decode-tokens=16")
         return start_server(model, ("--skip-server-warmup", *flags), {**environment, **(env or {})}, port)
 
     alone, prefill, decode = start_server(model), role("prefill", bootstrap), role("decode", bootstrap)
@@ -163,9 +171,10 @@ def pair(request, models, start_server, tmp_path_factory) -> Iterator[Pair]:
         with ThreadPoolExecutor() as pool:
             list(pool.map(Server.start, (alone, prefill, decode)))
         expected = {n: alone.post("/generate", _body(p, return_logprob=True)) for n, p in PROMPTS.items()}
+        expected_long = alone.post("/generate", _body(PROMPTS[LONG], LONG_TOKENS))["output_ids"]
         alone.stop()
         router = Router(prefill, bootstrap, decode, tmp_path_factory.mktemp("router") / "router.log")
-        yield Pair(prefill, decode, stack.enter_context(router), bootstrap, expected, role)
+        yield Pair(prefill, decode, stack.enter_context(router), bootstrap, expected, expected_long, role)
 
 
 on_dsa = pytest.mark.parametrize("pair", ["dsa"], indirect=True)
@@ -176,6 +185,14 @@ def test_answers_are_those_of_one_server(pair):
     with ThreadPoolExecutor(len(LENGTHS)) as pool:
         for length, reply in zip(LENGTHS, pool.map(pair.ask, LENGTHS), strict=True):
             pair.check(length, reply.json())
+
+
+def test_a_full_decode_server_retracts_and_resumes(pair):
+    with ThreadPoolExecutor() as pool:
+        replies = [pool.submit(pair.ask, LONG, LONG_TOKENS) for _ in range(2)]
+    assert "#retracted_reqs: 1" in pair.decode.log_path.read_text()
+    for reply in replies:
+        assert reply.result().json()["output_ids"] == pair.expected_long
 
 
 def test_clients_that_leave(pair):

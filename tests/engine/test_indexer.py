@@ -130,3 +130,16 @@ def test_the_other_backends_refuse_unknown_keywords() -> None:
     backend = object.__new__(NsaPluginCpuBackend)
     with pytest.raises(ValueError, match="SGLang passes attn_sink to the attention backend"):
         backend.forward_decode(None, None, None, None, None, attn_sink=torch.zeros(1))
+
+
+def test_servers_of_a_pair_know_one_another_by_the_layout_too() -> None:
+    runner = SimpleNamespace(token_to_kv_pool=SimpleNamespace(), kv_cache_dtype_str="bfloat16")
+    index_cache.name_layout(runner)  # without an indexer
+    index_cache.declare_layout(runner.token_to_kv_pool, "row_major")  # stock's
+    index_cache.name_layout(runner)
+    assert runner.kv_cache_dtype_str == "bfloat16"
+    runner.token_to_kv_pool = SimpleNamespace()
+    index_cache.declare_layout(runner.token_to_kv_pool, "preshuffled")
+    for _ in range(2):  # a model may have several backends
+        index_cache.name_layout(runner)
+    assert runner.kv_cache_dtype_str == "bfloat16 with preshuffled index keys"

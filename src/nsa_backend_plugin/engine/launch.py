@@ -75,11 +75,11 @@ def check_arguments(server_args: Any, as_given: bool = False) -> None:
             "because one cache layout serves both. Use --attention-backend nsa_plugin alone"
         )
     kind = _device_kind(server_args)
-    rules = {name: (rule, "") for name, rule in arguments.REFUSED.items()}
-    rules |= {name: (rule, f" on {kind}") for name, rule in arguments.ON_DEVICE[kind].items()}
+    own = {name: (rule, f" on {kind}") for name, rule in arguments.ON_DEVICE[kind].items()}
     if (role := getattr(server_args, "disaggregation_mode", "null")) != "null":
-        rules |= {name: (rule, f" with --disaggregation-mode {role}") for name, rule in arguments.IN_PAIRS.items()}
-    for name, (rule, where) in rules.items():
+        own |= {name: (rule, f" with --disaggregation-mode {role}") for name, rule in arguments.IN_PAIRS.items()}
+    general = {name: (rule, "") for name, rule in arguments.REFUSED.items() if name not in own}
+    for name, (rule, where) in (general | own).items():
         value = getattr(server_args, name, rule.served[0])  # a release without the argument
         if value not in rule.served and (as_given or not rule.asked):
             given = f"{value}{where}" if where else f"is set ({value!r})"
