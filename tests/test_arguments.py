@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nsa_backend_plugin import BACKEND_NAME
-from nsa_backend_plugin.engine import arguments, launch, ledger
+from nsa_backend_plugin.engine import arguments, contract, launch, ledger
 from nsa_backend_plugin.engine import release as sglang_release
 from tests import wheels
 
@@ -54,10 +54,15 @@ def test_every_mla_architecture_of_a_release_is_classified(package):
 
 def test_every_target_of_the_ledger_is_in_a_release(package):
     """Rows that a release does not need are those whose own condition says so by what it finds in the source."""
-    optional = {"fused_decode_rocm", "mla_pool", "support_triton"}
+    optional = {"fused_decode_rocm", "mla_pool", "support_triton", "transfer_indices"}
     for row in ledger.LEDGER:
         found = [t for t in (row.target, row.older_target) if t and sglang_release.exists(t, package)]
         assert found or row.name in optional, f"{row.name}: {row.target} is not in {package.parent.name}"
+
+
+def test_every_attribute_that_we_read_is_in_a_release(package, tmp_path):
+    assert list(contract.missing(package)) == []
+    assert len(list(contract.missing(tmp_path))) == sum(len(p.__annotations__) for p in contract.CLASSES)
 
 
 def test_no_name_is_in_two_classes_or_in_no_release():
@@ -91,6 +96,17 @@ def test_a_refused_value_is_refused_by_its_name_with_what_to_do(name, monkeypatc
         assert rule.why in str(caught.value)
         if rule.asked:  # SGLang's own choice
             launch.check_arguments(_arguments(**{name: "other-value"}))
+
+
+@pytest.mark.parametrize("name", arguments.IN_PAIRS)
+def test_what_was_not_tried_in_a_disaggregated_pair_is_refused_there(name, monkeypatch):
+    monkeypatch.setattr(launch, "unclassified", lambda _: ())
+    value = {"speculative_algorithm": "NEXTN", "lora_paths": ["a=b"]}.get(name, True)
+    launch.check_arguments(_arguments(**{name: value}), as_given=True)
+    for role in ("prefill", "decode"):
+        flag = "--" + name.replace("_", "-")
+        with pytest.raises(ValueError, match=rf"^{flag} .* with --disaggregation-mode {role}: nsa_plugin .*Start "):
+            launch.check_arguments(_arguments(disaggregation_mode=role, **{name: value}), as_given=True)
 
 
 @pytest.mark.parametrize("name", arguments.REFUSED_VARIABLES)

@@ -47,10 +47,12 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., serv
     """A server that is not started yet: `with start_server(model, args, env) as server`."""
     logs = tmp_path_factory.mktemp("logs")
 
-    def make(model: Path, args: Sequence[str] = (), env: dict[str, str] | None = None) -> serving.Server:
+    def make(
+        model: Path, args: Sequence[str] = (), env: dict[str, str] | None = None, port: int | None = None
+    ) -> serving.Server:
         log = logs / f"{len(list(logs.iterdir()))}.log"
         log.touch()
-        return serving.Server(model, [*serving.CPU_ARGS, *args], {**SERVER_ENV, **(env or {})}, log_path=log)
+        return serving.Server(model, [*serving.CPU_ARGS, *args], {**SERVER_ENV, **(env or {})}, port, log_path=log)
 
     return make
 

@@ -74,8 +74,10 @@ def test_a_broken_part_keeps_the_name_and_the_reason():
     assert error.startswith("RuntimeError: nsa_plugin could not be loaded: ModuleNotFoundError: import of")
     assert "nsa_backend_plugin.engine.factory" in error
     assert "nsa-plugin doctor" in error
-    # Without our CPU platform only the launch check is hooked, and on a GPU the loading of weights.
+    # Without our CPU platform only the checks of the launch and of requests are hooked, and on a GPU the loading of
+    # weights.
     loading = [target for target in outcome["hooks"] if target.endswith(".load_model_with_memory_saver")]
     assert len(loading) == torch.cuda.is_available()
-    [check] = set(outcome["hooks"]) - set(loading)
-    assert check.startswith("sglang.srt.server_args.ServerArgs.")
+    check, launch = sorted(set(outcome["hooks"]) - set(loading))
+    assert check.startswith("sglang.srt.managers.tokenizer_manager.TokenizerManager.")
+    assert launch.startswith("sglang.srt.server_args.ServerArgs.")

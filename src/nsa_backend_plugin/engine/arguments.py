@@ -76,7 +76,17 @@ REFUSED: Mapping[str, Refused] = {
     "enable_streaming_session": _no("streaming sessions"),
     "enable_session_radix_cache": _no("streaming sessions"),
     # Who computes what
-    "disaggregation_mode": _no("prefill/decode disaggregation", ("null",)),
+    "disaggregation_transfer_backend": _no("another transfer of caches than Mooncake's", ("mooncake", "mooncake_tcp")),
+    "disaggregation_decode_enable_radix_cache": _no("a decode server that keeps prefixes"),
+    "disaggregation_decode_enable_offload_kvcache": _no(_HICACHE),
+    "disaggregation_decode_retraction_backup": _no(
+        "a chosen store for what a decode server retracts", _UNSET, asked=True
+    ),
+    "disaggregation_decode_host_receive_threshold": _no("caches that are received in host memory", (1.0,)),
+    "disaggregation_decode_allocation_policy": _no("decode memory that is reserved after prefill", ("early",)),
+    "disaggregation_enable_kv_checksum": _no("checksums of transferred caches"),
+    "enable_pd_role_switch": _no("servers that change between prefill and decode"),
+    "optimistic_prefill_attempts": _no("prefill before its decode server has answered", (0,)),
     "decoupled_spec_role": _no("a draft model in another server", ("null",)),
     "enable_prefill_cp": _no(_PREFILL_CP),
     "enable_prefill_context_parallel": _no(_PREFILL_CP),
@@ -149,6 +159,7 @@ ON_DEVICE: Mapping[str, Mapping[str, Refused]] = {
         # Here they also decide the layout of SGLang's fp8 rows, and these two ask for the one that we read.
         "dsa_prefill_backend": Refused(_OWN_KERNELS, (None, "tilelang", "aiter"), asked=True),
         "dsa_decode_backend": Refused(_OWN_KERNELS, (None, "tilelang", "aiter"), asked=True),
+        "disaggregation_mode": _no("prefill/decode disaggregation", ("null",), advice=_WITHOUT),
     },
     "cpu": {
         "speculative_algorithm": Refused("supports speculative decoding on NVIDIA GPUs only", _UNSET, advice=_WITHOUT),
@@ -159,12 +170,24 @@ ON_DEVICE: Mapping[str, Mapping[str, Refused]] = {
     },
 }
 
+#: What a server of a disaggregated pair refuses beside `REFUSED`: it was never tried there.
+IN_PAIRS: Mapping[str, Refused] = {
+    # Among them IndexShare models, whose draft then selects tokens by position and not as slots.
+    "speculative_algorithm": _no("speculative decoding between prefill and decode servers", _UNSET, advice=_WITHOUT),
+    "enable_dp_attention": _no("data-parallel attention between prefill and decode servers", advice=_WITHOUT),
+    "enable_lora": _no("LoRA between prefill and decode servers", (None, False), advice=_WITHOUT),
+    "lora_paths": _no("LoRA between prefill and decode servers", _UNSET, advice=_WITHOUT),
+    "enable_memory_saver": _no("prefill and decode servers that sleep", advice=_WITHOUT),
+}
+
 #: Arguments that concern attention and are taken with any value; some are checked elsewhere with the model at hand.
 SERVED: frozenset[str] = frozenset(
     _names("""
     attention_backend decode_attention_backend prefill_attention_backend device page_size kv_cache_dtype dtype
     model_path quantization torchao_config json_model_override_args context_length load_format
     tp_size dp_size attn_dp_size enable_dp_attention
+    disaggregation_mode disaggregation_bootstrap_port disaggregation_ib_device num_reserved_decode_tokens
+    disaggregation_decode_extra_slots disaggregation_decode_polling_interval
     speculative_num_steps speculative_num_draft_tokens speculative_draft_model_path
     chunked_prefill_size enable_mixed_chunk disable_chunked_prefix_cache disable_radix_cache disable_overlap_schedule
     cuda_graph_config cuda_graph_max_bs_decode cuda_graph_max_bs_prefill cuda_graph_bs_decode cuda_graph_bs_prefill
@@ -185,11 +208,6 @@ NO_CONCERN: Mapping[str, str] = {
     hicache_storage_prefetch_policy hicache_storage_backend_extra_config hicache_host_memory_mode
     hicache_host_memory_fraction hicache_storage_prefetch_retry_poll_interval
     hicache_storage_prefetch_retry_max_attempts hisparse_config kv_canary_real_data kv_canary_sweep_interval
-    disaggregation_transfer_backend disaggregation_bootstrap_port disaggregation_ib_device
-    disaggregation_decode_enable_radix_cache disaggregation_decode_enable_offload_kvcache num_reserved_decode_tokens
-    disaggregation_decode_extra_slots disaggregation_decode_polling_interval optimistic_prefill_attempts
-    disaggregation_decode_retraction_backup disaggregation_enable_kv_checksum enable_pd_role_switch
-    disaggregation_decode_host_receive_threshold disaggregation_decode_allocation_policy
     decoupled_spec_bind_endpoint decoupled_spec_connect_endpoints decoupled_spec_rank spec_trace_dir
     cp_strategy prefill_cp_mode dsa_prefill_cp_mode dcp_comm_backend dcp_replicate_q_proj
     enable_megamoe_for_layernorm_sp enable_dynamic_chunking pp_max_micro_batch_size pp_async_batch_depth

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from nsa_backend_plugin import __version__, settings
-from nsa_backend_plugin.engine import hooks, launch, release, shapes
+from nsa_backend_plugin.engine import contract, hooks, index_cache, launch, release, shapes
 from nsa_backend_plugin.engine.gpu import rocm
 from nsa_backend_plugin.ops import dispatch
 from nsa_backend_plugin.ops.arch import device_arch, is_cuda
@@ -17,7 +17,7 @@ from nsa_backend_plugin.runtime import prepare, served
 logger = logging.getLogger(__name__)
 
 
-def create_backend(runner: Any) -> Any:
+def create_backend(runner: contract.ModelRunner) -> Any:
     """Backend of a ModelRunner. Raises ValueError, with what to do, for what cannot be served."""
     hooks.fired("factory")
     launch.check_settings()
@@ -25,15 +25,17 @@ def create_backend(runner: Any) -> Any:
     launch.check_model(runner.model_config, runner.token_to_kv_pool.page_size)
     device = torch.device(runner.device)
     launch.check_platform(device.type)
-    launch.check_exact(runner.dtype, device)
+    launch.check_exact(runner.dtype, device, runner.server_args.disaggregation_mode)
     dispatch.require_forced(device)
     hooks.install("factory")
     backend = _cpu_backend(runner) if device.type == "cpu" else _gpu_backend(runner)
+    index_cache.name_layout(runner)
     _report_and_prepare(runner, device, type(backend).__name__)
     return backend
 
 
 def _cpu_backend(runner: Any) -> Any:
+    from nsa_backend_plugin.engine.cpu import bridges
     from nsa_backend_plugin.engine.cpu.backend import NsaPluginCpuBackend
 
     if not runner.kv_cache_dtype.is_floating_point or runner.kv_cache_dtype.itemsize < 2:
@@ -41,6 +43,8 @@ def _cpu_backend(runner: Any) -> Any:
             f"--kv-cache-dtype {runner.kv_cache_dtype}: on cpu nsa_plugin keeps the latent cache in the model's dtype. "
             "Use --kv-cache-dtype auto"
         )
+    if runner.server_args.disaggregation_mode == "prefill":
+        bridges.send_plain_indices()
     return NsaPluginCpuBackend(runner)
 
 

@@ -41,3 +41,13 @@ def pages(pool: Any, layer_id: int, layout: str) -> torch.Tensor:
     if layout_of(pool) != layout:
         raise ValueError(f"index-K pages are {layout_of(pool)}: refused a reader or writer of {layout}")
     return pool.get_index_k_with_scale_buffer(layer_id=layer_id)
+
+
+def name_layout(runner: Any) -> None:
+    """Name a layout that is not stock's in the KV dtype by which prefill and decode servers know one another.
+
+    SGLang's decode server compares the name with its own when the two meet, and refuses another: pages travel as bytes.
+    """
+    layout = getattr(runner.token_to_kv_pool, _TAG, "row_major")
+    if layout != "row_major" and layout not in runner.kv_cache_dtype_str:
+        runner.kv_cache_dtype_str += f" with {layout} index keys"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from nsa_backend_plugin import BACKEND_NAME, settings
-from nsa_backend_plugin.engine import arguments, hooks, kernels, ledger, release
+from nsa_backend_plugin.engine import arguments, contract, hooks, kernels, ledger, release
 from nsa_backend_plugin.engine.gpu import rocm
 from nsa_backend_plugin.layouts import INDEX_DIM, INDEX_PAGE_SIZE, LATENT_DIM, ROPE_DIM
 from nsa_backend_plugin.ops import dense_mla, dispatch
@@ -75,11 +75,14 @@ def check_arguments(server_args: Any, as_given: bool = False) -> None:
             "because one cache layout serves both. Use --attention-backend nsa_plugin alone"
         )
     kind = _device_kind(server_args)
-    own = arguments.ON_DEVICE[kind]
-    for name, rule in [*((n, r) for n, r in arguments.REFUSED.items() if n not in own), *own.items()]:
+    own = {name: (rule, f" on {kind}") for name, rule in arguments.ON_DEVICE[kind].items()}
+    if (role := getattr(server_args, "disaggregation_mode", "null")) != "null":
+        own |= {name: (rule, f" with --disaggregation-mode {role}") for name, rule in arguments.IN_PAIRS.items()}
+    general = {name: (rule, "") for name, rule in arguments.REFUSED.items() if name not in own}
+    for name, (rule, where) in (general | own).items():
         value = getattr(server_args, name, rule.served[0])  # a release without the argument
         if value not in rule.served and (as_given or not rule.asked):
-            given = f"{value} on {kind}" if name in own else f"is set ({value!r})"
+            given = f"{value}{where}" if where else f"is set ({value!r})"
             raise ValueError(f"{_flag(name)} {given}: nsa_plugin {rule.why}. {rule.advice}")
     if as_given:
         for name, value, default in unclassified(server_args):
@@ -113,24 +116,27 @@ def check_untested(server_args: Any) -> None:
     if release.supported(release.version()):
         return
     missing = [row for row in ledger.LEDGER if row.needed() and not row.target_exists]
+    lost = [*(f"{row.name} ({row.path})" for row in missing), *contract.missing()]
     unknown = [name for name, _, _ in unclassified(server_args)]
     logger.warning(
         "nsa_plugin was never tried with SGLang %s (NSA_PLUGIN_ALLOW_UNTESTED_SGLANG): %d of %d hooks have their "
-        "target, and it does not know the arguments %s, which must keep their defaults",
+        "target, %d attributes that it reads are gone, and it does not know the arguments %s, which must keep their "
+        "defaults",
         release.version(),
         len(ledger.LEDGER) - len(missing),
         len(ledger.LEDGER),
+        len(lost) - len(missing),
         ", ".join(unknown) or "(none)",
     )
-    if missing:
+    if lost:
         raise ValueError(
             f"SGLang {release.version()} lacks what nsa_plugin reaches into: "
-            + "; ".join(f"{row.name} ({row.path})" for row in missing)
+            + "; ".join(lost)
             + ". Install a supported release, or choose another --attention-backend"
         )
 
 
-def check_model(model: Any, page_size: int | None) -> None:
+def check_model(model: contract.ModelConfig, page_size: int | None) -> None:
     """Raise ValueError for a model (SGLang's ModelConfig) or page size (None = not chosen) that cannot be served."""
     from sglang.srt.configs.model_config import AttentionArch, is_deepseek_dsa
 
@@ -164,11 +170,17 @@ def check_model(model: Any, page_size: int | None) -> None:
         raise ValueError(f"{name} has index_head_dim {model.hf_config.index_head_dim}: nsa_plugin serves {INDEX_DIM}")
 
 
-def check_exact(model_dtype: torch.dtype, device: torch.device) -> None:
-    """Raise ValueError when NSA_PLUGIN_EXACT is on where it cannot be exact."""
-    if settings.enabled("NSA_PLUGIN_EXACT") and (device.type != "cpu" or model_dtype != torch.float32):
+def check_exact(model_dtype: torch.dtype, device: torch.device, role: str = "null") -> None:
+    """Raise ValueError when NSA_PLUGIN_EXACT is on where it cannot be exact. role: the disaggregation mode."""
+    if not settings.enabled("NSA_PLUGIN_EXACT"):
+        return
+    if device.type != "cpu" or model_dtype != torch.float32:
         raise ValueError(
             f"NSA_PLUGIN_EXACT=1 with {model_dtype} on {device.type}: it needs --device cpu and --dtype float32"
+        )
+    if role != "null":
+        raise ValueError(
+            f"NSA_PLUGIN_EXACT=1 with --disaggregation-mode {role}: exact index keys are not transferred. Unset it"
         )
 
 

@@ -31,3 +31,29 @@ class CpuDSATokenToKVPool(DSATokenToKVPool):
         if exact:
             slots = self.size + self.page_size
             self.exact_index_keys = [torch.zeros(slots, self.index_head_dim) for _ in range(self.layer_num)]
+
+    def get_cpu_copy(
+        self, indices: torch.Tensor, mamba_indices: Any = None, req_pool_index: Any = None
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Latent rows and index-K pages of the slots of a request that a decode server retracts.
+
+        Stock's copy waits for CUDA. A layer that takes another one's top-k may have no pages.
+        """
+        pages = indices[:: self.page_size] // self.page_size
+        both = zip(self.kv_buffer, self.index_k_with_scale_buffer, strict=True)
+        return [(latent[indices], keys[pages] if len(keys) else keys) for latent, keys in both]
+
+    def load_cpu_copy(
+        self,
+        kv_cache_cpu: list[tuple[torch.Tensor, torch.Tensor]],
+        indices: torch.Tensor,
+        mamba_indices: Any = None,
+        req_pool_index: Any = None,
+    ) -> None:
+        """Write a copy to other slots."""
+        pages = indices[:: self.page_size] // self.page_size
+        buffers = zip(self.kv_buffer, self.index_k_with_scale_buffer, strict=True)
+        for (latent, keys), (latent_copy, keys_copy) in zip(buffers, kv_cache_cpu, strict=True):
+            latent[indices] = latent_copy
+            if len(keys):
+                keys[pages] = keys_copy
