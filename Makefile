@@ -9,7 +9,7 @@ SETUP_ARGS ?=
 # Two cores do not have time for everything twice: what does not depend on the SGLang release runs on the primary one,
 # and of the servers that differ in layout, page size or patches each release has a part.
 ON_PRIMARY := -k "not mla-page1-patched"
-ON_NEWEST := -k "not (whole or page64-chunked or preshuffled)" \
+ON_NEWEST := -k "not (whole or page64-chunked or preshuffled or layouts_that_differ)" \
 	$(patsubst %,--ignore=tests/engine/test_%.py,ladder accuracy demo gpu_probe)
 
 .PHONY: help setup setup-test setup-primary setup-newest demo serve doctor check test test-unit test-engine test-engine-newest test-patched test-gpu clean
