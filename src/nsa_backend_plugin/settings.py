@@ -117,7 +117,7 @@ _TABLE = (
             "names",
             "",
             f"Implementation(s) of `ops.{op}`, comma-separated, first that can run wins; the launch fails if none can. "
-            "Empty: the registry decides.",
+            "Empty: the dispatcher decides.",
         )
         for op in OPERATIONS
     ),
