@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -399,7 +400,8 @@ print(json.dumps([rows, problems]))
 @pytest.mark.parametrize("folder", ["", "examples/launch"])
 def test_an_installed_package_finds_the_clone_that_the_user_stands_in(installed, folder):
     patch = run_installed(installed, ROOT / folder, "patch", "--check", "no_such")
-    assert (patch.returncode, "unknown patch no_such: expected draft_backends" in patch.stderr) == (2, True)
+    assert patch.returncode == 2
+    assert re.search(r"unknown patch no_such: expected .*\bdraft_backends\b", patch.stderr)
     demo = run_installed(installed, ROOT / folder, "demo", "--port=0")
     assert (demo.returncode, "port 0: expected" in demo.stderr) == (2, True), "model and questions are there"
 

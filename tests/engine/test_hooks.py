@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from nsa_backend_plugin.engine import ledger, release
+from tests.sglang_copies import RELEASES
 
 pytestmark = pytest.mark.engine
 
@@ -19,6 +20,12 @@ pytestmark = pytest.mark.engine
 def test_target_of_every_hook_exists_in_the_installed_sglang(row):
     assert release.exists("sglang.srt.server_args.ServerArgs"), "SGLang is not installed"
     assert row.target_exists or not row.needed()
+
+
+def test_every_hook_that_the_installed_release_needs_has_a_patch():
+    """What a release has solved is neither hooked nor patched, whatever its comments say of it."""
+    needed = {row.name for row in ledger.LEDGER if row.kind == "hook" and row.needed()}
+    assert needed <= set(RELEASES[release.version()].index)
 
 
 def test_targets_tell_what_is_missing():

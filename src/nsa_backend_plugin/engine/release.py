@@ -112,9 +112,9 @@ def patched(target: str, patch: str) -> bool:
 
 
 def mentions(target: str, text: str) -> bool:
-    """Whether the installed module of the target has the text."""
+    """Whether the code of the installed module of the target, without its comments, has the text."""
     file, _ = _locate(target)
-    return file is not None and text in _text(file)
+    return file is not None and text in "".join(f"{line.partition('#')[0]}\n" for line in _text(file).splitlines())
 
 
 @functools.cache
