@@ -8,6 +8,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ def test_memory_that_is_asked_for_pinned_is_pageable_within_the_hooks():
 
     with pytest.raises(RuntimeError):
         allocate(2)
-    assert bridges.grammar_mask(allocate, 2).tolist() == [0, 0]
+    assert bridges.grammar_mask(lambda grammar, size: allocate(size), SimpleNamespace(), 2).tolist() == [0, 0]
     assert bridges.dp_padding(allocate, 3).tolist() == [0, 0, 0]
 
 

@@ -166,11 +166,11 @@ LEDGER: tuple[Hook, ...] = (
     ),
     Hook(
         name="grammar_mask",
-        target=f"{_GRAMMAR}._allocate_token_bitmask",
+        target=f"{_GRAMMAR}.XGrammarGrammar.allocate_vocab_mask",
         kind="hook",
         stage="cpu",
         handler="cpu.bridges:grammar_mask",
-        why="answers that follow a grammar: the mask of allowed tokens is asked for in pinned memory",
+        why="answers that follow a grammar: their mask is asked for in pinned memory, and applied on GPUs alone",
         versions="releases that do not ask the platform whether it can pin",
         upstream="solved upstream by is_pin_memory_available",
         needed=lambda: release.mentions(_GRAMMAR, "pin_memory=True"),

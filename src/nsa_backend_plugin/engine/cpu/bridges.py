@@ -73,11 +73,18 @@ class _Pageable(TorchFunctionMode):
         return func(*args, **{name: value for name, value in (kwargs or {}).items() if name != "pin_memory"})
 
 
-def grammar_mask(original: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
-    """AROUND hook: the mask of allowed tokens is asked for in pinned memory."""
+def grammar_mask(original: Callable[..., torch.Tensor], grammar: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """AROUND hook: the mask of allowed tokens is asked for in pinned memory, and applied by kernels of GPUs alone."""
     hooks.fired("grammar_mask")
+    grammar.apply_vocab_mask = _apply_vocab_mask
     with _Pageable():
-        return original(*args, **kwargs)
+        return original(grammar, *args, **kwargs)
+
+
+def _apply_vocab_mask(logits: torch.Tensor, vocab_mask: torch.Tensor) -> None:
+    from xgrammar import apply_token_bitmask_inplace
+
+    apply_token_bitmask_inplace(logits, vocab_mask, backend="cpu")
 
 
 def dp_padding(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
