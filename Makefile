@@ -4,6 +4,8 @@ GPU_PYTHON ?= python3
 VENV := .venv
 VENV_NEWEST := .venv-0.5.23
 PYTEST_ARGS ?=
+# More arguments of requirements/install.py, as --pip.
+SETUP_ARGS ?=
 # Two cores do not have time for everything twice: what does not depend on the SGLang release runs on the primary one,
 # and of the servers that differ in layout, page size or patches each release has a part.
 ON_PRIMARY := -k "not mla-page1-patched"
@@ -16,16 +18,16 @@ help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup:  ## create .venv: SGLang 0.5.17 for CPU and this package
-	@$(PYTHON) requirements/install.py $(VENV) 0.5.17
+	@$(PYTHON) requirements/install.py $(VENV) 0.5.17 $(SETUP_ARGS)
 
 setup-test:  ## create .venv and .venv-0.5.23 with what the tests need
 	@MAKEFLAGS= $(MAKE) --no-print-directory -j2 setup-primary setup-newest
 
 setup-primary:
-	@$(PYTHON) requirements/install.py $(VENV) 0.5.17 --dev --lines
+	@$(PYTHON) requirements/install.py $(VENV) 0.5.17 --dev --lines $(SETUP_ARGS)
 
 setup-newest:
-	@$(PYTHON) requirements/install.py $(VENV_NEWEST) 0.5.23 --dev --lines
+	@$(PYTHON) requirements/install.py $(VENV_NEWEST) 0.5.23 --dev --lines $(SETUP_ARGS)
 
 demo: setup  ## serve the tiny DSA model, ask it questions, check the answers, shut down
 	@$(VENV)/bin/nsa-plugin demo

@@ -213,7 +213,7 @@ def run(options: argparse.Namespace, child: Child | None = None) -> int:
     child: a measuring process to use and leave running; None starts one where the options ask for it.
     """
     if options.plot and importlib.util.find_spec("matplotlib") is None:
-        return _error("--plot needs matplotlib (pip install 'nsa-backend-plugin[bench]')")
+        return _error("--plot needs matplotlib (python -m pip install 'nsa-backend-plugin[bench]')")
     try:
         from benchmarks.schema import check_device
 
@@ -358,7 +358,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     missing = [name for name in (*NEEDED, "nsa_backend_plugin") if importlib.util.find_spec(name) is None]
     if missing:
-        return _error(f"{', '.join(missing)} not found by {sys.executable}: pip install -e '.[bench]' in the clone")
+        return _error(f"{', '.join(missing)} not found: in the clone, {sys.executable} -m pip install -e '.[bench]'")
     if not _has_gpu():
         os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated
     if words and words[0] in COMMANDS:

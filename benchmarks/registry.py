@@ -8,19 +8,20 @@ import sys
 from pathlib import Path
 
 from nsa_backend_plugin.engine import kernels
-from nsa_backend_plugin.ops import registry
+from nsa_backend_plugin.ops import dispatch
+from nsa_backend_plugin.ops.arch import device_arch
+from nsa_backend_plugin.ops.call import Declined
 
 kernels.register()
 
-_OURS = Path(registry.__file__).parents[1]
+_OURS = Path(dispatch.__file__).parents[1]
 #: What kernels are written in. An implementation that imports anything else calls a kernel that lives there.
 _LANGUAGES = {"torch", "triton", "tilelang", "cuda", "cutlass", "numpy"}
-_DECLINED = "forced implementation cannot run ("
 
 
 @functools.cache
-def _operations() -> dict[str, registry.Operation]:
-    return {operation.name: operation for operation in registry.operations()}
+def _operations() -> dict[str, dispatch.Operation]:
+    return {operation.name: operation for operation in dispatch.operations()}
 
 
 def operations() -> list[str]:
@@ -34,14 +35,15 @@ def implementations(operation: str) -> list[str]:
 
 def unavailable(operation: str, name: str, device: str) -> str:
     """Why an implementation cannot run on a device, whatever it is called with; "" when it can."""
-    return next(c.support.reason for c in _operations()[operation].candidates(device) if c.name == name)
+    return dispatch._unavailable(_operations()[operation].op, name, device_arch(device)) or ""
 
 
 def declined(error: Exception) -> str:
     """Why the implementations that were asked did not take a call, when that is what the error says; else ""."""
-    if isinstance(error, ValueError) and _DECLINED in str(error):
-        return str(error).partition(_DECLINED)[2].removesuffix(")").partition(": ")[2]
-    return ""
+    if not isinstance(error, Declined):
+        return ""
+    alone = len(error.reasons) == 1
+    return "; ".join(reason if alone else f"{name}: {reason}" for name, reason in error.reasons.items())
 
 
 @functools.cache
@@ -50,20 +52,27 @@ def is_own(operation: str, name: str) -> bool:
     if name not in implementations(operation):
         return False
     op = operation.partition(".")[0]
-    external = registry._external.get((op, name))
+    external = dispatch._external.get((op, name))
     file = _OURS.joinpath(*external.split(".")[1:]) if external else _OURS / "ops" / op / name
     return not _libraries(file.with_suffix(".py") if name != "torch" else file.with_name("reference.py"))
 
 
 def _libraries(file: Path, names: frozenset[str] | None = None) -> set[str]:
-    """Packages with kernels that a file imports, or only its functions `names`. What it uses of our own shared modules
-    is looked into."""
+    """Packages with kernels that a file imports or probes for, or only its functions `names` and what they use of the
+    same file. What it uses of our own shared modules is looked into."""
+    body = {getattr(top, "name", str(i)): top for i, top in enumerate(ast.parse(file.read_text()).body)}
+    nodes: list[ast.AST] = []
+    waiting = set(body if names is None else names & body.keys())
+    while waiting:
+        inside = list(ast.walk(body.pop(waiting.pop())))
+        nodes += inside
+        waiting |= {n.id for n in inside if isinstance(n, ast.Name)} & body.keys()
     found: set[str] = set()
-    body = ast.parse(file.read_text()).body
-    nodes = [node for top in body if names is None or getattr(top, "name", None) in names for node in ast.walk(top)]
     for node in nodes:
         if isinstance(node, ast.Import):
             found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("probe.missing", "importlib.import_module"):
+            found |= {str(a.value).partition(".")[0] for a in node.args[:1] if isinstance(a, ast.Constant)}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.module.startswith(_OURS.name):
             found.add(node.module.partition(".")[0])
         elif isinstance(node, ast.ImportFrom) and node.module:

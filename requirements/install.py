@@ -87,14 +87,14 @@ def refusal(host: Host) -> str | None:
     if not (3, 10) <= host.python <= (3, 13):
         return f"Python {python}: expected 3.10 to 3.13; `make PYTHON=python3.12 ...` picks another"
     if host.system != "Linux":
-        return f"{host.system}: expected Linux, the only system with all the wheels; a container or virtual machine will do"
+        return f"{host.system}: expected Linux, which alone has all the wheels; a container or virtual machine will do"
     if host.machine != "x86_64":
-        return f"{host.machine} processor: expected x86-64 (x86_64), the only one with all the wheels"
+        return f"{host.machine} processor: expected x86-64, without which nothing here was tried"
     if host.glibc < (2, 28):
         found = "glibc " + ".".join(map(str, host.glibc)) if host.glibc else "a C library that is not glibc"
         return f"{found}: expected glibc 2.28 or later, as in Debian 10 and Ubuntu 20.04, for the wheels of torch"
     if host.cpu_flags is not None and "avx2" not in host.cpu_flags:
-        return "this processor has no AVX2, which torch and the engine's libraries are built for: take a newer one"
+        return "this processor has no AVX2, without which nothing here was tried: take one of 2015 or later"
     if not host.ensurepip:
         return (
             f"Python {python} cannot make virtual environments with pip: install its ensurepip "
@@ -222,6 +222,17 @@ def uv_environment(pip_config: str, environment: Mapping[str, str]) -> dict[str,
     return {**wanted, **environment}
 
 
+def requirements_of(version: str) -> Path:
+    return HERE / f"sglang-{version}-cpu.txt"
+
+
+def compile_arguments(version: str, dev: bool) -> tuple[str, ...]:
+    """What `uv pip compile` resolves for a release, from the repository's root: the set of requirements and how it is
+    written."""
+    extra = ("pyproject.toml", "--extra", "dev", "--override", str(DEV_OVERRIDES)) if dev else ()
+    return (str(requirements_of(version)), *extra, "--upgrade", "--quiet", "--no-header", "--no-annotate")
+
+
 class Installer:
     """The steps of one environment."""
 
@@ -231,10 +242,6 @@ class Installer:
         self.environment = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1"}
         # Containers often set it; the first import, the last step, is there to write.
         self.environment.pop("PYTHONDONTWRITEBYTECODE", None)
-
-    @property
-    def requirements(self) -> Path:
-        return HERE / f"sglang-{self.version}-cpu.txt"
 
     def output(self, *command: str) -> str:
         """What a short command prints, both streams; raises CalledProcessError."""
@@ -284,15 +291,15 @@ class Installer:
         self.output(sys.executable, "-m", "venv", "--clear", str(self.venv))
 
     def find_uv(self) -> str | None:
-        """uv's program, fetched by pip into the environment; None, with a line that says why, where it cannot be had."""
+        """uv's program, which pip fetches into the environment. Where it cannot be had: a line that says why, None."""
         self.progress.begin(f"fetching {UV}")
         uv = self.venv / "bin" / "uv"
         try:
             self.output(str(self.python), "-m", "pip", "install", "--quiet", "--no-compile", UV)
             self.output(str(uv), "--version")
         except (OSError, subprocess.CalledProcessError) as error:
-            words = (getattr(error, "output", None) or str(error)).strip().splitlines()
-            self.progress.say(f"{UV} cannot be had ({words[-1]}); pip installs the same, more slowly")
+            words = ((getattr(error, "output", None) or "").strip() or str(error)).splitlines()[-1]
+            self.progress.say(f"{UV} cannot be had ({words}); pip installs the same, more slowly")
             return None
         config = self.output(str(self.python), "-m", "pip", "config", "list")
         self.environment = uv_environment(config, self.environment)
@@ -300,17 +307,11 @@ class Installer:
 
     def with_uv(self, uv: str) -> None:
         python = ("--python", str(self.python))
-        dev = ("pyproject.toml", "--extra", "dev", "--override", str(DEV_OVERRIDES)) if self.dev else ()
-        output = ("--output-file", str(self.lock), "--upgrade", "--quiet", "--no-header", "--no-annotate")
-        self.run("choosing versions", uv, "pip", "compile", *python, str(self.requirements), *dev, *output)
+        arguments = compile_arguments(self.version, self.dev)
+        self.run("choosing versions", uv, "pip", "compile", *python, *arguments, "--output-file", str(self.lock))
         self.check_disk(uv)
-        install = (
-            uv,
-            "pip",
-            "install",
-            *python,
-            "--no-deps",
-        )  # the list is complete, but for what SGLang calls its own
+        # The list is complete, but for what SGLang would have beside it.
+        install = (uv, "pip", "install", *python, "--no-deps")
         self.run(f"SGLang {self.version}", *install, "-r", str(self.lock), f"sglang=={self.version}")
         with alone():
             self.run("nsa-backend-plugin", *install, str(TORCHVISION_STUB), "--editable", ".")
@@ -345,7 +346,7 @@ class Installer:
         # pip would compile every module of torch, transformers and SGLang, for over a minute; the first import, at the
         # end, compiles the quarter that a server needs.
         install = (str(self.python), "-m", "pip", "install", "--no-compile", "--progress-bar", "off")
-        self.run(f"requirements of SGLang {self.version}", *install, "-r", str(self.requirements))
+        self.run(f"requirements of SGLang {self.version}", *install, "-r", str(requirements_of(self.version)))
         self.run(f"SGLang {self.version}", *install, "--no-deps", f"sglang=={self.version}")
         with alone():
             self.run("nsa-backend-plugin", *install, str(TORCHVISION_STUB), "--editable", ".[dev]" if self.dev else ".")
@@ -360,16 +361,17 @@ class Installer:
 def install(venv: Path, version: str, dev: bool, pip: bool, lines: bool) -> None:
     if problem := refusal(Host.here()):
         raise SystemExit(problem)
-    progress = Progress(venv.name, 6, lines)
-    installer = Installer(venv, version, dev, progress)
-    if not installer.requirements.exists():
+    requirements = requirements_of(version)
+    if not requirements.exists():
         known = ", ".join(sorted(p.name[7:-8] for p in HERE.glob("sglang-*-cpu.txt")))
         raise SystemExit(f"SGLANG_VERSION={version!r}: expected one of {known}")
-    want = stamp_of(installer.requirements)
+    want = stamp_of(requirements)
     stamps = {name: venv / f".stamp-{name}" for name in ("serve", "dev")}
     acceptable = [stamps["dev"]] if dev else list(stamps.values())
     if any(path.exists() and path.read_text() == want for path in acceptable):
         return
+    progress = Progress(venv.name, 6, lines)
+    installer = Installer(venv, version, dev, progress)
     threading.Thread(target=progress.run, daemon=True).start()
     try:
         installer.create()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nsa_backend_plugin import BACKEND_NAME
-from nsa_backend_plugin.engine import arguments, launch, ledger
+from nsa_backend_plugin.engine import arguments, contract, launch, ledger
 from nsa_backend_plugin.engine import release as sglang_release
 from tests import wheels
 
@@ -58,6 +58,11 @@ def test_every_target_of_the_ledger_is_in_a_release(package):
     for row in ledger.LEDGER:
         found = [t for t in (row.target, row.older_target) if t and sglang_release.exists(t, package)]
         assert found or row.name in optional, f"{row.name}: {row.target} is not in {package.parent.name}"
+
+
+def test_every_attribute_that_we_read_is_in_a_release(package, tmp_path):
+    assert list(contract.missing(package)) == []
+    assert len(list(contract.missing(tmp_path))) == sum(len(p.__annotations__) for p in contract.CLASSES)
 
 
 def test_no_name_is_in_two_classes_or_in_no_release():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -369,7 +370,7 @@ def test_demo_names_a_log_that_cannot_be_written(no_server, tmp_path, capsys):
 
 @pytest.fixture
 def installed(tmp_path) -> dict[str, str]:
-    """The environment of a copy outside of any clone, as `pip install --no-deps .` makes one."""
+    """The environment of a copy outside of any clone, as `python -m pip install --no-deps .` makes one."""
     shutil.copytree(ROOT / "src" / "nsa_backend_plugin", tmp_path / "site" / "nsa_backend_plugin")
     return {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
 
@@ -399,7 +400,8 @@ print(json.dumps([rows, problems]))
 @pytest.mark.parametrize("folder", ["", "examples/launch"])
 def test_an_installed_package_finds_the_clone_that_the_user_stands_in(installed, folder):
     patch = run_installed(installed, ROOT / folder, "patch", "--check", "no_such")
-    assert (patch.returncode, "unknown patch no_such: expected draft_backends" in patch.stderr) == (2, True)
+    assert patch.returncode == 2
+    assert re.search(r"unknown patch no_such: expected .*\bdraft_backends\b", patch.stderr)
     demo = run_installed(installed, ROOT / folder, "demo", "--port=0")
     assert (demo.returncode, "port 0: expected" in demo.stderr) == (2, True), "model and questions are there"
 
@@ -408,7 +410,7 @@ def test_an_installed_package_finds_the_clone_that_the_user_stands_in(installed,
 def test_an_installed_package_elsewhere_says_how_to_get_the_rest(installed, tmp_path, arguments):
     done = run_installed(installed, tmp_path, *arguments)
     assert done.returncode == 2
-    assert "pip install --no-deps -e ." in done.stderr
+    assert "python -m pip install --no-deps -e ." in done.stderr
     assert f"{tmp_path} is not in a source checkout" in done.stderr
 
 

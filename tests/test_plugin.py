@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,6 +57,73 @@ def test_cpu_platform_is_taken_where_nsa_plugin_is_named(command_line, argv):
 def test_cpu_platform_stays_out_otherwise(command_line, argv):
     command_line(argv)
     assert plugin.activate_cpu_platform() is None
+
+
+@pytest.mark.parametrize(
+    "text, taken",
+    [
+        ("attention-backend: nsa_plugin", True),
+        ("attention_backend: nsa_plugin\ndevice: cpu", True),
+        ("attention-backend: nsa_plugin\ndevice: cuda", False),
+        ("attention-backend: torch_native", False),
+        ("- a list", False),
+        ("a: [broken", False),
+        ("", False),
+    ],
+)
+def test_cpu_platform_is_found_in_a_configuration_file(command_line, tmp_path, text, taken):
+    (tmp_path / "server.yaml").write_text(text)
+    command_line(["launch_server.py", "--config", str(tmp_path / "server.yaml")])
+    assert (plugin.activate_cpu_platform() == CLASS) is taken
+
+
+def test_the_command_line_wins_over_a_configuration_file(command_line, tmp_path):
+    (tmp_path / "server.yaml").write_text("attention-backend: nsa_plugin\ndevice: cuda")
+    command_line(["launch_server.py", "--config", str(tmp_path / "server.yaml"), "--device", "cpu"])
+    assert plugin.activate_cpu_platform() == CLASS
+    command_line(["launch_server.py", "--config", str(tmp_path / "missing.yaml")])
+    assert plugin.activate_cpu_platform() is None
+
+
+def test_a_cpu_without_the_platform_is_refused_with_what_to_set(monkeypatch):
+    """`sgl.Engine(device="cpu")` in a script of the user's: no command line names nsa_plugin."""
+    from nsa_backend_plugin.engine.cpu import platform
+
+    monkeypatch.setattr(platform, "active", lambda: False)
+    launch.check_platform("cuda")
+    with pytest.raises(ValueError, match="set NSA_PLUGIN_CPU=1 in the environment of the launch, before SGLang is"):
+        launch.check_platform("cpu")
+
+
+def test_every_handler_says_when_it_serves():
+    """`hooks.fired` with the name of one of its rows, in the handler's own module."""
+    for row in ledger.LEDGER:
+        if row.handler:
+            module = Path(launch.__file__).parent / (row.handler.split(":")[0].replace(".", "/") + ".py")
+            names = {r.name for r in ledger.LEDGER if r.handler == row.handler}
+            assert any(re.search(rf'hooks\.fired\(.*"{name}"', module.read_text()) for name in names), row.name
+
+
+def test_a_request_with_a_token_outside_the_vocabulary_is_refused():
+    from types import SimpleNamespace
+
+    from nsa_backend_plugin.engine import requests
+
+    names = {"attention_backend": "nsa_plugin", "prefill_attention_backend": None, "decode_attention_backend": None}
+    manager = SimpleNamespace(server_args=SimpleNamespace(**names), model_config=SimpleNamespace(vocab_size=10))
+    taken = []
+
+    def check(*arguments):
+        taken.append(arguments)
+
+    for input_ids in ([0, 9], [], None):
+        requests.inside_vocabulary(check, manager, "request", input_ids)
+    for token in (10, -1):
+        with pytest.raises(ValueError, match=f"input_ids has the token {token}: the model's tokens are 0 to 9"):
+            requests.inside_vocabulary(check, manager, "request", [0, token])
+    manager.server_args.attention_backend = "triton"  # not ours to judge
+    requests.inside_vocabulary(check, manager, "request", [10])
+    assert [ids for _, _, ids in taken] == [[0, 9], [], None, [10]]
 
 
 def test_cpu_platform_is_inert_on_accelerator_hosts_and_beside_sglangs_cpu_engine(command_line):

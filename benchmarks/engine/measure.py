@@ -1,9 +1,10 @@
 """Measure the engine on a GPU host, plugin and stock SGLang side by side: one layer's kernels, and served decode steps.
 
-    python -m benchmarks.engine.measure --out results/ layers --family v32 --kv fp8_e4m3 --shapes 1:8192 64:8192
-    python -m benchmarks.engine.measure --out results/ served --family v32 --kv fp8_e4m3 --shapes 1:8192 64:8192
+    python -m benchmarks layers --family v32 --kv fp8_e4m3 --shapes 1:8192 64:8192
+    python -m benchmarks served --family v32 --kv fp8_e4m3 --shapes 1:8192 64:8192
 
-`layers` profiles random-weight models in process (`nsa-plugin profile`). `served` starts one real server per arm, sends
+`layers` profiles random-weight models in process (`nsa-plugin profile`). `served` starts one real server per arm, with
+SGLang's own prefill graphs. It times the start, then the first token of prompts that no cache has seen, then sends
 BATCH prompts of CONTEXT tokens at a time and reads decode throughput from the server's own log; prompts are prefixes of
 each other, so that the radix cache saves most of the prefill. Each writes one JSON with the environment, named after
 what was measured. An arm is "BACKEND NAME=VALUE --flag=value"; ratios are against the first one. Stock is `dsa` for
@@ -20,29 +21,33 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from benchmarks.engine import output
 from benchmarks.engine.model import FAMILIES, VOCAB, write_model
-from benchmarks.run.environment import REPO, collect, of_children
+from benchmarks.run.environment import of_children
 from nsa_backend_plugin.arms import Arm, parse_arms
 from nsa_backend_plugin.serving import Server
 
 STOCK = {"v32": ("dsa",), "glm": ("dsa",), "v3": ("fa3", "triton")}
 SERVER_ARGS = (
-    "--cuda-graph-backend-prefill=disabled",
     "--mem-fraction-static=0.6",
     "--sampling-backend=pytorch",
     "--grammar-backend=none",
     "--skip-server-warmup",
 )
+FIRST_TOKEN_REPEATS = 5
 _STEP = re.compile(r"#running-req: (\d+), .*gen throughput \(token/s\): ([0-9.]+)")
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=REPO / "benchmarks" / "results")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, run in (("layers", layers), ("served", served)):
         child = commands.add_parser(name)
@@ -52,19 +57,25 @@ def arguments() -> argparse.ArgumentParser:
         child.add_argument("--layers", type=int, default=8, help="served steps of few layers are bound by the host")
         child.add_argument("--arms", nargs="+", help="default: nsa_plugin and stock")
         child.add_argument("--shapes", nargs="+", default=["1:8192", "16:8192", "64:8192"], help="BATCH:CONTEXT")
-        child.add_argument("--label", default="", help="put into the name of the results file")
+        output.add_arguments(child)
         child.set_defaults(run=run)
         if name == "served":
             child.add_argument("--tokens", type=int, default=200, help="decoded per request and shape")
+            child.add_argument("--first-token", type=int, nargs="*", default=[1024, 8192, 32768], help="prompt lengths")
             child.add_argument("--shared", type=int, default=0, help="leading tokens that all prompts have in common")
     return parser
 
 
-def main() -> int:
-    options = arguments().parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
+def main(words: Sequence[str]) -> int:
+    options = arguments().parse_args(words)
     options.arms = options.arms or ["nsa_plugin", *STOCK[options.family]]
-    return options.run(options)
+    try:
+        parse_arms(options.arms)
+        path = output.prepare(options, options.command, options.family, options.kv, f"h{options.heads}")
+    except ValueError as error:
+        print(f"benchmarks {options.command}: error: {error}", file=sys.stderr)
+        return 2
+    return options.run(options, path)
 
 
 def _shapes(options: argparse.Namespace) -> list[tuple[int, int]]:
@@ -88,38 +99,38 @@ def _server_args(options: argparse.Namespace, cache_tokens: int) -> list[str]:
     return [*args, "--cuda-graph-bs-decode", *map(str, batches)]
 
 
-def _write(options: argparse.Namespace, kind: str, body: dict[str, Any]) -> None:
-    label = f"-{options.label}" if options.label else ""
-    name = f"{kind}-{options.family}-{options.kv}-h{options.heads}{label}-h200.json"
-    setting = {k: v for k, v in vars(options).items() if isinstance(v, (str, int, list))}
-    content = {"environment": collect("cuda:0"), "options": setting, **body}
-    (options.out / name).write_text(json.dumps(content, indent=1) + "\n")
-    print(f"wrote {name}")
-
-
-def layers(options: argparse.Namespace) -> int:
+def layers(options: argparse.Namespace, results: Path) -> int:
     needed = max(batch * (context + 128) for batch, context in _shapes(options))
     with tempfile.TemporaryDirectory() as folder:
         model = write_model(Path(folder) / "model", options.family, options.heads, options.layers)
-        output = Path(folder) / "layers.json"
-        command = [sys.executable, "-m", "nsa_backend_plugin.cli", "profile", "--brief", "--json", str(output)]
+        profile = Path(folder) / "layers.json"
+        command = [sys.executable, "-m", "nsa_backend_plugin.cli", "profile", "--brief", "--json", str(profile)]
         command += ["--arms", *options.arms, "--shapes", *options.shapes, "--timeout", "200"]
-        command += ["--", f"--model-path={model}", *_server_args(options, needed)]
+        # Decode alone is profiled: no graphs of prefill are captured for it.
+        command += ["--", f"--model-path={model}", "--cuda-graph-backend-prefill=disabled"]
+        command += _server_args(options, needed)
         code = subprocess.run(command, env=of_children(), check=False).returncode
-        if output.exists():
-            _write(options, "layers", {"rows": json.loads(output.read_text())["rows"]})
+        if profile.exists():
+            output.save(results, options, json.loads(profile.read_text())["rows"])
     return code
 
 
-def served(options: argparse.Namespace) -> int:
+def served(options: argparse.Namespace, results: Path) -> int:
     rows: list[dict[str, Any]] = []
     shapes = _shapes(options)
-    args = ["--decode-log-interval=20", *_server_args(options, _cache_tokens(shapes, options.tokens))]
+    longest = max(options.first_token, default=0)
+    cache_tokens = _cache_tokens(shapes, options.tokens) + 2 * longest
+    args = ["--decode-log-interval=20", *_server_args(options, cache_tokens)]
+    starts: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         model = write_model(Path(folder) / "model", options.family, options.heads, options.layers)
         for arm in parse_arms(options.arms):
-            rows += _serve_arm(arm, model, args, shapes, options)
-            _write(options, "served", {"rows": rows})
+            start, steps = _serve_arm(arm, model, args, shapes, options)
+            starts.append(start)
+            rows += steps
+            output.save(results, options, rows, starts=starts)
+    for start in starts:
+        print(f"{start['arm']}: healthy after {start['healthy_s']} s; first token, ms: {start['first_token_ms']}")
     _print_served(rows)
     unmeasured = [f"{row['arm']} {row['batch']}:{row['context']}" for row in rows if row["step_us"] is None]
     if unmeasured:  # the requests ended before all of a batch ran
@@ -129,17 +140,33 @@ def served(options: argparse.Namespace) -> int:
 
 def _serve_arm(
     arm: Arm, model: Path, args: list[str], shapes: list[tuple[int, int]], options: argparse.Namespace
-) -> list[dict[str, Any]]:
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(start and first tokens, decode steps) of one server."""
     log = options.out / f"served-{options.family}-{options.kv}-{arm.file_name}.log"
     command = [f"--attention-backend={arm.backend}", *args, *arm.args]
+    begin = time.monotonic()
     with Server(model, command, env=arm.env, log_path=log, timeout=400) as server:
-        return [
+        start = {"arm": arm.text, "healthy_s": round(time.monotonic() - begin, 1)}
+        start["first_token_ms"] = {length: _first_token_ms(server, length) for length in options.first_token}
+        steps = [
             {"arm": arm.text, **_decode_step(server, batch, context, options.tokens, options.shared)}
             for batch, context in shapes
         ]
+    return start, steps
 
 
-def _prompt(seed: int, context: int, shared: int) -> list[int]:
+def _first_token_ms(server: Server, length: int) -> float:
+    """Median of a few requests for one token, each with a prompt of its own, after one that warms up."""
+    times = []
+    for number in range(1 + FIRST_TOKEN_REPEATS):
+        prompt = _prompt(f"first token {number} of {length}", length, 0)
+        begin = time.monotonic()
+        server.post("/generate", {"input_ids": prompt, "sampling_params": {"max_new_tokens": 1}}, timeout=300)
+        times.append(1e3 * (time.monotonic() - begin))
+    return round(statistics.median(times[1:]), 1)
+
+
+def _prompt(seed: int | str, context: int, shared: int) -> list[int]:
     """`context` tokens, the first `shared` of them the same for every seed, the last page of them never."""
     common = random.Random("shared").choices(range(3, VOCAB), k=min(shared, context - 64)) if shared else []
     return common + random.Random(seed).choices(range(3, VOCAB), k=context - len(common))
@@ -187,7 +214,3 @@ def _print_served(rows: list[dict[str, Any]]) -> None:
         mine = first.get((row["context"], row["batch"]))
         ratio = f"{row['step_us'] / mine:12.2f}" if mine and row["step_us"] else ""
         print(f"{row['context']:8} {row['batch']:5} {row['arm']:>{width}} {row['step_us'] or 0:9.1f} {ratio}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

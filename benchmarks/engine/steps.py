@@ -1,7 +1,7 @@
 """Every engine test and measurement of a GPU host, each in a process with a time limit: results in --out.
 
-    python -m benchmarks.engine.steps --out benchmarks/results/engine
-    python -m benchmarks.engine.steps --out results/ --only tests layers-fp8
+    python -m benchmarks engine --out benchmarks/results/engine
+    python -m benchmarks engine --out results/ --only tests layers-fp8
 
 Exits 1 when a step failed or ran out of time. The limits leave room above what the steps took on an H200 host.
 """
@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.run.environment import REPO, of_children
@@ -62,13 +63,14 @@ SANITIZED = (
 END_SECONDS = 15
 
 
-def commands(out: Path) -> dict[str, tuple[int, list[str]]]:
+def commands(out: Path, force: bool = False) -> dict[str, tuple[int, list[str]]]:
     """Name -> (limit in seconds, command), in the order in which they run."""
     python = sys.executable
     pytest = [python, "-m", "pytest", "-v", "-s", "-m", "gpu"]
     steps = {name: (limit, [*pytest, path]) for name, (limit, path) in TESTS.items()}
-    engine = [python, "-m", "benchmarks.engine.measure", f"--out={out}"]
-    steps.update({name: (limit, [*engine, *shlex.split(text)]) for name, (limit, text) in MEASUREMENTS.items()})
+    for name, (limit, text) in MEASUREMENTS.items():
+        command, *words = shlex.split(text)
+        steps[name] = (limit, [python, "-m", "benchmarks", command, f"--out={out}", *["--force"] * force, *words])
     memcheck = ["compute-sanitizer", "--tool=memcheck", "--report-api-errors=no", "--error-exitcode=9", python, "-m"]
     memcheck += ["tests.engine.gpu_probe", *shlex.split(SANITIZED)]
     if shutil.which("compute-sanitizer"):
@@ -76,13 +78,16 @@ def commands(out: Path) -> dict[str, tuple[int, list[str]]]:
     return steps
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(words: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks engine", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=REPO / "benchmarks" / "results" / "engine")
     parser.add_argument("--only", nargs="+", metavar="STEP", help="default: all of them")
-    options = parser.parse_args()
+    parser.add_argument("--force", action="store_true", help="replace results files that exist")
+    options = parser.parse_args(words)
     options.out.mkdir(parents=True, exist_ok=True)
-    steps = commands(options.out.resolve())
+    steps = commands(options.out.resolve(), options.force)
     unknown = sorted(set(options.only or ()) - set(steps))
     if unknown:
         parser.error(f"--only {unknown[0]}: expected some of {', '.join(steps)}")
@@ -117,7 +122,3 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

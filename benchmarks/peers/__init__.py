@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.batch_spec import parse_batch_spec
-from benchmarks.peers import mla, sglang, standard
+from benchmarks.peers import sglang, standard
 from benchmarks.workloads import Problem, workload
 
 Call = Callable[[Any], Any]
@@ -30,32 +30,20 @@ class Peer:
     needs: tuple[Callable[[Params], bool], str] = (lambda params: True, "")
 
 
-_BF16 = (lambda p: p["kv"] == "bf16", "reads bf16 rows only")
 _ROW_MAJOR = (lambda p: p["layout"] == "row_major", "row_major only")
 _TILELANG = (
     lambda p: p["kv"] == "bf16" and p["heads"] % 16 == 0 and p["topk"] == 2048,
     "takes bf16 rows, a multiple of 16 heads and top-k 2048",
 )
 _PACKS = (lambda p: p["kv"] == "packed" and not p["rope"], "packs to fp8, and rotates in a kernel of its own")
-_PAGES_OF_64 = (lambda p: p["page_size"] == 64, "reads pages of 64 tokens only")
 _TWO_BYTES = (lambda p: p["dtype"] == "bf16", "copies 2-byte values only")
-_PAGE_TABLE = (lambda p: p["page_table"], "needs a page table")
 _ONE_QUERY = (lambda p: all(r.q_len == 1 for r in parse_batch_spec(p["batch_spec"])), "takes one query per request")
 
 PEERS = {
     (p.workload, p.name): p
     for p in (
-        Peer("sparse_decode", "flash_mla_planned", mla.flash_mla_planned, ("sgl_kernel",)),
-        Peer("sparse_decode", "fa3_planned", mla.fa3_sparse, ("sgl_kernel",), needs=_BF16),
-        Peer("sparse_decode", "sglang_tilelang", mla.sglang_tilelang, ("sglang", "tilelang"), needs=_TILELANG),
-        Peer("sparse_prefill", "flash_mla_planned", mla.flash_mla_planned, ("sgl_kernel",)),
-        Peer("dense_decode", "flash_mla_planned", mla.flash_mla_dense, ("sgl_kernel",), needs=_PAGES_OF_64),
-        Peer("dense_decode", "fa3_planned", mla.fa3_dense, ("sgl_kernel",)),
-        Peer("dense_decode", "flashinfer_planned", mla.flashinfer_dense, ("flashinfer",)),
+        Peer("sparse_decode", "sglang_tilelang", sglang.tilelang, ("sglang", "tilelang"), needs=_TILELANG),
         Peer("dense_decode", "sglang_triton", sglang.triton_decode, ("sglang",)),
-        Peer("logits_paged", "deep_gemm_planned", sglang.deep_gemm_planned, ("deep_gemm",), needs=_ROW_MAJOR),
-        Peer("topk", "sglang_topk_v2_planned", sglang.topk_planned, ("sglang",), needs=_PAGE_TABLE),
-        Peer("indexer_chain", "sglang_chain", sglang.chain, ("sglang", "deep_gemm"), needs=_ROW_MAJOR),
         Peer("indexer_prep", "sglang_kernels", sglang.prep, ("sglang",)),
         Peer("index_store", "sglang_fused_store", sglang.index_store, ("sglang",), needs=_ROW_MAJOR),
         Peer("latent_store", "sglang_two_kernels", sglang.latent_store, ("sglang",), needs=_PACKS),

@@ -1,5 +1,4 @@
-"""Kernels of SGLang that have no adapter under `ops/`, which never imports it; DeepGEMM and top-k as its indexer calls
-them; and torch's own concatenation.
+"""Kernels of SGLang that have no adapter under `ops/`, which never imports it; and torch's own concatenation.
 
 Each is prepared once per case, outside the timing, with what the engine prepares once per step (plans, split counts,
 metadata), so that its time is its best.
@@ -13,9 +12,8 @@ from typing import Any
 import torch
 
 from benchmarks.workloads import Problem
-from benchmarks.workloads.base import HEAD_DIM, INDEX_TOKEN_BYTES, SOFTMAX_SCALE, VALUE_DIM
+from benchmarks.workloads.base import HEAD_DIM, SOFTMAX_SCALE, VALUE_DIM
 from benchmarks.workloads.dense_mla import row_slots
-from nsa_backend_plugin.engine.kernels import sglang_topk_v2
 from nsa_backend_plugin.layouts import INDEX_PAGE_SIZE
 
 Call = Callable[[Any], Any]
@@ -62,55 +60,6 @@ def triton_decode(problem: Problem) -> Call:
             has_mla=True,
             use_pdl=True,
         )
-        return out
-
-    return call
-
-
-def deep_gemm_planned(problem: Problem) -> Call:
-    """DeepGEMM's paged logits with the schedule made outside, as the engine does once per step."""
-    import deep_gemm
-
-    from nsa_backend_plugin.ops.mqa_logits.reference import row_lengths
-
-    next_n = problem.inputs[0][0].shape[1]
-    lens = row_lengths(problem.extra["lens"], next_n).contiguous()
-    pages = problem.extra["pool"].view(-1, INDEX_PAGE_SIZE, 1, INDEX_TOKEN_BYTES)
-    metadata = deep_gemm.get_paged_mqa_logits_metadata(lens, INDEX_PAGE_SIZE, deep_gemm.get_num_sms())
-    width = problem.extra["pages"] * INDEX_PAGE_SIZE
-
-    def call(item: Any) -> torch.Tensor:
-        q, weights, table = item
-        return deep_gemm.fp8_paged_mqa_logits(q, pages, weights, lens, table, metadata, width, clean_logits=False)
-
-    return call
-
-
-def topk_planned(problem: Problem) -> Call:
-    """SGLang's JIT top-k v2, its plan made once per step."""
-    lens, table, k = problem.extra["lens"], problem.extra["table"], problem.extra["k"]
-    plan = sglang_topk_v2.plan(lens)
-
-    def call(logits: torch.Tensor) -> torch.Tensor:
-        out = logits.new_empty((logits.shape[0], k), dtype=torch.int32)
-        sglang_topk_v2.run(logits, lens, table, INDEX_PAGE_SIZE, plan, out)
-        return out
-
-    return call
-
-
-def chain(problem: Problem) -> Call:
-    """DeepGEMM logits, then SGLang's top-k v2: the engine's own chain."""
-    logits_of = deep_gemm_planned(problem)
-    lens, k = problem.extra["lens"], problem.extra["k"]
-    plan = sglang_topk_v2.plan(lens)
-
-    def call(item: Any) -> torch.Tensor:
-        logits = logits_of(item)
-        if logits.shape[0] == 1 and logits.stride(0) % 4:  # the kernel asks for 16-byte rows
-            logits = logits.as_strided(logits.shape, (-(-logits.shape[1] // 4) * 4, 1))
-        out = logits.new_empty((logits.shape[0], k), dtype=torch.int32)
-        sglang_topk_v2.run(logits, lens, item[2], INDEX_PAGE_SIZE, plan, out)
         return out
 
     return call
@@ -209,5 +158,18 @@ def torch_cat(problem: Problem) -> Call:
     def call(item: Any) -> torch.Tensor:
         nope, rope = item
         return torch.cat([nope, rope.expand(-1, nope.shape[1], -1)], dim=-1)
+
+    return call
+
+
+def tilelang(problem: Problem) -> Call:
+    """SGLang's TileLang kernel over bf16 rows, written for prefill and used by it for decode too."""
+    from sglang.kernels.ops.attention.dsa.tilelang_kernel import tilelang_sparse_fwd
+
+    pool = problem.extra["pool"]
+
+    def call(item: Any) -> torch.Tensor:
+        q, indices = item
+        return tilelang_sparse_fwd(q, pool, indices[:, None], SOFTMAX_SCALE, VALUE_DIM).view(*q.shape[:2], VALUE_DIM)
 
     return call

@@ -51,14 +51,15 @@ def pairs(results: Sequence[BenchmarkResult], device: str) -> list[Pair]:
     timed = [r for r in results if r.median_us]
     found = []
     for table in data["tables"]:
-        rows = [r for r in timed if (r.workload, r.backend) == (table["workload"], table["backend"])]
+        mine = [r for r in timed if r.workload == table["workload"]]
+        rows = [r for r in mine if r.backend == table["backend"]] or [r for r in mine if r.backend == table.get("now")]
         for key, times in table["us"].items():
             for column, before in zip(table["columns"], times, strict=True):
                 varying = {table["column"]: column} | ({} if table["row"] == "_" else {table["row"]: key})
                 row = next((r for r in rows if _matches(r, {**table["params"], **varying})), None)
                 if row is not None and row.median_us:
                     case = " ".join(f"{k}={v}" for k, v in (table["params"] | varying).items())
-                    found.append(Pair(row.workload, row.backend, case, before, row.median_us))
+                    found.append(Pair(row.workload, table["backend"], case, before, row.median_us))
     return found
 
 

@@ -16,7 +16,7 @@ from benchmarks.run.sweep import Row
 from benchmarks.schema import Settings
 
 #: Backends whose compilation takes longest start first.
-SLOW = ("flashinfer", "flashinfer_planned", "tilelang", "sglang_tilelang")
+SLOW = ("flashinfer", "tilelang", "sglang_tilelang")
 #: Rows that one process takes at a time.
 PART = 40
 

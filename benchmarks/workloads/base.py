@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from benchmarks.checked import Count, Model, check
 from nsa_backend_plugin.layouts import (
+    INDEX_DIM,
     INDEX_PAGE_SIZE,
     LATENT_DIM,
     ROPE_DIM,
@@ -21,6 +22,7 @@ from nsa_backend_plugin.layouts import (
 )
 from nsa_backend_plugin.ops.arch import fp8_dtype
 from nsa_backend_plugin.ops.latent_cache import reference as latent_reference
+from nsa_backend_plugin.ops.witness import row_distance
 
 VALUE_DIM = LATENT_DIM
 HEAD_DIM = LATENT_DIM + ROPE_DIM
@@ -123,15 +125,10 @@ class Workload:
 
 
 def cosine_distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """1 - 2*sum(x*y)/sum(x*x + y*y) in float64; NaN or a wrong shape is infinitely far."""
+    """`row_distance` of the whole tensor as one row; a wrong shape is infinitely far."""
     if actual.shape != expected.shape:
         return float("inf")
-    x, y = actual.double(), expected.double()
-    denominator = (x * x + y * y).sum()
-    if denominator == 0:
-        return 0.0
-    distance = float(1 - 2 * (x * y).sum() / denominator)
-    return distance if distance == distance else float("inf")
+    return float(row_distance(actual.reshape(1, -1), expected.reshape(1, -1)))
 
 
 def some_rows(rows: int, device: torch.device) -> torch.Tensor:
@@ -166,7 +163,7 @@ def latent_pool(kind: str, slots: int, device: torch.device) -> torch.Tensor:
 @functools.lru_cache(maxsize=2)
 def index_pool(pages: int, device: torch.device) -> torch.Tensor:
     """An index-K cache of random keys, uint8 [pages, 8448]. Independent values, so any layout reads it as random."""
-    values = index_scale_offset(0)
+    values = index_scale_offset(0, INDEX_PAGE_SIZE, INDEX_DIM)
     pool = torch.empty(pages, index_page_bytes(), dtype=torch.uint8, device=device)
     for chunk in pool.split(20_000):
         keys = torch.randn(chunk.shape[0], values, device=device).to(fp8_dtype(device))

@@ -18,6 +18,7 @@ from benchmarks.timing.clock import input_sets
 from benchmarks.workloads import base
 from benchmarks.workloads.base import Params, Problem, Workload
 from nsa_backend_plugin.ops import dense_mla
+from nsa_backend_plugin.ops.call import Step
 
 
 def build(params: Mapping[str, Any], device: torch.device) -> Problem:
@@ -44,6 +45,8 @@ def build(params: Mapping[str, Any], device: torch.device) -> Problem:
         for _ in range(sets)
     ]
 
+    step = Step()
+
     def run(impl: str | None, item: Any, poison: bool) -> torch.Tensor:
         q, table = item
         shape = (rows, heads, base.VALUE_DIM)
@@ -56,7 +59,10 @@ def build(params: Mapping[str, Any], device: torch.device) -> Problem:
             base.SOFTMAX_SCALE,
             page_size=page,
             num_kv_splits=params["num_kv_splits"],
+            rows_have_keys=True,
+            kv_is_finite=True,
             out=out,
+            step=step,
             impl=impl,
         )
         assert isinstance(result, torch.Tensor)

@@ -15,6 +15,7 @@ from benchmarks.workloads.base import Layout, Params, Problem, QueriesOfContext,
 from nsa_backend_plugin.layouts import INDEX_DIM, INDEX_PAGE_SIZE
 from nsa_backend_plugin.ops import mqa_logits, topk
 from nsa_backend_plugin.ops.arch import fp8_dtype
+from nsa_backend_plugin.ops.call import Step
 
 #: Share of selected tokens that may differ from the reference's: logits near the threshold differ in the last bits.
 CHAIN_BAR = 5e-3
@@ -47,10 +48,13 @@ def build_paged(params: Mapping[str, Any], device: torch.device) -> Problem:
         for _ in range(sets)
     ]
 
+    step = Step()
+
     def run(impl: str | None, item: Any, poison: bool) -> torch.Tensor:
         q, weights, table = item
         out = base.poisoned(rows, pages * INDEX_PAGE_SIZE, dtype=torch.float32, device=device) if poison else None
-        return mqa_logits.paged(q, pool, weights, lens, table, context, layout=params["layout"], out=out, impl=impl)
+        layout = params["layout"]
+        return mqa_logits.paged(q, pool, weights, lens, table, context, layout=layout, out=out, step=step, impl=impl)
 
     def check(out: torch.Tensor, item: Any) -> float:
         q, weights, table = item
@@ -149,6 +153,8 @@ def build_topk(params: Mapping[str, Any], device: torch.device) -> Problem:
         buffer[:, context:] = float("nan")
         return buffer
 
+    step = Step()
+
     def run(impl: str | None, item: torch.Tensor, poison: bool) -> torch.Tensor:
         out = base.poisoned(rows, k, dtype=torch.int32, device=device) if poison else None
         return topk.select(
@@ -157,6 +163,7 @@ def build_topk(params: Mapping[str, Any], device: torch.device) -> Problem:
             k,
             deterministic=params["deterministic"],
             out=out,
+            step=step,
             impl=impl,
             **page_table,
         )
@@ -200,12 +207,15 @@ def build_chain(params: Mapping[str, Any], device: torch.device) -> Problem:
         for _ in range(sets)
     ]
 
+    step = Step()
+
     def run(impl: str | None, item: Any, poison: bool) -> torch.Tensor:
         q, weights, table = item
         first, last = impl.split("+") if impl in CHAIN.mixed else (impl, impl)
-        logits = mqa_logits.paged(q, pool, weights, lens, table, context, layout=params["layout"], impl=first)
+        layout = params["layout"]
+        logits = mqa_logits.paged(q, pool, weights, lens, table, context, layout=layout, step=step, impl=first)
         out = base.poisoned(batch, k, dtype=torch.int32, device=device) if poison else None
-        return topk.select(logits, lens, k, page_table=table, page_size=INDEX_PAGE_SIZE, out=out, impl=last)
+        return topk.select(logits, lens, k, page_table=table, page_size=INDEX_PAGE_SIZE, out=out, step=step, impl=last)
 
     def check(out: torch.Tensor, item: Any) -> float:
         q, weights, table = item
@@ -281,6 +291,6 @@ CHAIN = Workload(
     build_chain,
     Chain,
     same_job=("layout",),
-    mixed=("triton+cuda",),
+    mixed=("triton+cuda", "deep_gemm+sglang_topk_v2"),
     batch=_batch,
 )

@@ -25,6 +25,7 @@ from benchmarks.workloads.base import Params, Problem, Workload
 from benchmarks.workloads.dense_mla import row_slots
 from nsa_backend_plugin.layouts import ROPE_DIM
 from nsa_backend_plugin.ops import concat, dense_mla
+from nsa_backend_plugin.ops.call import Step
 
 NOPE, ROPE = 128, ROPE_DIM
 #: Two bf16 projections lie between the attention and the output.
@@ -103,12 +104,15 @@ def build(params: Mapping[str, Any], device: torch.device) -> Problem:
         decode_table = table[list(decode.numbers)].repeat_interleave(repeats, dim=0)
         inputs.append((q, table, decode_table, torch.cat(slots) if slots else None))
 
+    step = Step()
+
     def run(impl: str | None, item: Any, poison: bool) -> torch.Tensor:
         q, _, decode_table, prefill_slots = item
         out = torch.empty(tokens, heads, NOPE, dtype=q.dtype, device=device)
         if decode.requests:
             part = q if not prefill.requests else q[decode.rows]
-            attended = _decode(part, pool, decode_table, decode_lens, layer, page, params["num_kv_splits"], impl)
+            how = {"page_size": page, "num_kv_splits": params["num_kv_splits"], "step": step, "impl": impl}
+            attended = _decode(part, pool, decode_table, decode_lens, layer, how)
             out[decode.rows] = attended
         if prefill.requests:
             part = q if not decode.requests else q[prefill.rows]
@@ -135,11 +139,11 @@ def build(params: Mapping[str, Any], device: torch.device) -> Problem:
     )
 
 
-def _decode(q, pool, table, lens, layer: Layer, page: int, splits: int | None, impl: str | None) -> torch.Tensor:
+def _decode(q, pool, table, lens, layer: Layer, how: dict[str, Any]) -> torch.Tensor:
     absorbed = torch.bmm(q[..., :NOPE].transpose(0, 1), layer.key).transpose(0, 1)
     whole = torch.cat([absorbed, q[..., NOPE:]], dim=-1)
     latent = dense_mla.decode(
-        whole, pool, table, lens, base.SOFTMAX_SCALE, page_size=page, num_kv_splits=splits, impl=impl
+        whole, pool, table, lens, base.SOFTMAX_SCALE, rows_have_keys=True, kv_is_finite=True, **how
     )
     assert isinstance(latent, torch.Tensor)
     return torch.bmm(latent.transpose(0, 1), layer.value).transpose(0, 1)

@@ -13,6 +13,7 @@ from benchmarks.timing.clock import input_sets
 from benchmarks.workloads import base
 from benchmarks.workloads.base import CacheFormat, Params, Problem, QueriesOfContext, Workload
 from nsa_backend_plugin.ops import sparse_mla
+from nsa_backend_plugin.ops.call import Step
 
 
 def build_decode(params: Mapping[str, Any], device: torch.device) -> Problem:
@@ -57,11 +58,14 @@ def _problem(params: Mapping[str, Any], pool: torch.Tensor, indices, rows_read: 
         (torch.randn(tokens, heads, base.HEAD_DIM, device=device).to(torch.bfloat16), indices()) for _ in range(sets)
     ]
 
+    step = Step()
+
     def run(impl: str | None, item: Any, poison: bool) -> torch.Tensor:
         q, index = item
         shape = (tokens, heads, base.VALUE_DIM)
         out = base.poisoned(*shape, dtype=q.dtype, device=device) if poison else None
-        result = sparse_mla.attend(q, pool, index, base.SOFTMAX_SCALE, out=out, impl=impl)
+        scale = base.SOFTMAX_SCALE
+        result = sparse_mla.attend(q, pool, index, scale, rows_have_keys=True, out=out, step=step, impl=impl)
         assert isinstance(result, torch.Tensor)
         return result
 

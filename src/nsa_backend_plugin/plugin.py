@@ -7,6 +7,8 @@ raised at launch, when nsa_plugin is selected: in the process that reads the com
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import sys
 from typing import Any
@@ -100,10 +102,24 @@ def _explained(error: Exception) -> RuntimeError:
 
 
 def _command_line_wants_cpu() -> bool:
-    """Whether sys.argv names nsa_plugin and no device but the CPU. Spawned processes inherit the launcher's argv."""
+    """Whether the command line names nsa_plugin and no device but the CPU. Spawned processes inherit the launcher's."""
     words = " ".join(sys.argv[1:]).replace("=", " ").split()
-    device = words[words.index("--device") + 1 :][:1] if "--device" in words else ["cpu"]
-    return BACKEND_NAME in words and device == ["cpu"]
+    words = [*_words_of_config(words), *words]  # the command line wins, as in SGLang
+    devices = [device for flag, device in itertools.pairwise(words) if flag == "--device"]
+    return BACKEND_NAME in words and devices[-1:] in ([], ["cpu"])
+
+
+def _words_of_config(words: list[str]) -> list[str]:
+    """The options in the file of `--config` as words; none from a file that SGLang will refuse."""
+    for flag, path in itertools.pairwise(words):
+        if flag == "--config" and os.path.isfile(path):
+            import yaml  # SGLang's own dependency for these files
+
+            with open(path, encoding="utf-8") as file, contextlib.suppress(yaml.YAMLError):
+                options = yaml.safe_load(file)
+                if isinstance(options, dict):
+                    return [w for name, v in options.items() for w in (f"--{name.replace('_', '-')}", str(v))]
+    return []
 
 
 def _no_accelerator() -> bool:

@@ -72,8 +72,8 @@ _TABLE = (
         "NSA_PLUGIN_CPU",
         "choice",
         "auto",
-        "The out-of-tree CPU platform. `auto` uses it where torch sees no accelerator and the command line names "
-        "nsa_plugin; `1` forces it (needed for `sgl.Engine` on a CPU); `0` never uses it.",
+        "The out-of-tree CPU platform. `auto` uses it where torch sees no accelerator and the command line, or its "
+        "`--config` file, names nsa_plugin; `1` forces it (needed for `sgl.Engine` on a CPU); `0` never uses it.",
         ("auto", "0", "1"),
     ),
     Setting(
@@ -117,7 +117,7 @@ _TABLE = (
             "names",
             "",
             f"Implementation(s) of `ops.{op}`, comma-separated, first that can run wins; the launch fails if none can. "
-            "Empty: the registry decides.",
+            "Empty: the dispatcher decides.",
         )
         for op in OPERATIONS
     ),

@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from nsa_backend_plugin.ops.registry import operations
 
 from benchmarks import backends, cli, registry, workloads
 from benchmarks.batch_spec import MAX_TOKENS, parse_batch_spec
 from benchmarks.report import screen
+from nsa_backend_plugin.ops.dispatch import operations
 
 from .conftest import SUITE, code
 
@@ -194,7 +194,7 @@ def test_a_missing_library_is_named(name: str, monkeypatch: pytest.MonkeyPatch, 
     find = cli.importlib.util.find_spec
     monkeypatch.setattr(cli.importlib.util, "find_spec", lambda n, *rest: None if n == name else find(n, *rest))
     error = refused(capsys, *TORCH)
-    assert error.startswith(f"benchmarks: error: {name} not found by {sys.executable}: pip install")
+    assert error.startswith(f"benchmarks: error: {name} not found: in the clone, {sys.executable} -m pip install")
 
 
 def test_a_batch_has_limits() -> None:
@@ -302,7 +302,7 @@ def test_availability_is_asked_before_inputs_are_built(monkeypatch: pytest.Monke
         monkeypatch.setitem(
             workloads.WORKLOADS, kind.name, cli.dataclasses.replace(kind, build=lambda *a: pytest.fail("built"))
         )
-    for backend in ("cutlass_mla", "fa3_planned"):
+    for backend in ("cutlass_mla", "sglang_triton"):
         assert code("--backend", backend, "--batch-specs", "64q1s1k", "--device", "cpu") == 1
     assert code("--workload", "indexer_chain", "--backend", "triton+cuda", "--device", "cpu") == 1
     assert "needs sm_100" in capsys.readouterr().out
@@ -330,6 +330,7 @@ def test_a_new_kernel_of_ones_own_is_no_peer(monkeypatch: pytest.MonkeyPatch) ->
     texts = {
         "mine": "import torch\nimport triton\nfrom nsa_backend_plugin.ops import topk\ndef select(): import triton\n",
         "theirs": "import torch\ndef select():\n    import some_library\n",
+        "probed": "from nsa_backend_plugin.ops._vendor import probe\ndef available(): probe.missing('some_library')\n",
     }
     files = {folder / f"{name}.py": text for name, text in texts.items()}
     read, exists = Path.read_text, Path.exists
@@ -338,6 +339,7 @@ def test_a_new_kernel_of_ones_own_is_no_peer(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(registry, "implementations", lambda operation: list(texts))
     assert registry.is_own.__wrapped__("topk.select", "mine")
     assert not registry.is_own.__wrapped__("topk.select", "theirs")
+    assert not registry.is_own.__wrapped__("topk.select", "probed")
 
 
 # ---- from where it is run

@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import cli
 from benchmarks.engine import measure as engine_h200
+from benchmarks.engine import output
 from benchmarks.engine import steps as run_engine
 from benchmarks.engine.model import FAMILIES, config, weights, write_config
+from benchmarks.run import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -111,12 +114,24 @@ def test_table_gives_ratios_to_the_first_arm(capsys: pytest.CaptureFixture) -> N
     assert "1.30" in out
 
 
-def test_results_carry_environment_and_options(tmp_path: Path) -> None:
-    options = engine_h200.argparse.Namespace(out=tmp_path, family="v32", kv="auto", heads=16, label="")
-    engine_h200._write(options, "served", {"rows": []})
-    body = json.loads((tmp_path / "served-v32-auto-h16-h200.json").read_text())
-    assert body["options"] == {"family": "v32", "kv": "auto", "heads": 16, "label": ""}
+def test_results_carry_environment_options_and_the_machines_name(tmp_path: Path) -> None:
+    options = engine_h200.arguments().parse_args(["served", f"--out={tmp_path}", "--kv=auto"])
+    path = output.prepare(options, "served", "v32", "auto", "h16")
+    assert path.name == f"served-v32-auto-h16-{environment.machine('cpu')}.json"
+    output.save(path, options, [{"step_us": 1.0}])
+    body = json.loads(path.read_text())
+    assert (body["options"]["family"], body["options"]["heads"], body["rows"]) == ("v32", 16, [{"step_us": 1.0}])
     assert {"device", "libraries", "date", "command"} <= set(body["environment"])
+
+
+def test_a_results_file_that_exists_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["served", f"--out={tmp_path}", "--kv=auto"]
+    path = tmp_path / f"served-v32-auto-h16-{environment.machine('cpu')}.json"
+    path.write_text("precious")
+    assert cli.main(words) == 2
+    assert "--force replaces it" in capsys.readouterr().err
+    assert path.read_text() == "precious"
+    assert output.prepare(engine_h200.arguments().parse_args([*words, "--force"]), *path.stem.split("-")[:4]) == path
 
 
 def test_every_step_of_the_whole_run_parses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

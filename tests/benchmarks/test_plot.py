@@ -1,4 +1,4 @@
-"""Pictures: each configuration's answers its question. What goes into which panel, and that a PNG is written."""
+"""Pictures: each answers its configuration's question. What goes into which panel, and that a PNG is written."""
 
 from __future__ import annotations
 

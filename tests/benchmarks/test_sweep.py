@@ -23,6 +23,7 @@ from benchmarks.run.child import Child
 from benchmarks.run.measure import Settings
 from benchmarks.timing import clock
 from benchmarks.workloads import WORKLOADS, indexer
+from nsa_backend_plugin.ops import dispatch
 from nsa_backend_plugin.ops.dispatch import operations
 
 from .conftest import SUITE, code
@@ -228,9 +229,12 @@ def test_last_words_are_read_to_the_end(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_wrong_backend_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     from nsa_backend_plugin.ops.concat import reference
 
-    monkeypatch.setattr(reference, "mla_k", lambda k_nope, k_rope, *, out: out.zero_())
+    monkeypatch.setattr(reference, "mla_k", lambda call: call.output().zero_())
+    dispatch.forget()
     # The reference is the broken one here, so the correct backend is the one that disagrees.
     result = measure.measure("concat_k", {"tokens": 5, "heads": 2}, "torch_cat", CPU, FAST)
+    monkeypatch.undo()
+    dispatch.forget()
     assert result.status == ERROR
     assert "wrong result" in result.reason
     assert result.median_us is None

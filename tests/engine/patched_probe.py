@@ -55,11 +55,13 @@ def points() -> dict[str, Any]:
     from sglang.srt.layers.attention.dsa import utils
     from sglang.srt.layers.attention.dsa.dsa_indexer import Indexer
     from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWeightUpdaterManager
+    from sglang.srt.managers.tokenizer_manager import TokenizerManager
     from sglang.srt.model_executor.model_runner_components import load_model_utils
     from sglang.srt.models.deepseek_common.attention_forward_methods.forward_mha import DeepseekMHAForwardMixin
     from sglang.srt.speculative.draft_utils import DraftBackendFactory
 
     calls = {
+        "vocabulary": lambda: TokenizerManager._validate_one_request("manager", "request", [1]),
         "rocm_indexer": lambda: Indexer.forward_cuda("indexer", 1, layer_id=2),
         "draft_backends": lambda: DraftBackendFactory._create_backend("factory", "name", 1),
         "prefill_key": lambda: DeepseekMHAForwardMixin._concat_and_cast_mha_k("attn", "nope", "pe", forward_batch=3),

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from nsa_backend_plugin.engine import ledger, release
+from tests.sglang_copies import RELEASES
 
 pytestmark = pytest.mark.engine
 
@@ -19,6 +20,12 @@ pytestmark = pytest.mark.engine
 def test_target_of_every_hook_exists_in_the_installed_sglang(row):
     assert release.exists("sglang.srt.server_args.ServerArgs"), "SGLang is not installed"
     assert row.target_exists or not row.needed()
+
+
+def test_every_hook_that_the_installed_release_needs_has_a_patch():
+    """What a release has solved is neither hooked nor patched, whatever its comments say of it."""
+    needed = {row.name for row in ledger.LEDGER if row.kind == "hook" and row.needed()}
+    assert needed <= set(RELEASES[release.version()].index)
 
 
 def test_targets_tell_what_is_missing():
@@ -74,8 +81,10 @@ def test_a_broken_part_keeps_the_name_and_the_reason():
     assert error.startswith("RuntimeError: nsa_plugin could not be loaded: ModuleNotFoundError: import of")
     assert "nsa_backend_plugin.engine.factory" in error
     assert "nsa-plugin doctor" in error
-    # Without our CPU platform only the launch check is hooked, and on a GPU the loading of weights.
+    # Without our CPU platform only the checks of the launch and of requests are hooked, and on a GPU the loading of
+    # weights.
     loading = [target for target in outcome["hooks"] if target.endswith(".load_model_with_memory_saver")]
     assert len(loading) == torch.cuda.is_available()
-    [check] = set(outcome["hooks"]) - set(loading)
-    assert check.startswith("sglang.srt.server_args.ServerArgs.")
+    check, launch = sorted(set(outcome["hooks"]) - set(loading))
+    assert check.startswith("sglang.srt.managers.tokenizer_manager.TokenizerManager.")
+    assert launch.startswith("sglang.srt.server_args.ServerArgs.")

@@ -18,17 +18,19 @@ pytestmark = pytest.mark.engine
 PROBE = """
 import os, torch
 calls = 0
-def record(original, key, weight, bias, positions, cos_sin, cache, slots, **options):
+def record(original, call):
     global calls
-    original(key, weight, bias, positions, cos_sin, cache, slots, **options)
-    stored = dict(key=key, weight=weight, bias=bias, positions=positions, cos_sin=cos_sin, slots=slots, options=options)
-    stored["pages_at"] = cache.data_ptr()
+    original(call)
+    tensors = dict(call.tensors())
+    cache = tensors.pop("cache")
+    options = {name: getattr(call, name) for name in ("is_neox", "norm", "eps", "layout", "page_size", "scale_format")}
+    stored = {"norm_bias": None, **tensors, "options": options, "pages_at": cache.data_ptr()}
     torch.save(stored, f"{os.environ['PROBE_OUT']}/{calls:05d}.call")
     torch.save(cache, f"{os.environ['PROBE_OUT']}/{cache.data_ptr()}.pages")
     calls += 1
 def register():
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-    HookRegistry.register("nsa_backend_plugin.ops.indexer_prep.key_store", record, HookType.AROUND)
+    HookRegistry.register("nsa_backend_plugin.ops.indexer_prep.reference.key_store", record, HookType.AROUND)
 """
 PROMPTS = [list(range(start, start + n)) for start, n in ((10, 5), (100, 70), (200, 200))]  # no common prefix
 
@@ -77,9 +79,10 @@ def test_live_pages_equal_the_reference_writer(recorded):
     for call in calls:
         assert call["options"]["layout"] == layout
         assert call["options"]["page_size"] == 64
-        assert call["options"].get("scale_format", "fp32") == "fp32", "as CUDA's prefill stores keys"
-        normed = normalize(call["key"], call["weight"], call["bias"], call["options"]["norm"], call["options"]["eps"])
-        rotated = rotate(normed, call["positions"], call["cos_sin"], call["options"]["is_neox"], hadamard=True)
+        assert call["options"]["scale_format"] == "fp32", "as CUDA's prefill stores keys"
+        options = call["options"]
+        normed = normalize(call["key"], call["norm_weight"], call["norm_bias"], options["norm"], options["eps"])
+        rotated = rotate(normed, call["positions"], call["cos_sin_cache"], options["is_neox"], hadamard=True)
         values, scales = quantize_rows(rotated, "fp32", torch.float8_e4m3fn)
         for slot, value, scale in zip(call["slots"].tolist(), values, scales, strict=True):
             _write(expected[call["pages_at"]][slot // 64], layout, slot % 64, value, scale)

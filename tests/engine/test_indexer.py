@@ -16,6 +16,7 @@ from nsa_backend_plugin.ops._torch.rotary import rotate
 pytest.importorskip("sglang", reason="needs SGLang")
 indexer_path = pytest.importorskip("nsa_backend_plugin.engine.indexer")
 from tests.engine.test_fused_decode import INDEX_HEADS, Q_LORA, Case, Norm  # noqa: E402
+from tests.engine.test_merged_weights import lora  # noqa: E402
 
 
 def cpu_forward(case: Case, **keywords: Any) -> torch.Tensor | None:
@@ -46,6 +47,23 @@ def test_cpu_and_cuda_write_and_select_alike(case: Case, scale_fmt: str | None) 
     case.index_pages.copy_(before)
     assert torch.equal(cpu_forward(case), slots)
     assert torch.equal(case.index_pages, pages)
+
+
+@pytest.mark.parametrize("which", ["wk", "weights_proj", "wq_b"])
+def test_an_adapter_reaches_both_paths(case: Case, which: str) -> None:
+    """SGLang wraps a layer by LoRA after its weight was merged."""
+    before = case.index_pages.clone()
+    bare = case.prepare()[7], case.index_pages.clone()
+    if which != "wq_b":  # which would leave the merged key, not rounded to bf16
+        indexer_path.merge_projection(case.indexer)
+    setattr(case.indexer, which, lora(getattr(case.indexer, which)))
+    case.index_pages.copy_(before)
+    slots, pages = case.prepare()[7], case.index_pages.clone()
+    case.index_pages.copy_(before)
+    assert torch.equal(cpu_forward(case), slots)
+    assert torch.equal(case.index_pages, pages)
+    assert torch.equal(pages, bare[1]) == (which != "wk")
+    assert which == "wk" or not torch.equal(slots, bare[0])
 
 
 def test_writing_only_and_unknown_keywords(case: Case) -> None:

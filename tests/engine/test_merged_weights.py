@@ -84,9 +84,10 @@ def with_foreign_weight(rows: int = 256) -> Any:
     return layer
 
 
-def with_packed_scales(rows: int = 256) -> Any:
+def with_other_scales(change: Callable[[torch.Tensor], torch.Tensor], rows: int = 256) -> Any:
     layer = block_fp8(rows)
-    layer.weight_scale_inv = torch.nn.Parameter(torch.zeros(rows, 1, dtype=torch.int32), requires_grad=False)
+    layer.weight_scale_inv = torch.nn.Parameter(change(layer.weight_scale_inv.data), requires_grad=False)
+    layer.weight_scale_inv.format_ue8m0 = True
     layer.quant_method.apply = lambda layer, x, bias=None: x.float() @ layer.weight.float().t()
     return layer
 
@@ -160,7 +161,9 @@ APART: dict[str, Callable[[int], Any]] = {
     "w8a8_int8": functools.partial(quantized, w8a8_int8),
     "AWQ": functools.partial(packed_integers, "awq"),
     "GPTQ": functools.partial(packed_integers, "gptq"),
-    "packed scales": with_packed_scales,
+    "packed scales": functools.partial(with_other_scales, lambda scale: scale.new_zeros(256, 1, dtype=torch.int32)),
+    "integer scales": functools.partial(with_other_scales, lambda scale: scale.int()),
+    "ue8m0 scales": functools.partial(with_other_scales, lambda scale: scale),
     "torchao": with_foreign_weight,
     "bias": with_bias,
     "LoRA": lambda rows: lora(linear(rows, 256)),

@@ -33,6 +33,7 @@ def test_every_hook_that_has_a_patch_stands_down(patched) -> None:
     assert set(report["down"]) == set(RELEASES[release].index)
     assert report["resolution"] == 1
     echoed = {
+        "vocabulary": ["_validate_one_request", ["manager", "request", [1]], {}],
         "rocm_indexer": ["forward_cuda", ["indexer", 1], {"layer_id": 2}],
         "draft_backends": ["_create_backend", ["factory", "name", 1], {}],
         "prefill_key": ["_concat_and_cast_mha_k", ["attn", "nope", "pe"], {"forward_batch": 3}],

@@ -49,3 +49,37 @@ def test_q_lora_is_quantized_by_merged_fp8_projections_only(
     if q_lora_rank == 256 or not quantized:
         names = {explained.operation for _, explained in served.explanations(model, STEPS, "cpu")}
         assert ("norm_quant.rms" in names) == quantized
+
+
+def test_steps_are_of_the_resolved_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As SGLang publishes them: the largest prefill graph is wider than a chunk here, or there are no graphs."""
+    published = {
+        "get_exec": SimpleNamespace(
+            graph=SimpleNamespace(
+                cuda_graph_config=SimpleNamespace(
+                    decode=SimpleNamespace(bs=[4, 1]), prefill=SimpleNamespace(bs=[128, 512])
+                )
+            )
+        ),
+        "get_spec": SimpleNamespace(speculative_num_draft_tokens=3),
+        "get_schedule": SimpleNamespace(chunked_prefill_size=256),
+    }
+    for name, value in published.items():
+        monkeypatch.setattr(shapes, name, lambda value=value: value)
+    found = shapes.steps(1000)
+    assert [(s.requests, s.queries) for s in found if not s.prefill] == [(1, 3), (4, 3)]
+    assert [s.queries for s in found if s.prefill] == [128, 256, 512]
+    config = published["get_exec"].graph.cuda_graph_config
+    config.decode.bs = config.prefill.bs = published["get_spec"].speculative_num_draft_tokens = None
+    published["get_schedule"].chunked_prefill_size = -1
+    assert shapes.steps(1000) == [served.Step(1, 1000), served.Step(1, 1000, 1, prefill=True)]
+
+
+def test_sglang_publishes_what_is_asked_for() -> None:
+    from sglang.srt import runtime_context
+    from sglang.srt.server_args import ServerArgs
+
+    bags = runtime_context._build_config_bags(ServerArgs(model_path="dummy", device="cpu"))
+    assert hasattr(bags["exec"].graph, "cuda_graph_config")
+    assert hasattr(bags["spec"], "speculative_num_draft_tokens")
+    assert hasattr(bags["schedule"], "chunked_prefill_size")

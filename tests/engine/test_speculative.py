@@ -254,5 +254,5 @@ def test_other_drafts_are_refused_by_name(name: str, value: Any) -> None:
 
 def test_speculation_is_refused_on_rocm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    with pytest.raises(ValueError, match="--speculative-algorithm NEXTN on rocm.*NVIDIA GPUs"):
+    with pytest.raises(ValueError, match=r"--speculative-algorithm NEXTN on rocm.*NVIDIA GPUs"):
         launch.check_arguments(SimpleNamespace(**ARGUMENTS))

@@ -20,12 +20,14 @@ from nsa_backend_plugin.ops import dense_mla, sparse_mla
 from nsa_backend_plugin.ops._torch.mla import softmax_attention
 from nsa_backend_plugin.ops._torch.packed_rows import pack
 from nsa_backend_plugin.ops._vendor import flash_mla as vendor_flash_mla
+from nsa_backend_plugin.ops._vendor import flashinfer as vendor_flashinfer
 from nsa_backend_plugin.ops._vendor import mla, probe
 from nsa_backend_plugin.ops.call import Step
 from nsa_backend_plugin.ops.sparse_mla.reference import rows
 from tests.ops import fake_aiter_attention
 from tests.ops.common import assert_close, permuted_block_table, poison
 from tests.ops.fake_aiter import as_declared
+from tests.ops.implementations import DEVICE
 
 SCALE = 192**-0.5
 DIM, VALUE = 576, 512
@@ -129,6 +131,9 @@ def check_sparse(
     step: Step | None = None,
     lengths: bool = False,
     rows_have_keys: bool = False,
+    context: bool = False,
+    bar: float = 5e-6,
+    device: torch.device | str = "cpu",
 ) -> None:
     if lengths:
         q, kv, indices, counts = compact_inputs(kind, heads)
@@ -138,13 +143,18 @@ def check_sparse(
     if rows_have_keys:
         indices[1, :1] = indices[0].max()
         counts = None if counts is None else counts.clamp_min(1)
+    q, kv, indices = q.to(device), kv.to(device), indices.to(device)
+    counts = None if counts is None else counts.to(device)
     latents = [rows(kv, i[i >= 0], "packed" if kind == "packed" else "bf16", None, VALUE) for i in indices]
     expected = attend_rows(q, latents)
     arguments = dict(q=q, kv=kv, indices=indices, softmax_scale=SCALE, step=step)
     arguments |= dict(lengths=counts, rows_have_keys=rows_have_keys)
+    if context:  # in any order, with slots that nobody selects
+        used = indices[indices >= 0].unique()
+        arguments["context"] = used[torch.randperm(len(used), device=device)]
     actual = run_adapter("sparse_mla", name, arch, arguments, want_lse=want_lse)
-    for got, want, bar in zip(actual, expected, (5e-6, 1e-8), strict=False):
-        assert_close(got, want, bar)
+    for got, want, most in zip(actual, expected, (bar, 1e-8 if bar == 5e-6 else bar), strict=False):
+        assert_close(got, want, most)
 
 
 def check_dense(
@@ -247,9 +257,9 @@ def fake_flash_mla(package: str) -> dict[str, Any]:
             assert block_table is None
             assert cache_seqlens is None
             flat = k_cache.view(-1, 1, k_cache.shape[-1])
-            lists = leading(indices[:, 0], topk_length)
-            latents = [rows(flat, i[i >= 0], "packed", None, VALUE) for i in lists]
-            tile_scheduler_metadata.use(batch, heads, indices.shape[-1], topk_length)
+            assert topk_length is None, "Hopper's kernel asserts it"
+            latents = [rows(flat, i[i >= 0], "packed", None, VALUE) for i in indices[:, 0]]
+            tile_scheduler_metadata.use(batch, heads, indices.shape[-1])
         else:
             assert not is_fp8_kvcache
             latents = paged_latents(k_cache[:, :, 0], block_table, cache_seqlens)
@@ -309,6 +319,40 @@ def test_flash_mla_sparse(kind: str, heads: int, promises: dict[str, bool]) -> N
     check_sparse("flash_mla", kind, heads, **promises)
 
 
+@pytest.mark.parametrize("heads", [8, 64, 128])
+@pytest.mark.parametrize("promises", [{}, {"lengths": True, "rows_have_keys": True}])
+@pytest.mark.usefixtures("flash_mla")
+def test_flash_mla_over_unpacked_rows(heads: int, promises: dict[str, bool]) -> None:
+    """Its bar is its own: rows are rounded to bf16."""
+    check_sparse("flash_mla_unpacked", "packed", heads, context=True, bar=5e-5, device=DEVICE, **promises)
+
+
+def test_flash_mla_over_unpacked_rows_says_what_it_needs() -> None:
+    module = adapter("sparse_mla", "flash_mla_unpacked")
+    q, kv, indices = sparse_inputs("packed", 64)
+    call = sparse_mla.attend.call(q, kv, indices, SCALE)
+    assert "does not say which slots" in module.declines_attend(call)
+    call.context = torch.arange(module.MOST_ROWS + 1, dtype=torch.int32)
+    assert f"a context of {module.MOST_ROWS + 1} slots" in module.declines_attend(call)
+    q, kv, indices = sparse_inputs("bf16", 64)
+    assert "only packed rows" in module.declines_attend(sparse_mla.attend.call(q, kv, indices, SCALE))
+
+
+@pytest.mark.usefixtures("flash_mla")
+def test_the_places_of_slots_are_made_once_per_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, step, made = adapter("sparse_mla", "flash_mla_unpacked"), Step(), []
+    context, once = torch.arange(256, dtype=torch.int32, device=DEVICE), Step.once
+
+    def counting(self: Step, key: Any, make: Any, *of: torch.Tensor, **where: Any) -> Any:
+        return once(self, key, lambda: made.append(key) or make(), *of, **where)
+
+    monkeypatch.setattr(Step, "once", counting)
+    for _ in range(3):
+        q, kv, indices = (t.to(DEVICE) for t in sparse_inputs("packed", 64))
+        module.attend(sparse_mla.attend.call(q, kv, indices, SCALE, context=context, step=step))
+    assert [key for key in made if "places" in str(key)] == [("places of slots", 256)]
+
+
 @pytest.mark.parametrize("heads", [12, 16])
 @pytest.mark.parametrize("rows_have_keys", [False, True])
 @pytest.mark.usefixtures("flash_mla")
@@ -319,7 +363,7 @@ def test_flash_mla_dense(heads: int, rows_have_keys: bool) -> None:
 
 @pytest.mark.usefixtures("flash_mla")
 def test_flash_mla_schedules_once_per_step() -> None:
-    """One for all layers of the same shapes; another for other lengths, which the fake would notice."""
+    """One for all layers of the same shapes; of dense decode another for other lengths, which the fake would notice."""
     step = Step()
     for heads in (64, 64, 128):
         check_sparse("flash_mla", "packed", heads, step=step)
@@ -327,7 +371,7 @@ def test_flash_mla_schedules_once_per_step() -> None:
     check_sparse("flash_mla", "packed", 64, step=step, lengths=True)
     check_dense("flash_mla", 64, 64, step=step)
     check_dense("flash_mla", 64, 64, step=step)  # other tensors: the lengths are compared by place
-    assert len(SCHEDULES) == 5
+    assert len(SCHEDULES) == 4
 
 
 @pytest.mark.usefixtures("flash_mla")
@@ -513,6 +557,9 @@ class FakeFlashInfer:
 def test_flashinfer(monkeypatch: pytest.MonkeyPatch, page_size: int, want_lse: bool) -> None:
     install(monkeypatch, "flashinfer")
     install(monkeypatch, "flashinfer.mla", BatchMLAPagedAttentionWrapper=FakeFlashInfer)
+    monkeypatch.setattr(vendor_flashinfer.shutil, "which", lambda name: None)
+    assert "nvcc" in adapter("dense_mla", "flashinfer").available("sm_90")
+    install(monkeypatch, "flashinfer_jit_cache")
     assert adapter("dense_mla", "flashinfer").available("sm_90") is None
     check_dense("flashinfer", 12, page_size, want_lse=want_lse)
     plans, step = FakeFlashInfer.plans, Step()

@@ -16,9 +16,11 @@ import pytest
 from nsa_backend_plugin import settings
 from tools import compile_matrix, compile_table, compile_tilelang
 
-COMPILE = {**os.environ, "TRITON_INTERPRET": "0"}  # interpreted kernels, as in this process, have nothing to compile
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+#: Interpreted kernels, as in this process, have nothing to compile.
+COMPILE = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
 
-DOCS = pathlib.Path(__file__).resolve().parents[2] / "docs"
+DOCS = ROOT / "docs"
 TABLE, TILELANG_TABLE = DOCS / "compile_table.csv", DOCS / "tilelang_table.csv"
 #: Kernels with a matrix product -> the instruction that it must become. Attention with fp8 rows multiplies in bf16.
 FP8_LOGITS, ATTENTION = ("mqa_logits.paged", "mqa_logits.ragged"), ("sparse_mla.", "dense_mla.")

@@ -198,7 +198,7 @@ def register() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     HookRegistry.register("nsa_backend_plugin.engine.indexer.forward", _rocm_forward, HookType.AROUND)
-    HookRegistry.register("nsa_backend_plugin.ops.indexer_prep.key_store", _record, HookType.AROUND)
+    HookRegistry.register("nsa_backend_plugin.ops.indexer_prep.reference.key_store", _record, HookType.AROUND)
 
 
 def _rocm_forward(
@@ -229,29 +229,15 @@ def _rocm_forward(
     return path.store_and_select(indexer, x, q_lora, positions, forward_batch, pool, rows, return_indices)
 
 
-def _record(
-    original: Callable[..., None],
-    key: object,
-    weight: object,
-    bias: object,
-    positions: object,
-    *rest: object,
-    **options: object,
-) -> None:
+def _record(original: Callable[[Any], None], call: Any) -> None:
     import torch
 
-    original(key, weight, bias, positions, *rest, **options)
+    original(call)
     folder = os.environ.get(PROBE_VARIABLE)
     if folder:
-        cos_sin, cache, slots = rest
-        number = next(_CALLS)
-        stored = {
-            "key": key,
-            "weight": weight,
-            "bias": bias,
-            "positions": positions,
-            "cos_sin": cos_sin,
-            "slots": slots,
-        }
-        torch.save({**stored, "options": options, "pages_at": cache.data_ptr()}, f"{folder}/{number:05d}.call")
+        tensors = dict(call.tensors())
+        cache = tensors.pop("cache")
+        names = ("is_neox", "hadamard", "norm", "eps", "layout", "page_size", "scale_format")
+        stored = {"norm_bias": None, **tensors, "options": {name: getattr(call, name) for name in names}}
+        torch.save({**stored, "pages_at": cache.data_ptr()}, f"{folder}/{next(_CALLS):05d}.call")
         torch.save(cache, f"{folder}/{cache.data_ptr()}.pages")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from benchmarks.report import amd_estimates
 from nsa_backend_plugin import settings
 from tests.rocm.simulated_host import ROOT
+from tools import amd_estimates
 
 
 def test_the_page_shows_the_scripts_table():

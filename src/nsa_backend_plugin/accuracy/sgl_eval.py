@@ -35,7 +35,8 @@ def program() -> str:
     found = shutil.which("sgl-eval") or shutil.which("sgl-eval", path=str(Path(sys.executable).parent))
     if found is None:
         raise ValueError(
-            "--sgl-eval-data: the program sgl-eval is not on PATH; pip install sgl-eval (in an environment of its own)"
+            "--sgl-eval-data: the program sgl-eval is not on PATH: python -m pip install sgl-eval, in an "
+            "environment of its own"
         )
     return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-#: The checkout when the package runs from one (`pip install -e`, PYTHONPATH=src); nothing of the kind otherwise.
+#: The checkout when the package runs from one (editable install, PYTHONPATH=src); nothing of the kind otherwise.
 _RUNS_FROM = Path(__file__).resolve().parents[3]
 
 
@@ -19,5 +19,5 @@ def find(folder: str) -> Path:
             return root / folder
     raise FileNotFoundError(
         f"{folder}/ is not part of the installed package, and {here} is not in a source checkout: run the command in a "
-        "clone of the repository, or install the clone in place (pip install --no-deps -e .)"
+        "clone of the repository, or install the clone in place (python -m pip install --no-deps -e .)"
     )

@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> int:
     if root is None:
         print(
             "nsa-plugin bench: the benchmark suite is not part of the installed package; run this in a clone of the "
-            "repository, or install the clone with pip install -e",
+            "repository, or install the clone with python -m pip install -e",
             file=sys.stderr,
         )
         return 2

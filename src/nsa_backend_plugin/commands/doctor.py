@@ -165,7 +165,7 @@ def entry_points(environment: Mapping[str, str], on_cpu: bool, problems: Problem
         if not points:
             reason, todo = (
                 "the package's metadata is missing",
-                f"install {_DISTRIBUTION} for {sys.executable}: pip install --no-deps . from a clone",
+                f"from a clone: {sys.executable} -m pip install --no-deps .",
             )
         elif selected and selected != PLATFORM:
             reason = f"SGLANG_PLATFORM={selected} skips packages with another platform"
@@ -257,7 +257,14 @@ def aiter_contract(
 def hooks(on_cpu: bool, problems: Problems) -> list[dict[str, Any]]:
     """Every hook into SGLang and whether the installed release has its target; a missing one is a problem only where
     the hook is used. GPU modules of SGLang do not import without GPU libraries."""
+    from nsa_backend_plugin.engine import contract
     from nsa_backend_plugin.engine.ledger import LEDGER
+
+    for name in contract.missing():
+        problems.add(
+            f"the installed SGLang has no attribute {name}, which the plugin reads",
+            "install a supported SGLang release, see the table in README.md",
+        )
 
     rows = []
     for row in LEDGER:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from nsa_backend_plugin import __version__, settings
-from nsa_backend_plugin.engine import hooks, index_cache, launch, release, shapes
+from nsa_backend_plugin.engine import contract, hooks, index_cache, launch, release, shapes
 from nsa_backend_plugin.engine.gpu import rocm
 from nsa_backend_plugin.ops import dispatch
 from nsa_backend_plugin.ops.arch import device_arch, is_cuda
@@ -17,7 +17,7 @@ from nsa_backend_plugin.runtime import prepare, served
 logger = logging.getLogger(__name__)
 
 
-def create_backend(runner: Any) -> Any:
+def create_backend(runner: contract.ModelRunner) -> Any:
     """Backend of a ModelRunner. Raises ValueError, with what to do, for what cannot be served."""
     hooks.fired("factory")
     launch.check_settings()
@@ -75,7 +75,7 @@ def _report_and_prepare(runner: Any, device: torch.device, backend: str) -> None
     logger.info("nsa_plugin %s on SGLang %s: %s on %s%s", __version__, release.version(), backend, device, mode)
     for name in hooks.standing_down():
         logger.info("nsa_plugin hook stands down, its patch is applied: %s", name)
-    steps = shapes.steps(runner.server_args, runner.model_config.context_len)
+    steps = shapes.steps(runner.model_config.context_len)
     model, arch = shapes.model(runner), device_arch(device)
     decode = [step for step in steps if not step.prefill]
     shown = dict.fromkeys((decode[0], decode[-1], steps[-1]))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from nsa_backend_plugin import BACKEND_NAME, settings
-from nsa_backend_plugin.engine import arguments, hooks, kernels, ledger, release
+from nsa_backend_plugin.engine import arguments, contract, hooks, kernels, ledger, release
 from nsa_backend_plugin.engine.gpu import rocm
 from nsa_backend_plugin.layouts import INDEX_DIM, INDEX_PAGE_SIZE, LATENT_DIM, ROPE_DIM
 from nsa_backend_plugin.ops import dense_mla, dispatch
@@ -116,24 +116,27 @@ def check_untested(server_args: Any) -> None:
     if release.supported(release.version()):
         return
     missing = [row for row in ledger.LEDGER if row.needed() and not row.target_exists]
+    lost = [*(f"{row.name} ({row.path})" for row in missing), *contract.missing()]
     unknown = [name for name, _, _ in unclassified(server_args)]
     logger.warning(
         "nsa_plugin was never tried with SGLang %s (NSA_PLUGIN_ALLOW_UNTESTED_SGLANG): %d of %d hooks have their "
-        "target, and it does not know the arguments %s, which must keep their defaults",
+        "target, %d attributes that it reads are gone, and it does not know the arguments %s, which must keep their "
+        "defaults",
         release.version(),
         len(ledger.LEDGER) - len(missing),
         len(ledger.LEDGER),
+        len(lost) - len(missing),
         ", ".join(unknown) or "(none)",
     )
-    if missing:
+    if lost:
         raise ValueError(
             f"SGLang {release.version()} lacks what nsa_plugin reaches into: "
-            + "; ".join(f"{row.name} ({row.path})" for row in missing)
+            + "; ".join(lost)
             + ". Install a supported release, or choose another --attention-backend"
         )
 
 
-def check_model(model: Any, page_size: int | None) -> None:
+def check_model(model: contract.ModelConfig, page_size: int | None) -> None:
     """Raise ValueError for a model (SGLang's ModelConfig) or page size (None = not chosen) that cannot be served."""
     from sglang.srt.configs.model_config import AttentionArch, is_deepseek_dsa
 

@@ -18,12 +18,12 @@ class Hook:
 
     target: dotted path in SGLang. older_target: where it was in older releases. kind: "call" (a public registration
     function), "append" (to a list that SGLang shares by reference), "hook" (HookRegistry, AROUND), "op" (a module's
-    forward on our platform), "attribute" (of a class, set) or "subclass" (nothing is installed). stage: "name" (by
-    plugin.py), "start" (when the plugin loads), "cpu" (then, on our CPU platform only), "factory" (when nsa_plugin is
-    selected and its backend is created), "gpu" (then, on a GPU), "gpu_dsa" (there, for DSA models). handler:
-    "module:function" below `nsa_backend_plugin.engine`, which says `hooks.fired(name)` when it serves. needed: whether
-    the installed release and device need the row. patch_point: the list of handlers that the row's patch
-    (patches/<release>/<name>.patch) adds to SGLang, if it does.
+    forward on our platform), "attribute" (of a class, set) or "subclass" (nothing is installed).
+    stage: "name" (by plugin.py), "start" (when the plugin loads), "cpu" (then, on our CPU platform only), "factory"
+    (when nsa_plugin is selected and its backend is created), "gpu" (then, on a GPU), "gpu_dsa" (there, for DSA models).
+    handler: "module:function" below `nsa_backend_plugin.engine`, which says `hooks.fired(name)` when it serves.
+    needed: whether the installed release and device need the row. patch_point: the list of handlers that the row's
+    patch (patches/<release>/<name>.patch) adds to SGLang, if it does.
     """
 
     name: str
@@ -56,6 +56,9 @@ class Hook:
 
 _OPEN = "public extension point"
 _FORWARD_METHODS = "sglang.srt.models.deepseek_common.attention_forward_methods"
+_GRAMMAR = "sglang.srt.constrained.xgrammar_backend"
+_FORWARD_BATCH = "sglang.srt.model_executor.forward_batch_info"
+_UPDATER = "sglang.srt.managers.scheduler_components.weight_updater"
 _MLA_POOL = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._build_oot_mla_kv_pool"
 _TRANSFER_INDICES = "sglang.srt.disaggregation.mooncake.conn.MooncakeKVSender.supports_host_tensor_indices"
 _ROCM_PREPARE = f"{_FORWARD_METHODS}.forward_mla_rocm.DeepseekMLARocmForwardMixin.forward_absorb_rocm_prepare"
@@ -107,6 +110,16 @@ LEDGER: tuple[Hook, ...] = (
         patch_point="sglang.srt.server_args.RESOLUTION_WRAPPERS",
     ),
     Hook(
+        name="vocabulary",
+        target="sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request",
+        kind="hook",
+        stage="start",
+        handler="requests:inside_vocabulary",
+        why="a request with a token that the model does not have is an error, and does not end the server",
+        upstream="not reported",
+        patch_point="sglang.srt.managers.tokenizer_manager.VALIDATION_WRAPPERS",
+    ),
+    Hook(
         name="forward_method",
         target="sglang.srt.models.deepseek_common.attention_backend_handler.AttentionBackendRegistry.register",
         kind="call",
@@ -150,6 +163,28 @@ LEDGER: tuple[Hook, ...] = (
         versions="releases whose platforms have no `capabilities`",
         upstream="solved upstream by PlatformCapabilities.supports_triton",
         needed=lambda: not release.platform_declares_triton(),
+    ),
+    Hook(
+        name="grammar_mask",
+        target=f"{_GRAMMAR}._allocate_token_bitmask",
+        kind="hook",
+        stage="cpu",
+        handler="cpu.bridges:grammar_mask",
+        why="answers that follow a grammar: the mask of allowed tokens is asked for in pinned memory",
+        versions="releases that do not ask the platform whether it can pin",
+        upstream="solved upstream by is_pin_memory_available",
+        needed=lambda: release.mentions(_GRAMMAR, "pin_memory=True"),
+    ),
+    Hook(
+        name="dp_padding",
+        target=f"{_FORWARD_BATCH}.ForwardBatch.prepare_mlp_sync_batch",
+        kind="hook",
+        stage="cpu",
+        handler="cpu.bridges:dp_padding",
+        why="data-parallel attention: the token counts of the ranks are asked for in pinned memory",
+        versions="releases that do not ask the platform whether it can pin",
+        upstream="solved upstream by is_pin_memory_available",
+        needed=lambda: release.mentions(_FORWARD_BATCH, "pin_memory=True"),
     ),
     Hook(
         name="mla_pool",
@@ -230,13 +265,13 @@ LEDGER: tuple[Hook, ...] = (
     ),
     Hook(
         name="weight_updates",
-        target="sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager._observe_weight_load",
+        target=f"{_UPDATER}.SchedulerWeightUpdaterManager._observe_weight_load",
         kind="hook",
         stage="gpu_dsa",
         handler="merging:updating",
         why="merged weights that are copies (dequantized from fp8) are rebuilt after an update from any source",
         upstream="no extension point",
-        patch_point="sglang.srt.managers.scheduler_components.weight_updater.UPDATE_WRAPPERS",
+        patch_point=f"{_UPDATER}.UPDATE_WRAPPERS",
     ),
     Hook(
         name="rocm_pages",

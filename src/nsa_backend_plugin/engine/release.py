@@ -91,15 +91,30 @@ def exists(target: str, package: Path | None = None) -> bool:
     return True
 
 
+def attributes(target: str, package: Path | None = None) -> set[str]:
+    """Attributes that the class `sglang.module.Class` has or sets on itself; none where it is not there."""
+    file, rest = _locate(target, package)
+    body = _body(file) if file is not None else ()
+    names: set[str] = set()
+    for found in (s for s in _statements(body) if isinstance(s, ast.ClassDef) and [s.name] == rest):
+        names |= {name for s in _statements(found.body) for name in _names(s)}
+        names |= {
+            node.attr
+            for node in ast.walk(found)
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self"
+        }
+    return names
+
+
 def patched(target: str, patch: str) -> bool:
     """Whether the patch is applied to the module of the target."""
     return mentions(target, f'\n{PATCH_MARKER} = "{patch}"\n')
 
 
 def mentions(target: str, text: str) -> bool:
-    """Whether the installed module of the target has the text."""
+    """Whether the code of the installed module of the target, without its comments, has the text."""
     file, _ = _locate(target)
-    return file is not None and text in _text(file)
+    return file is not None and text in "".join(f"{line.partition('#')[0]}\n" for line in _text(file).splitlines())
 
 
 @functools.cache

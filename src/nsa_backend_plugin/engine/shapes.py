@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from sglang.srt.configs.model_config import is_deepseek_dsa
-from sglang.srt.runtime_context import get_parallel
+from sglang.srt.runtime_context import get_exec, get_parallel, get_schedule, get_spec
 
 from nsa_backend_plugin.engine import index_cache, merging
 from nsa_backend_plugin.engine.gpu import query_projection
@@ -41,12 +41,15 @@ def _kind(rows: torch.Tensor) -> str:
     return "fp8" if rows.dtype in FP8_DTYPES else "bf16"
 
 
-def steps(server_args: Any, context_length: int) -> list[served.Step]:
-    """The forwards that graphs are captured for, and a whole chunk of a prompt, over the longest context."""
-    config = server_args.cuda_graph_config
-    queries = server_args.speculative_num_draft_tokens or 1
+def steps(context_length: int) -> list[served.Step]:
+    """The forwards that graphs are captured for, and a whole chunk of a prompt, over the longest context.
+
+    Of the resolved arguments: later releases leave `ServerArgs` as the user wrote it.
+    """
+    config = get_exec().graph.cuda_graph_config
+    queries = get_spec().speculative_num_draft_tokens or 1
     decode = sorted(config.decode.bs or [1])
-    prefill = sorted({*(config.prefill.bs or ()), max(server_args.chunked_prefill_size or 0, 1)})
+    prefill = sorted({*(config.prefill.bs or ()), max(get_schedule().chunked_prefill_size or 0, 1)})
     return [
         *(served.Step(requests, context_length, queries) for requests in decode),
         *(served.Step(1, context_length, tokens, prefill=True) for tokens in prefill),

@@ -36,7 +36,8 @@ def device_arch(device: torch.device | str) -> str:
     known = _KNOWN.get(device)  # asked by every call of an operation
     if known is not None:
         return known
-    device = torch.device(device)
+    if isinstance(device, str):
+        return device_arch(torch.device(device))
     if device.type == "meta":
         return _pretended or device.type
     if device.type != "cuda":

@@ -38,6 +38,14 @@ _UNTRIED_ROCM = "rule: AITER's kernels are tuned on the hardware, ours are only 
 _PUBLIC_ROCM = "rule: MI355X, 8 and 16 heads, Triton beat TileLang (SGLang pull requests 37847, 39106); not run here"
 
 TABLE: tuple[Preference, ...] = (
+    # The decode kernel's own rate against that of the prefill kernel: FlashMLA's authors, H800.
+    Preference(
+        "sparse_mla.attend",
+        "sm_90",
+        ("flash_mla_unpacked", "flash_mla", "cuda", "triton"),
+        "rule: 640 TFLOP/s against 410, less the copy of a context",
+        {"kv": "packed", "heads": (33, 128), "tokens": (512, _ANY_MORE), "context": (1, 1 << 18)},
+    ),
     *(
         Preference(
             "sparse_mla.attend",

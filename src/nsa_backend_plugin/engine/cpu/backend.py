@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
-from nsa_backend_plugin.engine import query, unknown
+from nsa_backend_plugin.engine import contract, query, unknown
 from nsa_backend_plugin.engine.cpu.metadata import token_rows
 from nsa_backend_plugin.engine.indexer import Rows
 from nsa_backend_plugin.ops import dense_mla, latent_cache, sparse_mla
@@ -19,7 +19,7 @@ from nsa_backend_plugin.ops import dense_mla, latent_cache, sparse_mla
 class NsaPluginCpuBackend(AttentionBackend):
     use_mha = False  # read by SGLang's choice of the forward method: always the absorbed one
 
-    def __init__(self, runner: Any):
+    def __init__(self, runner: contract.ModelRunner):
         super().__init__()
         self.req_to_token_pool = runner.req_to_token_pool
         self.token_to_kv_pool = runner.token_to_kv_pool

@@ -1,4 +1,4 @@
-"""What stands between an unmodified SGLang and a CPU: each function is one row of `engine.hooks.LEDGER`."""
+"""What stands between an unmodified SGLang and a CPU: most functions are rows of `engine.ledger`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from nsa_backend_plugin import BACKEND_NAME
 from nsa_backend_plugin.engine import hooks
@@ -49,6 +50,7 @@ def get_rope_cpu(
     arguments = (head_size, rotary_dim, max_position, base, is_neox_style, rope_scaling, dtype, partial_rotary_factor)
     if rope_scaling is not None and rope_scaling.get("rope_type") == "deepseek_yarn":
         return original(*arguments, device)
+    hooks.fired("rope_cpu")
     from sglang.srt.layers.rotary_embedding.factory import get_rope
 
     return get_rope(*arguments)
@@ -56,7 +58,33 @@ def get_rope_cpu(
 
 def support_triton(original: Callable[[str], bool], backend: str) -> bool:
     """AROUND hook: request and token bookkeeping of our backend takes the torch path."""
-    return backend != BACKEND_NAME and original(backend)
+    if backend != BACKEND_NAME:
+        return original(backend)
+    hooks.fired("support_triton")
+    return False
+
+
+class _Pageable(TorchFunctionMode):
+    """Memory that is asked to be pinned is not: torch refuses to pin where there is no accelerator."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func is torch.Tensor.pin_memory:
+            return args[0]
+        return func(*args, **{name: value for name, value in (kwargs or {}).items() if name != "pin_memory"})
+
+
+def grammar_mask(original: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+    """AROUND hook: the mask of allowed tokens is asked for in pinned memory."""
+    hooks.fired("grammar_mask")
+    with _Pageable():
+        return original(*args, **kwargs)
+
+
+def dp_padding(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    """AROUND hook: the token counts of data-parallel ranks are asked for in pinned memory."""
+    hooks.fired("dp_padding")
+    with _Pageable():
+        return original(*args, **kwargs)
 
 
 def send_plain_indices() -> None:

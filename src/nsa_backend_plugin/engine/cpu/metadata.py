@@ -6,14 +6,13 @@ cache up to and including itself. So one form serves decode, extend, chunked and
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
+from nsa_backend_plugin.engine.contract import ForwardBatch
 from nsa_backend_plugin.engine.indexer import Rows
 
 
-def token_rows(forward_batch: Any, req_to_token: torch.Tensor, page_size: int) -> Rows:
+def token_rows(forward_batch: ForwardBatch, req_to_token: torch.Tensor, page_size: int) -> Rows:
     """Rows of a ForwardBatch of any mode that writes its tokens' keys before attention."""
     seq_lens = forward_batch.seq_lens
     batch = seq_lens.shape[0]

@@ -173,6 +173,7 @@ class NsaPluginDSABackend(DeepseekSparseAttnBackend):
             kv_scale=plain_fp8_scale(kv),
             value_dim=layer.v_head_dim,
             lengths=lengths,
+            context=self._context(mode),
             rows_have_keys=lengths is not None,
             step=self.step,
             workspace=self._workspace(q_all.shape[0]),
@@ -188,6 +189,21 @@ class NsaPluginDSABackend(DeepseekSparseAttnBackend):
         """
         lengths = self.forward_metadata.dsa_cache_seqlens_int32
         return None if mode.is_draft_extend_v2() or lengths.shape[0] != tokens else lengths
+
+    def _context(self, mode: Any) -> torch.Tensor | None:
+        """[S] int32 slots of a prefill's requests, whole pages; None in other modes, whose queries are few."""
+        metadata = self.forward_metadata
+        if self.queries_per_request(mode) is not None or metadata.indexer_seq_lens_cpu is None:
+            return None
+        size, table = self.token_to_kv_pool.page_size, metadata.real_page_table
+
+        def slots() -> torch.Tensor:
+            counts = (-(-metadata.indexer_seq_lens_cpu // size)).tolist()
+            pages = torch.cat([row[:count] for row, count in zip(table, counts, strict=True)])
+            within = torch.arange(size, dtype=torch.int32, device=table.device)
+            return (pages[:, None] * size + within).flatten()
+
+        return self.step.once("slots of the context", slots, table)
 
     def _workspace(self, tokens: int) -> torch.Tensor | None:
         """None lets the operation allocate: eager steps, and prefill graphs, which are wider than decode's."""

@@ -38,7 +38,7 @@ def preshuffled_pages(original: Callable[[], bool]) -> bool:
     """AROUND hook of `aiter_can_use_preshuffle_paged_mqa`: pages of 64 tokens whenever nsa_plugin is selected.
 
     Stock ROCm falls to page size 1 where AITER's paged kernel cannot run (no AITER, Triton < 3.5). Ours reads and
-    writes pages of 64 in either layout, and the registry declines AITER's kernel where it cannot run.
+    writes pages of 64 in either layout, and the dispatcher declines AITER's kernel where it cannot run.
     """
     from nsa_backend_plugin.engine import hooks
 

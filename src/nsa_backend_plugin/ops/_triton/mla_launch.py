@@ -1,7 +1,7 @@
 """Launching the MLA attention kernels: tile sizes and split counts from architecture and shape, scratch, launch.
 
 Shared by `sparse_mla/triton.py` and `dense_mla/triton.py`. Nothing here is tuned at serving time: `tile` and
-`split_count` are the tables, and `benchmarks/tune_mla.py` is how their sm_90 rows were found. AMD rows are
+`split_count` are the tables, and `tools/tune_mla.py` is how their sm_90 rows were found. AMD rows are
 compile-checked, not run.
 """
 

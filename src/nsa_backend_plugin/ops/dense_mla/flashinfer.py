@@ -13,7 +13,7 @@ import torch
 
 from nsa_backend_plugin.layouts import ROPE_DIM
 from nsa_backend_plugin.ops._torch.mla import Result
-from nsa_backend_plugin.ops._vendor import mla, probe
+from nsa_backend_plugin.ops._vendor import flashinfer, mla
 from nsa_backend_plugin.ops.arch import is_cuda
 from nsa_backend_plugin.ops.call import Reason, capturing
 from nsa_backend_plugin.ops.dense_mla import Decode
@@ -26,7 +26,7 @@ def available(arch: str) -> Reason:
         return f"FlashInfer needs an NVIDIA GPU, not {arch}"
     if int(arch[3:]) < 80:
         return f"FlashInfer needs sm_80 or newer, not {arch}"
-    return probe.missing("flashinfer.mla", "BatchMLAPagedAttentionWrapper")
+    return flashinfer.missing("flashinfer.mla", "BatchMLAPagedAttentionWrapper")
 
 
 def declines_decode(call: Decode) -> Reason:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import triton
@@ -13,6 +12,7 @@ from nsa_backend_plugin.layouts import LATENT_DIM, LATENT_TILE, PACKED_FP8, ROPE
 from nsa_backend_plugin.ops._triton import early_launch
 from nsa_backend_plugin.ops._triton.early_launch import await_predecessor
 from nsa_backend_plugin.ops._triton.launch import launch
+from nsa_backend_plugin.ops._triton.packed_rows import config, rope_ptr, row_constants, unpack, unpack_kernel
 from nsa_backend_plugin.ops._triton.quant import declines_fp8, fp8_constants, scale_from_amax, to_fp8
 from nsa_backend_plugin.ops._triton.support import CompileCase, has_e4m3
 from nsa_backend_plugin.ops.arch import arch_fp8_dtype, launches_early
@@ -36,13 +36,6 @@ def pack_values(
     value = to_fp8(x, scale, FP8, FP8_MAX, False)
     tl.store(row_ptr + tile * TILE + tl.arange(0, TILE)[None, :], value, mask=keep)
     tl.store((row_ptr + VALUE_DIM + 4 * tile).to(tl.pointer_type(tl.float32)), scale, mask=keep)
-
-
-@triton.jit
-def _rope_ptr(packed_ptr, row, ROW_BYTES: tl.constexpr, ROPE: tl.constexpr, DTYPE: tl.constexpr):
-    """Start of the unquantized end of packed rows."""
-    BYTES: tl.constexpr = ROPE * (DTYPE.primitive_bitwidth // 8)
-    return (packed_ptr + row * ROW_BYTES + (ROW_BYTES - BYTES)).to(tl.pointer_type(DTYPE))
 
 
 @triton.jit
@@ -76,44 +69,7 @@ def _quantize_kernel(
         dim = tl.arange(0, ROPE_BLOCK)[None, :]
         keep = (row < rows) & (dim < ROPE)
         rope = tl.load(kv_ptr + row * kv_stride + VALUE_DIM + dim, mask=keep)
-        tl.store(_rope_ptr(out_ptr, row, ROW_BYTES, ROPE, kv_ptr.dtype.element_ty) + dim, rope, mask=keep)
-
-
-@triton.jit
-def _dequantize_kernel(
-    packed_ptr,  # [rows, ROW_BYTES] uint8
-    out_ptr,  # [rows, VALUE_DIM + ROPE]
-    rows,
-    VALUE_DIM: tl.constexpr,
-    ROPE: tl.constexpr,
-    ROW_BYTES: tl.constexpr,
-    TILE: tl.constexpr,
-    TILES_BLOCK: tl.constexpr,
-    ROPE_BLOCK: tl.constexpr,
-    BLOCK: tl.constexpr,
-    FP8: tl.constexpr,
-):
-    first = tl.program_id(0).to(tl.int64) * BLOCK
-    index = tl.arange(0, BLOCK * TILES_BLOCK)[:, None]
-    row, tile = first + index // TILES_BLOCK, index % TILES_BLOCK
-    keep = (row < rows) & (tile < VALUE_DIM // TILE)
-    dim = tile * TILE + tl.arange(0, TILE)[None, :]
-    row_ptr = packed_ptr + row * ROW_BYTES
-    value = tl.load(row_ptr + dim, mask=keep, other=0).to(FP8, bitcast=True).to(tl.float32)
-    scale = tl.load((row_ptr + VALUE_DIM + 4 * tile).to(tl.pointer_type(tl.float32)), mask=keep, other=0.0)
-    tl.store(out_ptr + row * (VALUE_DIM + ROPE) + dim, (value * scale).to(out_ptr.dtype.element_ty), mask=keep)
-
-    if ROPE:
-        row = first + tl.arange(0, BLOCK)[:, None]
-        dim = tl.arange(0, ROPE_BLOCK)[None, :]
-        keep = (row < rows) & (dim < ROPE)
-        rope = tl.load(_rope_ptr(packed_ptr, row, ROW_BYTES, ROPE, out_ptr.dtype.element_ty) + dim, mask=keep)
-        tl.store(out_ptr + row * (VALUE_DIM + ROPE) + VALUE_DIM + dim, rope, mask=keep)
-
-
-def _config(rows: int) -> tuple[int, int]:
-    """(rows per program, warps): one warp per row, 4 rows to a program once there are enough programs."""
-    return (1, 1) if rows <= 512 else (4, 4)
+        tl.store(rope_ptr(out_ptr, row, ROW_BYTES, ROPE, kv_ptr.dtype.element_ty) + dim, rope, mask=keep)
 
 
 def is_power_of_two(value: int) -> bool:
@@ -139,23 +95,11 @@ def declines_dequantize(call: Dequantize) -> Reason:
     return _declines_packed(call.arch, call.value_dim, call.tile_size, call.rows.shape[1])
 
 
-def _row_constants(value_dim: int, tile_size: int, rope: int, row_bytes: int, block: int) -> dict[str, Any]:
-    return {
-        "VALUE_DIM": value_dim,
-        "ROPE": rope,
-        "ROW_BYTES": row_bytes,
-        "TILE": tile_size,
-        "TILES_BLOCK": triton.next_power_of_2(value_dim // tile_size),
-        "ROPE_BLOCK": triton.next_power_of_2(max(rope, 1)),
-        "BLOCK": block,
-    }
-
-
 def quantize(call: Quantize) -> torch.Tensor:
     kv, out = call.rows, call.output()
     rows, dim = kv.shape
     if rows:
-        block, warps = _config(rows)
+        block, warps = config(rows)
         launch(
             _quantize_kernel,
             (triton.cdiv(rows, block),),
@@ -164,7 +108,7 @@ def quantize(call: Quantize) -> torch.Tensor:
             rows,
             kv.stride(0),
             num_warps=warps,
-            **_row_constants(call.value_dim, call.tile_size, dim - call.value_dim, out.shape[1], block),
+            **row_constants(call.value_dim, call.tile_size, dim - call.value_dim, out.shape[1], block),
             **fp8_constants(PACKED_FP8),
             **early_launch.options(call.arch),
         )
@@ -172,20 +116,8 @@ def quantize(call: Quantize) -> torch.Tensor:
 
 
 def dequantize(call: Dequantize) -> torch.Tensor:
-    packed, out = call.rows, call.output()
-    rows, row_bytes = packed.shape
-    if rows:
-        block, warps = _config(rows)
-        launch(
-            _dequantize_kernel,
-            (triton.cdiv(rows, block),),
-            packed,
-            out,
-            rows,
-            FP8=fp8_constants(PACKED_FP8)["FP8"],
-            num_warps=warps,
-            **_row_constants(call.value_dim, call.tile_size, call.dim - call.value_dim, row_bytes, block),
-        )
+    out = call.output()
+    unpack(call.rows, out, call.value_dim, call.tile_size)
     return call.shaped(out)
 
 
@@ -193,9 +125,9 @@ def compile_cases(arch: str) -> Iterator[CompileCase]:
     row_bytes = packed_latent_bytes(LATENT_DIM + ROPE_DIM)
     packs = has_e4m3(arch) and arch_fp8_dtype(arch) == PACKED_FP8
     for rows in (64, 8192):
-        block, warps = _config(rows)
+        block, warps = config(rows)
         if packs:
-            constants = _row_constants(LATENT_DIM, LATENT_TILE, ROPE_DIM, row_bytes, block)
+            constants = row_constants(LATENT_DIM, LATENT_TILE, ROPE_DIM, row_bytes, block)
             yield CompileCase(
                 f"quantize.rows{rows}",
                 _quantize_kernel,
@@ -206,7 +138,7 @@ def compile_cases(arch: str) -> Iterator[CompileCase]:
             )
             yield CompileCase(
                 f"dequantize.rows{rows}",
-                _dequantize_kernel,
+                unpack_kernel,
                 dict(packed_ptr="*u8", out_ptr="*bf16", rows="i32"),
                 {**constants, "FP8": fp8_constants(PACKED_FP8)["FP8"]},
                 num_warps=warps,

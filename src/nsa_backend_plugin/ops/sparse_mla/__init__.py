@@ -22,6 +22,7 @@ class Attend(mla.MlaCall):
 
     indices: torch.Tensor
     lengths: torch.Tensor | None
+    context: torch.Tensor | None
     kind: str
     kv_scale: float | None
 
@@ -35,6 +36,7 @@ class Attend(mla.MlaCall):
             "dtype": str(self.kv.dtype),
             "rows_have_keys": self.rows_have_keys,
             "lengths": self.lengths is not None,
+            "context": 0 if self.context is None else self.context.shape[0],
             "lse": self.return_lse,
         }
 
@@ -53,6 +55,7 @@ class Attend(mla.MlaCall):
             kv=picked.view(self.kv.dtype),
             indices=renumbered,
             lengths=None if self.lengths is None else self.lengths[rows],
+            context=None if self.context is None else torch.arange(len(slots), device=kv.device),
             out=None,
             workspace=None,
             step=Step(),
@@ -69,6 +72,7 @@ def attend(
     kv_scale: float | None = None,
     value_dim: int = LATENT_DIM,
     lengths: torch.Tensor | None = None,
+    context: torch.Tensor | None = None,
     rows_have_keys: bool = False,
     return_lse: bool = False,
     out: torch.Tensor | None = None,
@@ -83,9 +87,11 @@ def attend(
     indices: [T, K] int32 slots, contiguous, -1 = none, any order. The first value_dim values of a row are its value.
     lengths: [T] int32, the caller's promise that of each row exactly the first lengths[t] indices are slots and all
     behind are -1. `topk.select` leaves its result so. Vendors' kernels then neither sort nor count indices, nor read
-    past a length. rows_have_keys: the caller's promise that no row is all -1 (and no length 0). Vendors' results then
-    need no pass that looks for such rows and clears them. A broken promise gives undefined results, on a CPU
-    ValueError.
+    past a length.
+    context: [S] int32 or int64 slots, the caller's promise that indices name no others: many queries over one context
+    can share what is done for each of its rows.
+    rows_have_keys: the caller's promise that no row is all -1 (and no length 0). Vendors' results then need no pass
+    that looks for such rows and clears them. A broken promise gives undefined results, on a CPU ValueError.
     out: [T, H, value_dim] in q's dtype to write into. workspace: uint8 scratch of at least `workspace_bytes(...)`
     (None allocates; pass one inside CUDA graphs, one per stream).
     Returns out, and lse [T, H] fp32 (natural log of the sum of exponentials) with return_lse. Without `out` given, the
@@ -110,8 +116,12 @@ def attend(
         checks.tensor("lengths", lengths, (tokens,), torch.int32, q.device)
         checks.index_range("lengths", lengths, 0, indices.shape[1] + 1)
         lengths = lengths.contiguous()
+    if context is not None:
+        checks.tensor("context", context, (None,), checks.INT_DTYPES, q.device)
+        checks.index_range("context", context, 0, kv.shape[0])
+        context = context.contiguous()
     if q.device.type == "cpu":
-        _check_promises(indices, lengths, rows_have_keys)
+        _check_promises(indices, lengths, context, rows_have_keys)
     return Attend(
         arch=device_arch(q.device),
         step=step or Step(),
@@ -124,6 +134,7 @@ def attend(
         kv_scale=kv_scale,
         value_dim=value_dim,
         lengths=lengths,
+        context=context,
         rows_have_keys=rows_have_keys,
         return_lse=return_lse,
         out=out,
@@ -131,8 +142,13 @@ def attend(
     )
 
 
-def _check_promises(indices: torch.Tensor, lengths: torch.Tensor | None, rows_have_keys: bool) -> None:
+def _check_promises(
+    indices: torch.Tensor, lengths: torch.Tensor | None, context: torch.Tensor | None, rows_have_keys: bool
+) -> None:
     exists = indices >= 0
+    if context is not None:
+        strangers = indices[exists & ~torch.isin(indices, context.to(indices.dtype))].unique().tolist()
+        checks.require(not strangers, "context", f"without {strangers}", "every slot that indices name")
     if lengths is not None:
         expected = torch.arange(indices.shape[1], device=indices.device) < lengths[:, None]
         kept = bool((exists == expected).all())

@@ -38,15 +38,15 @@ def attend(call: Attend) -> Result:
     empty = (lambda: (indices < 0).all(dim=1)) if lengths is None else mla.no_length(call, lengths)
     if call.kind != "packed":
         return mla.finish(call, *flash_mla.prefill(call, q, indices, lengths), empty, mla.BASE_2)
+    # Its Hopper kernel takes no topk_length: it reads every index and skips those that are -1.
     out, lse = flash_mla.decode(
         call,
         q,
-        lengths,
+        None,
         (indices.shape[1],),
         block_table=None,
         cache_seqlens=None,
         is_fp8_kvcache=True,
         indices=indices.unsqueeze(1),
-        topk_length=lengths,
     )
     return mla.finish(call, out, lse, empty)

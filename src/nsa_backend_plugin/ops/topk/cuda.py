@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,7 +86,10 @@ def _variants(arch: str) -> list[_Variant]:
 @functools.cache
 def _kernels(arch: str) -> dict[_Variant, jit.Kernel]:
     """All variants at once: the first call loads what any later, captured call may need."""
-    return {v: jit.load(_SOURCE, ["topk"], arch, _defines(v))["topk"] for v in _variants(arch)}
+    variants = _variants(arch)
+    with ThreadPoolExecutor() as pool:  # compiling one takes seconds where no cache has it
+        kernels = pool.map(lambda variant: jit.load(_SOURCE, ["topk"], arch, _defines(variant))["topk"], variants)
+        return dict(zip(variants, kernels, strict=True))
 
 
 def select(call: Select) -> torch.Tensor:

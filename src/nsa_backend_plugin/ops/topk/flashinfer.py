@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-import shutil
-
 import torch
 
-from nsa_backend_plugin.ops._vendor import probe
+from nsa_backend_plugin.ops._vendor import flashinfer as vendor
 from nsa_backend_plugin.ops.arch import is_cuda
 from nsa_backend_plugin.ops.call import Reason
 from nsa_backend_plugin.ops.topk import Select
@@ -16,9 +13,7 @@ from nsa_backend_plugin.ops.topk import Select
 def available(arch: str) -> Reason:
     if not is_cuda(arch):
         return f"FlashInfer needs CUDA, not {arch}"
-    if importlib.util.find_spec("flashinfer_jit_cache") is None and shutil.which("nvcc") is None:
-        return "FlashInfer compiles its kernels with nvcc, which is not on PATH, and flashinfer_jit_cache is not there"
-    return probe.missing("flashinfer", "top_k_page_table_transform", "top_k_ragged_transform")
+    return vendor.missing("flashinfer", "top_k_page_table_transform", "top_k_ragged_transform")
 
 
 def declines_select(call: Select) -> Reason:

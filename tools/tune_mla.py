@@ -1,6 +1,6 @@
 """Find tile sizes and split counts of the Triton MLA kernels: check each configuration, then time it.
 
-    python -m benchmarks.tune_mla --out tune-mla.json [--only dense] [--tiny]
+    python -m tools.tune_mla --out tune-mla.json [--only dense] [--tiny]
 
 Every configuration is compared with the torch reference on a few rows before it is timed; a wrong one is reported
 and never timed. The table at the end lists the best configurations of each shape, the one that `mla_launch` selects

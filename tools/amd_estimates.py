@@ -1,6 +1,6 @@
 """Least times on AMD GPUs from bytes and operations over the datasheets' ceilings, as the tables of docs/amd.md.
 
-    python -m benchmarks.report.amd_estimates
+    python -m tools.amd_estimates
 
 Not measurements: AMD is compile-checked, not run. A real kernel reaches a part of a ceiling, and
 short ones are bound by launches (some microseconds each), so these are times that nothing can beat.

@@ -1,0 +1,179 @@
+"""Every tensor argument of every public function, generated: wrong in each way it is refused, strided it is honoured.
+
+An argument that is new and in neither `VALID` nor `OPTIONAL` fails the first test.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from nsa_backend_plugin.ops import (
+    concat,
+    dense_mla,
+    dispatch,
+    index_key_cache,
+    indexer_prep,
+    latent_cache,
+    mqa_logits,
+    norm_quant,
+    sparse_mla,
+    topk,
+)
+from nsa_backend_plugin.ops.call import Declined
+from tests.ops.test_bad_input import VALID, bytes_, ints
+
+#: Tensor arguments that the valid calls leave out; what makes them valid beside them.
+OPTIONAL: dict[Any, Callable[[], dict[str, Any]]] = {
+    topk.select: lambda: dict(
+        row_starts=ints(2),
+        page_table=ints(3, 8),
+        page_rows=ints(2, value=1),
+        out=ints(2, 4),
+    ),
+    sparse_mla.attend: lambda: dict(
+        lengths=ints(2, value=3), context=ints(1), out=torch.zeros(2, 4, 512), workspace=bytes_(1 << 20)
+    ),
+    dense_mla.decode: lambda: dict(out=torch.zeros(2, 4, 512), workspace=bytes_(1 << 20)),
+    mqa_logits.paged: lambda: dict(out=torch.zeros(2, 64)),
+    mqa_logits.ragged: lambda: dict(out=torch.zeros(2, 6)),
+    concat.mla_k: lambda: dict(out=torch.zeros(2, 4, 192)),
+}
+#: Arguments that are no tensors: their values are walked in test_bad_input.
+PLAIN = {
+    concat.mla_k: {"dtype"},
+    dense_mla.decode: {"value_dim", "num_kv_splits", "rows_have_keys", "kv_is_finite", "return_lse"},
+    index_key_cache.store: {"layout", "scale_format", "page_size", "fp8_dtype"},
+    index_key_cache.gather: {"layout", "page_size", "total_tokens", "fp8_dtype"},
+    indexer_prep.query: {"hadamard", "scale_format", "fp8_dtype"},
+    indexer_prep.key_store: {"norm", "eps", "hadamard", "layout", "scale_format", "page_size", "fp8_dtype"},
+    latent_cache.quantize: {"value_dim", "tile_size"},
+    latent_cache.dequantize: {"value_dim", "tile_size", "dtype"},
+    latent_cache.store: {"is_neox", "kv_scale", "norm_eps"},
+    mqa_logits.paged: {"layout", "page_size", "clean"},
+    mqa_logits.ragged: {"clean"},
+    norm_quant.rms: {"eps", "scale_format"},
+    sparse_mla.attend: {"kv_scale", "value_dim", "rows_have_keys", "return_lse"},
+    topk.select: {"page_size", "deterministic"},
+}
+OUTPUTS = {"out", "k_rope_out", "cache", "q_all"}  # written in place
+SCRATCH = {"workspace"}
+
+
+def valid(function: Any) -> dict[str, Any]:
+    return {**VALID[function](), **OPTIONAL.get(function, dict)()}
+
+
+def filled(function: Any) -> dict[str, Any]:
+    """The valid call with random values where any value will do."""
+    return {
+        name: _random(value) if isinstance(value, torch.Tensor) else value for name, value in valid(function).items()
+    }
+
+
+def _random(value: torch.Tensor) -> torch.Tensor:
+    if value.dtype.itemsize == 1 and value.is_floating_point():
+        return torch.randn(value.shape).to(value.dtype)
+    if value.is_floating_point():
+        return torch.randn(value.shape).to(value.dtype)
+    return torch.zeros_like(value) if value.dtype == torch.uint8 else value
+
+
+def tensor_arguments() -> Iterator[tuple[Any, str]]:
+    for function in dispatch.operations():
+        for name, value in valid(function).items():
+            if isinstance(value, torch.Tensor):
+                yield function, name
+
+
+def _ids(value: Any) -> str:
+    return getattr(value, "name", str(value))
+
+
+@pytest.mark.parametrize("function", dispatch.operations(), ids=_ids)
+def test_every_argument_is_walked(function: Any) -> None:
+    known = {*valid(function), *PLAIN.get(function, ()), "step", "impl"}
+    assert set(inspect.signature(function).parameters) == known
+    function(**valid(function))
+
+
+@pytest.mark.parametrize("function, name", tensor_arguments(), ids=_ids)
+def test_wrong_kinds_are_refused(function: Any, name: str) -> None:
+    """What is no tensor, another dtype, rank, size or device: an error before anything is written."""
+    good = valid(function)
+    value = good[name]
+    wrong = [
+        [1.0],
+        value.to(torch.complex64),
+        value[..., None],
+        torch.cat([value.reshape(-1), value.reshape(-1)]) if value.dim() == 1 else value[..., :0],
+        value.to("meta"),
+    ]
+    if name in ("context", "workspace"):
+        del wrong[3]  # of any length
+    if function in (latent_cache.quantize, latent_cache.dequantize):
+        wrong = wrong[:2]  # of any rank; on any device
+    if function is norm_quant.rms and name == "x":
+        del wrong[3:]  # of any number of tokens; the weight is then on the other device
+        wrong.append(value.to("meta"))
+    if (function, name) == (topk.select, "logits") or function is concat.q_all:
+        wrong[3] = value[:1]  # of any width
+    if (function, name) == (mqa_logits.paged, "context_lens"):
+        del wrong[2]  # [B, 1] is another form of [B]
+    for bad in wrong:
+        before = {key: item.clone() for key, item in good.items() if isinstance(item, torch.Tensor) and key != name}
+        with pytest.raises(ValueError, match=r"expected|has|is on|contains"):
+            function(**{**good, name: bad})
+        assert all(torch.equal(good[key].view(torch.uint8), item.view(torch.uint8)) for key, item in before.items())
+
+
+def strided(value: torch.Tensor) -> torch.Tensor:
+    """The same values, each two places from the next, with other bytes between."""
+    wide = torch.full((*value.shape, 2), 1 if value.dtype.itemsize == 1 else 113, dtype=torch.float32).to(value.dtype)
+    wide[..., 0] = value
+    return wide[..., 0]
+
+
+def apart(value: torch.Tensor) -> torch.Tensor:
+    """The same values, rows further from each other than they are long."""
+    if value.dim() < 2:
+        return strided(value)
+    wide = torch.zeros(*value.shape[:-1], value.shape[-1] + 16).to(value.dtype)
+    wide[..., : value.shape[-1]] = value
+    return wide[..., : value.shape[-1]]
+
+
+def observed(function: Any, arguments: dict[str, Any], impl: str) -> list[torch.Tensor]:
+    """What a call returns and what it wrote."""
+    result = function(**arguments, impl=impl)
+    returned = [] if result is None else list(result) if isinstance(result, tuple) else [result]
+    return [t.contiguous() for t in (*returned, *(arguments[name] for name in OUTPUTS & set(arguments)))]
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("layout", [strided, apart])
+@pytest.mark.parametrize("function, name", tensor_arguments(), ids=_ids)
+def test_any_stride_is_honoured_or_refused(function: Any, name: str, layout: Any, impl: str) -> None:
+    if name in SCRATCH or impl not in function.implementations():
+        return
+    arguments = filled(function)
+    plain = {key: item.clone() if isinstance(item, torch.Tensor) else item for key, item in arguments.items()}
+    arguments[name] = layout(arguments[name])
+    refused = None
+    try:
+        got = observed(function, arguments, impl)
+    except Declined:
+        return  # this implementation takes no such call
+    except ValueError as error:
+        refused = str(error)
+    if refused is not None:
+        assert name in refused
+        assert "stride" in refused or "contiguous" in refused
+        return
+    want = observed(function, plain, impl)
+    for g, w in zip(got, want, strict=True):
+        assert torch.equal(g.contiguous().view(torch.uint8), w.contiguous().view(torch.uint8)), name
