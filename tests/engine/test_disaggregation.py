@@ -72,7 +72,7 @@ class Router(Child):
         command = [sys.executable, "-m", "sglang_router.launch_router", "--pd-disaggregation", "--disable-retries"]
         command += ["--prefill", prefill.url, str(bootstrap), "--decode", decode.url]
         command += ["--host", HOST, "--port", str(self.port), "--prometheus-port", str(free_port())]
-        command += ["--health-check-interval-secs", "1", "--worker-startup-check-interval", "1"]
+        command += ["--health-check-interval-secs", "2", "--worker-startup-check-interval", "1"]
         super().__init__([*command, "--disable-circuit-breaker"], log_path=log)
 
     def _wait_ready(self) -> None:
@@ -249,7 +249,9 @@ def test_a_killed_server_is_an_error_to_the_other_side_which_goes_on(pair):
     _wait_idle(pair.prefill)
     with pair.role("decode", pair.bootstrap, port=pair.decode.port) as successor:
         deadline = time.monotonic() + PATIENCE
-        while not pair.ask(64).ok and time.monotonic() < deadline:  # the router looks after its servers once a second
+        while (
+            not pair.ask(64).ok and time.monotonic() < deadline
+        ):  # the router looks after its servers every other second
             time.sleep(0.5)
         pair.check_all()
         _kill(pair.prefill)

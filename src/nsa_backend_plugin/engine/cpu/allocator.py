@@ -29,24 +29,30 @@ class TorchPagedAllocator(PagedTokenToKVPoolAllocator):
             num_new_pages = get_num_new_pages(
                 seq_lens=seq_lens_cpu, page_size=self.page_size, prefix_lens=prefix_lens_cpu
             )
-        if num_new_pages > len(self.free_pages):
+        if (pages := self._take(num_new_pages)) is None:
             return None
         slots = torch.empty(extend_num_tokens, dtype=torch.int64, device=self.device)
-        alloc_extend_naive(prefix_lens, seq_lens, last_loc, self.free_pages, slots, self.page_size, self.device)
-        self.free_pages = self.free_pages[num_new_pages:]
+        alloc_extend_naive(prefix_lens, seq_lens, last_loc, pages, slots, self.page_size, self.device)
         return slots
 
     def alloc_decode(
         self, seq_lens: torch.Tensor, seq_lens_cpu: torch.Tensor, last_loc: torch.Tensor
     ) -> torch.Tensor | None:
         starts_page = (seq_lens - 1) % self.page_size == 0
-        pages = int(starts_page.sum())
-        if pages > len(self.free_pages):
+        if (pages := self._take(int(starts_page.sum()))) is None:
             return None
         slots = last_loc.to(torch.int64) + 1
-        slots[starts_page] = self.free_pages[:pages] * self.page_size
-        self.free_pages = self.free_pages[pages:]
+        slots[starts_page] = pages * self.page_size
         return slots
+
+    def _take(self, count: int) -> torch.Tensor | None:
+        """Free pages, or None. Prefill and decode servers keep what was freed apart until it is needed (need_sort)."""
+        if self.need_sort and count > len(self.free_pages):
+            self.merge_and_sort_free()
+        if count > len(self.free_pages):
+            return None
+        pages, self.free_pages = self.free_pages[:count], self.free_pages[count:]
+        return pages
 
 
 def create(size: int, *, page_size: int, dtype: torch.dtype, device: str, kvcache: Any, need_sort: bool) -> Any:
