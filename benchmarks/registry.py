@@ -60,13 +60,18 @@ def is_own(operation: str, name: str) -> bool:
 def _libraries(file: Path, names: frozenset[str] | None = None) -> set[str]:
     """Packages with kernels that a file imports or probes for, or only its functions `names` and what they use of the
     same file. What it uses of our own shared modules is looked into."""
-    body = {getattr(top, "name", str(i)): top for i, top in enumerate(ast.parse(file.read_text()).body)}
+    tops = ast.parse(file.read_text()).body
+    body = {getattr(top, "name", str(i)): top for i, top in enumerate(tops)}
     nodes: list[ast.AST] = []
     waiting = set(body if names is None else names & body.keys())
     while waiting:
         inside = list(ast.walk(body.pop(waiting.pop())))
         nodes += inside
         waiting |= {n.id for n in inside if isinstance(n, ast.Name)} & body.keys()
+    if names is not None:  # of the file's own imports those that the functions use
+        spoken = {n.id for n in nodes if isinstance(n, ast.Name)}
+        imports = [top for top in tops if isinstance(top, ast.Import | ast.ImportFrom)]
+        nodes += [top for top in imports if spoken & {alias.asname or alias.name for alias in top.names}]
     found: set[str] = set()
     for node in nodes:
         if isinstance(node, ast.Import):
