@@ -8,11 +8,11 @@ PYTEST_ARGS ?=
 SETUP_ARGS ?=
 # Two cores do not have time for everything twice: what does not depend on the SGLang release runs on the primary one,
 # and of the servers that differ in layout, page size or patches each release has a part.
-ON_PRIMARY := -k "not mla-page1-patched"
+ON_PRIMARY := -k "not mla-page1-patched" --ignore=tests/engine/test_disaggregation.py
 ON_NEWEST := -k "not (whole or page64-chunked or preshuffled or layouts_that_differ)" \
-	$(patsubst %,--ignore=tests/engine/test_%.py,ladder accuracy demo gpu_probe)
+	$(patsubst %,--ignore=tests/engine/test_%.py,ladder accuracy demo gpu_probe disaggregation)
 
-.PHONY: help setup setup-test setup-primary setup-newest demo serve doctor check test test-unit test-engine test-engine-newest test-patched test-gpu clean
+.PHONY: help setup setup-test setup-primary setup-newest demo serve doctor check test test-unit test-engine test-engine-newest test-pairs test-patched test-gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -55,6 +55,11 @@ test-engine: setup-test
 
 test-engine-newest: setup-test
 	$(VENV_NEWEST)/bin/python -m pytest -q -m "not gpu" tests/engine $(ON_NEWEST) $(PYTEST_ARGS)
+
+test-pairs: setup-test  ## prefill and decode in two servers, on both releases
+	@set -e; for venv in $(VENV) $(VENV_NEWEST); do \
+		OMP_NUM_THREADS=1 $$venv/bin/python -m pytest -q tests/engine/test_disaggregation.py $(PYTEST_ARGS); \
+	done
 
 test-patched: setup-test  ## all parity and refusal tests on both releases with patches/ in place of the hooks
 	rm -rf .build/patched
