@@ -406,7 +406,7 @@ def test_an_installed_package_finds_the_clone_that_the_user_stands_in(installed,
     assert (demo.returncode, "port 0: expected" in demo.stderr) == (2, True), "model and questions are there"
 
 
-@pytest.mark.parametrize("arguments", [("patch", "--check"), ("demo",)])
+@pytest.mark.parametrize("arguments", [("patch", "--check"), ("demo",), ("bench",)])
 def test_an_installed_package_elsewhere_says_how_to_get_the_rest(installed, tmp_path, arguments):
     done = run_installed(installed, tmp_path, *arguments)
     assert done.returncode == 2
