@@ -54,6 +54,31 @@ def test_a_report_names_each_function_once_unless_steps_differ() -> None:
     assert {line.split(":")[0] for line in many} == set(names)
 
 
+def test_a_prefill_names_what_the_plugin_serves_of_it() -> None:
+    """As `engine.gpu` and `engine.indexer` do: latent rows are SGLang's there, and on CUDA the indexer too."""
+    prefill = served.Step(1, 8192, 4096, prefill=True)
+
+    def names(arch: str, **kind: str) -> set[str]:
+        model = replace(MODELS["V3.2 bf16, 128 heads"], **kind)
+        return {e.operation for _, e in served.explanations(model, [prefill], arch)}
+
+    indexer = {"indexer_prep.key_store", "indexer_prep.query", "index_key_cache.gather", "mqa_logits.ragged"}
+    assert names("sm_90", kv="packed") == {"sparse_mla.attend"}
+    assert names("gfx942", layout="preshuffled") == {*indexer, "topk.select", "sparse_mla.attend"}
+    assert names("cpu") == {*indexer, "topk.select", "latent_cache.store", "sparse_mla.attend"}
+
+
+def test_a_prefill_over_packed_rows_says_which_slots_it_may_select() -> None:
+    """Without them the report would say that the kernel which unpacks a context once declines every prefill."""
+    model = MODELS["V3.2 packed"]
+    for step in (served.Step(1, 8192), served.Step(2, 8100, 4096, prefill=True)):
+        (call,) = (c for o, c in served.calls(model, step, "sm_90") if o.name == "sparse_mla.attend")
+        assert call.rows_have_keys
+        assert call.lengths.shape == call.q.shape[:1]
+        assert (call.context is not None) == step.prefill
+        assert call.context is None or call.context.shape == (2 * 8128,)
+
+
 def real(call: Call, device: torch.device) -> Call:
     """The call with memory behind it, all zeros, and the strides it had."""
     tensors = {

@@ -118,67 +118,96 @@ def report(model: Model, steps: Iterable[Step], arch: str) -> list[str]:
 
 
 def _sparse(model: Model, step: Step, arch: str, device: torch.device) -> Iterator[_Made]:
+    """A prefill on a GPU writes its latent rows by SGLang, and on CUDA it is indexed by SGLang too."""
     make = _maker(device)
-    fp8 = arch_fp8_dtype(arch)
-    tokens, heads, index_heads = step.requests * step.queries, model.heads, model.index_heads
-    pages = -(-step.context // model.page_size)
-    position = make(tokens, dtype=torch.int64)
-    rope = make(1 << 16, ROPE_DIM, dtype=torch.float32)
-    slots = make(tokens, dtype=torch.int64)
-    index_cache = make(_PAGES, index_page_bytes(model.page_size), dtype=torch.uint8)
-    cache = _latent_cache(model, fp8, make)
+    tokens, heads = step.requests * step.queries, model.heads
+    cache = _latent_cache(model, arch_fp8_dtype(arch), make)
     kv_scale = 1.0 if model.kv == "fp8" else None
 
     if (width := model.quantized_q_lora) and not step.prefill:
         q_lora = make(tokens, width + LATENT_DIM + ROPE_DIM)[:, :width]
         yield norm_quant.rms, norm_quant.rms.call(q_lora, make(width))
-    if not step.prefill:
-        both = make(tokens, INDEX_DIM + index_heads, dtype=torch.float32)
-        bias = make(INDEX_DIM, dtype=torch.float32) if model.neox else None
+    if not (step.prefill and is_cuda(arch)):
+        yield from _indexer(model, step, arch, make)
+    q_all = make(tokens, heads, LATENT_DIM + ROPE_DIM)
+    if arch == "cpu" or not step.prefill:
+        latent = make(tokens, LATENT_DIM + ROPE_DIM)
+        query = make(tokens, heads, NOPE_DIM + ROPE_DIM)
+        fused = not step.prefill
         yield (
-            indexer_prep.key_store,
-            indexer_prep.key_store.call(
-                both[:, :INDEX_DIM],
-                make(INDEX_DIM, dtype=torch.float32),
-                bias,
-                position,
-                rope,
-                index_cache,
-                slots,
-                is_neox=model.neox,
-                norm="layer" if model.neox else "rms",
-                hadamard=model.neox,
-                layout=model.layout,
-                page_size=model.page_size,
+            latent_cache.store,
+            latent_cache.store.call(
+                latent[:, :LATENT_DIM],
+                latent[:, LATENT_DIM:],
+                cache,
+                make(tokens, dtype=torch.int64),
+                positions=make(tokens, dtype=torch.int64),
+                cos_sin_cache=make(1 << 16, ROPE_DIM, dtype=torch.float32),
+                is_neox=False,
+                kv_scale=kv_scale,
+                q_rope=query[..., NOPE_DIM:] if fused else None,
+                q_all=q_all if fused else None,
+                norm_weight=make(LATENT_DIM) if fused else None,
             ),
         )
-        yield (
-            indexer_prep.query,
-            indexer_prep.query.call(
-                make(tokens, index_heads, INDEX_DIM),
-                both[:, INDEX_DIM:],
-                position,
-                rope,
-                weight_scale=1.0,
-                is_neox=model.neox,
-                hadamard=model.neox,
-            ),
-        )
+    context = step.requests * -(-step.context // model.page_size) * model.page_size
+    yield (
+        sparse_mla.attend,
+        sparse_mla.attend.call(
+            q_all,
+            cache,
+            make(tokens, model.index_topk, dtype=torch.int32),
+            1.0,
+            kv_scale=kv_scale,
+            lengths=make(tokens, dtype=torch.int32),
+            context=make(context, dtype=torch.int32) if step.prefill else None,
+            rows_have_keys=True,
+        ),
+    )
+
+
+def _indexer(model: Model, step: Step, arch: str, make: Callable[..., torch.Tensor]) -> Iterator[_Made]:
+    fp8 = arch_fp8_dtype(arch)
+    tokens, index_heads = step.requests * step.queries, model.index_heads
+    pages = -(-step.context // model.page_size)
+    position = make(tokens, dtype=torch.int64)
+    rope = make(1 << 16, ROPE_DIM, dtype=torch.float32)
+    index_cache = make(_PAGES, index_page_bytes(model.page_size), dtype=torch.uint8)
+    both = make(tokens, INDEX_DIM + index_heads, dtype=torch.float32)
+    yield (
+        indexer_prep.key_store,
+        indexer_prep.key_store.call(
+            both[:, :INDEX_DIM],
+            make(INDEX_DIM, dtype=torch.float32),
+            make(INDEX_DIM, dtype=torch.float32) if model.neox else None,
+            position,
+            rope,
+            index_cache,
+            make(tokens, dtype=torch.int64),
+            is_neox=model.neox,
+            norm="layer" if model.neox else "rms",
+            hadamard=model.neox,
+            layout=model.layout,
+            page_size=model.page_size,
+        ),
+    )
+    yield (
+        indexer_prep.query,
+        indexer_prep.query.call(
+            make(tokens, index_heads, INDEX_DIM),
+            both[:, INDEX_DIM:],
+            position,
+            rope,
+            weight_scale=1.0,
+            is_neox=model.neox,
+            hadamard=model.neox,
+        ),
+    )
     weights = make(tokens, index_heads, dtype=torch.float32)
-    lengths = make(step.requests, *(() if step.queries == 1 else (step.queries,)), dtype=torch.int32)
     table = make(tokens, pages, dtype=torch.int32)
     if step.prefill:
-        keys = step.requests * step.context
-        scale = make(keys, dtype=torch.float32)
+        columns = step.requests * step.context
         starts = make(tokens, dtype=torch.int32)
-        logits_call = mqa_logits.ragged.call(
-            make(tokens, index_heads, INDEX_DIM, dtype=fp8),
-            make(keys, INDEX_DIM, dtype=fp8),
-            scale,
-            weights,
-            starts,
-            starts,
-        )
         yield (
             index_key_cache.gather,
             index_key_cache.gather.call(
@@ -187,13 +216,23 @@ def _sparse(model: Model, step: Step, arch: str, device: torch.device) -> Iterat
                 make(step.requests, dtype=torch.int32),
                 layout=model.layout,
                 page_size=model.page_size,
-                total_tokens=keys,
+                total_tokens=columns,
             ),
         )
-        yield mqa_logits.ragged, logits_call
-        columns = keys
+        yield (
+            mqa_logits.ragged,
+            mqa_logits.ragged.call(
+                make(tokens, index_heads, INDEX_DIM, dtype=fp8),
+                make(columns, INDEX_DIM, dtype=fp8),
+                make(columns, dtype=torch.float32),
+                weights,
+                starts,
+                starts,
+            ),
+        )
     else:
         columns = pages * model.page_size
+        lengths = make(step.requests, *(() if step.queries == 1 else (step.queries,)), dtype=torch.int32)
         yield (
             mqa_logits.paged,
             mqa_logits.paged.call(
@@ -211,35 +250,11 @@ def _sparse(model: Model, step: Step, arch: str, device: torch.device) -> Iterat
         topk.select,
         topk.select.call(
             make(tokens, columns, dtype=torch.float32),
-            lengths.view(-1) if not step.prefill else make(tokens, dtype=torch.int32),
+            make(tokens, dtype=torch.int32),
             model.index_topk,
             page_table=table,
             page_size=model.page_size,
         ),
-    )
-    q_all = make(tokens, heads, LATENT_DIM + ROPE_DIM)
-    latent = make(tokens, LATENT_DIM + ROPE_DIM)
-    query = make(tokens, heads, NOPE_DIM + ROPE_DIM)
-    fused = not step.prefill
-    yield (
-        latent_cache.store,
-        latent_cache.store.call(
-            latent[:, :LATENT_DIM],
-            latent[:, LATENT_DIM:],
-            cache,
-            slots,
-            positions=position,
-            cos_sin_cache=rope,
-            is_neox=False,
-            kv_scale=kv_scale,
-            q_rope=query[..., NOPE_DIM:] if fused else None,
-            q_all=q_all if fused else None,
-            norm_weight=make(LATENT_DIM) if fused else None,
-        ),
-    )
-    yield (
-        sparse_mla.attend,
-        sparse_mla.attend.call(q_all, cache, make(tokens, model.index_topk, dtype=torch.int32), 1.0, kv_scale=kv_scale),
     )
 
 
