@@ -9,7 +9,6 @@ from pathlib import Path
 
 from nsa_backend_plugin.engine import kernels
 from nsa_backend_plugin.ops import dispatch
-from nsa_backend_plugin.ops.arch import device_arch
 from nsa_backend_plugin.ops.call import Declined
 
 kernels.register()
@@ -35,7 +34,7 @@ def implementations(operation: str) -> list[str]:
 
 def unavailable(operation: str, name: str, device: str) -> str:
     """Why an implementation cannot run on a device, whatever it is called with; "" when it can."""
-    return dispatch._unavailable(_operations()[operation].op, name, device_arch(device)) or ""
+    return _operations()[operation].unavailable(name, device) or ""
 
 
 def declined(error: Exception) -> str:
@@ -51,10 +50,8 @@ def is_own(operation: str, name: str) -> bool:
     """Whether an implementation's kernel lives in this repository, not in a library that its file calls."""
     if name not in implementations(operation):
         return False
-    op = operation.partition(".")[0]
-    external = dispatch._external.get((op, name))
-    file = _OURS.joinpath(*external.split(".")[1:]) if external else _OURS / "ops" / op / name
-    return not _libraries(file.with_suffix(".py") if name != "torch" else file.with_name("reference.py"))
+    path = dispatch.module_path(_operations()[operation].op, name)
+    return not _libraries(_OURS.joinpath(*path.split(".")[1:]).with_suffix(".py"))
 
 
 def _libraries(file: Path, names: frozenset[str] | None = None) -> set[str]:

@@ -68,11 +68,15 @@ def implementation_names(op: str) -> tuple[str, ...]:
     return (*("torch" if n == _REFERENCE else n for n in names), *external)
 
 
+def module_path(op: str, name: str) -> str:
+    """Dotted path of an implementation's module."""
+    return _external.get((op, name), f"{_PACKAGE}.{op}.{_REFERENCE if name == 'torch' else name}")
+
+
 @functools.cache
 def _load(op: str, name: str) -> ModuleType | str:
     """The implementation's module, or why it cannot be imported."""
-    file = _REFERENCE if name == "torch" else name
-    path = _external.get((op, name), f"{_PACKAGE}.{op}.{file}")
+    path = module_path(op, name)
     try:
         return importlib.import_module(path)
     except Exception as error:  # a broken file or library must not take the other implementations with it
@@ -210,19 +214,22 @@ class Operation(Generic[P, R]):
         """Largest scratch that any implementation available on the device asks for."""
         device = torch.device(device)
         needs = [0]
-        for name in self.implementations():
-            if _unavailable(self.op, name, device_arch(device)) is None:
-                size = getattr(_load(self.op, name), f"workspace_bytes_{self.function}", None)
-                needs.append(size(device=device, **sizes) if size else 0)
+        for name in self.available(device):
+            size = getattr(_load(self.op, name), f"workspace_bytes_{self.function}", None)
+            needs.append(size(device=device, **sizes) if size else 0)
         return max(needs)
 
     def implementations(self) -> list[str]:
         """Names of the implementations that define this function, or cannot be imported to find out."""
         return [n for n in implementation_names(self.op) if self._defines(n)]
 
+    def unavailable(self, name: str, device: torch.device | str) -> Reason:
+        """Why an implementation cannot run on a device, whatever it is called with."""
+        return _unavailable(self.op, name, device_arch(device))
+
     def available(self, device: torch.device | str) -> list[str]:
         """Names of the implementations that can run on a device, whatever is preferred or forced."""
-        return [n for n in self.implementations() if _unavailable(self.op, n, device_arch(device)) is None]
+        return [n for n in self.implementations() if self.unavailable(n, device) is None]
 
     def _defines(self, name: str) -> bool:
         module = _load(self.op, name)
