@@ -81,19 +81,24 @@ def _rotate(fault: str, original: Any, x: torch.Tensor, positions: Any, cos_sin:
 
 
 def _store_latent(fault: str, original: Any, call: Any) -> None:
-    if fault == "stale_latent_page":
-        call = dataclasses.replace(call, slots=_without_stale(call.slots))
     original(call)
+    if fault == "stale_latent_page":
+        _forget(call.cache, call.slots, rows_per_page=PAGE)
 
 
 def _write_index_keys(
     fault: str, original: Any, value: Any, scale: Any, cache: Any, slots: torch.Tensor, **kwargs: Any
 ) -> None:
-    original(value, scale, cache, _without_stale(slots) if fault == "stale_index_page" else slots, **kwargs)
+    original(value, scale, cache, slots, **kwargs)
+    if fault == "stale_index_page":
+        _forget(cache, slots, rows_per_page=1)
 
 
-def _without_stale(slots: torch.Tensor) -> torch.Tensor:
-    return slots.masked_fill(slots // PAGE % STALE_EVERY == 1, -1)  # negative = not written
+def _forget(cache: torch.Tensor, slots: torch.Tensor, rows_per_page: int) -> None:
+    """One page of three is as the server allocated it. What an earlier rung left there could be right by chance."""
+    pages = slots[slots >= 0].div(PAGE, rounding_mode="floor").unique()
+    for page in pages[pages % STALE_EVERY == 1].tolist():
+        cache[page * rows_per_page : (page + 1) * rows_per_page].zero_()
 
 
 def _forward(fault: str, original: Any, *args: Any, k_rope: torch.Tensor, **kwargs: Any) -> Any:
