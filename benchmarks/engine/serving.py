@@ -27,6 +27,7 @@ from nsa_backend_plugin.arms import Arm, parse_arms
 from nsa_backend_plugin.serving import Server, ServerError
 
 STOCK = "stock"
+CLIENT = (sys.executable, "-m", "sglang.bench_serving")
 #: Key of a row, the client's own name for it, heading of its column.
 METRICS = (
     ("ttft_ms", "median_ttft_ms", "TTFT ms"),
@@ -84,6 +85,8 @@ def main(words: Sequence[str]) -> int:
         arms = arms_of(options.arms)
         if not options.model_path.is_dir():
             raise ValueError(f"--model-path={options.model_path}: expected a folder")
+        if problem := client_problem():
+            raise ValueError(f"sglang.bench_serving does not run here: {problem}")
         path = output.prepare(options, "serving", options.model_path.resolve().name)
         picture = path.with_suffix(".png")
         if picture.exists() and not options.force:
@@ -106,6 +109,12 @@ def main(words: Sequence[str]) -> int:
     draw(rows, picture)
     print(f"wrote {path} and {picture.name}")
     return int(bool(failed))
+
+
+def client_problem() -> str | None:
+    """The client's own words when it cannot be imported: it needs more of SGLang's requirements than a server does."""
+    done = subprocess.run([*CLIENT, "--help"], capture_output=True, text=True, check=False)
+    return done.stderr.strip().splitlines()[-1] if done.returncode else None
 
 
 def measure_arm(arm: Arm, options: argparse.Namespace, rows: list[dict[str, Any]], path: Path) -> None:
@@ -134,7 +143,7 @@ def ask(
     requests = options.rounds * concurrency
     result = log.with_suffix(".jsonl")
     result.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "sglang.bench_serving", "--backend=sglang", f"--base-url={server.url}"]
+    command = [*CLIENT, "--backend=sglang", f"--base-url={server.url}"]
     command += [f"--model={options.model_path}", "--dataset-name=random-ids", "--tokenize-prompt"]
     command += [f"--random-input-len={prompt}", f"--random-output-len={answer}", "--random-range-ratio=1.0"]
     command += [f"--num-prompts={requests}", f"--max-concurrency={concurrency}", f"--seed={seed}"]

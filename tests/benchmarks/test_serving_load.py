@@ -53,6 +53,8 @@ def clients(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     monkeypatch.setattr(FakeServer, "dies", "none")
 
     def client(command: list[str], **options: object) -> subprocess.CompletedProcess:
+        if command[-1] == "--help":
+            return subprocess.CompletedProcess(command, 0)
         seen.append(command)
         values = dict(word.removeprefix("--").split("=", 1) for word in command if "=" in word)
         rate = 100.0 * int(values["max-concurrency"]) / len(FakeServer.started)
@@ -105,11 +107,26 @@ def test_a_server_that_dies_costs_its_arm_only(tmp_path: Path, clients, monkeypa
     assert [r["arm"] for r in json.loads(path.read_text())["rows"]] == ["plugin"]
 
 
+def test_a_client_that_cannot_run_is_noticed_before_a_server_starts(
+    tmp_path: Path, clients, monkeypatch, capsys
+) -> None:
+    words_of_python = "Traceback (most recent call last):\nModuleNotFoundError: No module named 'datasets'\n"
+    failed = subprocess.CompletedProcess(["client"], 1, stderr=words_of_python)
+    monkeypatch.setattr(serving, "subprocess", process(lambda command, **options: failed))
+    assert cli.main(words(tmp_path)) == 2
+    assert "sglang.bench_serving does not run here: ModuleNotFoundError: No module named 'datasets'" in (
+        capsys.readouterr().err
+    )
+    assert FakeServer.started == []
+
+
 def test_requests_without_an_answer_are_no_result(tmp_path: Path, clients, monkeypatch, capsys) -> None:
     client = serving.subprocess.run
 
     def loses_one(command: list[str], **options: object) -> subprocess.CompletedProcess:
         done = client(command, **options)
+        if command[-1] == "--help":
+            return done
         path = Path(next(w for w in command if w.startswith("--output-file=")).partition("=")[2])
         content = json.loads(path.read_text())
         path.write_text(json.dumps({**content, "completed": content["completed"] - 1}))

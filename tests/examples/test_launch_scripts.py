@@ -1,9 +1,11 @@
-"""Every launch script: what it runs is a command line that both supported ends of SGLang's range can parse."""
+"""Launch scripts, and launch lines of the documents: both ends of SGLang's range parse them, our checks take them."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -32,9 +34,17 @@ try:
     parser.parse_args(wrong)
 except SystemExit as error:  # or the rest could not fail
     print(error.code)
-for argv in commands:
-    print(json.dumps(parser.parse_args(argv).attention_backend))
+from nsa_backend_plugin.engine import launch
+defaults = launch._defaults(ServerArgs)
+launch._defaults = lambda args_class: defaults  # an object of the class would be resolved for this machine
+for argv, on_rocm in commands:
+    given = parser.parse_args(argv)
+    given.device = given.device or "cuda"
+    launch.rocm.on_rocm = lambda: on_rocm
+    launch.check_arguments(given, as_given=True)
+    print(json.dumps(given.attention_backend))
 """
+DOCUMENTS = ("README.md", "docs/deployments.md")
 
 
 def _captured(path: Path) -> list[str]:
@@ -58,12 +68,26 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[s
     return result
 
 
+def documented() -> list[list[str]]:
+    """Arguments of the launch lines in the documents that are written out, and name our backend."""
+    text = "\n".join((ROOT / name).read_text() for name in DOCUMENTS).replace("\\\n", " ")
+    lines = re.findall(r"^(?: {4})?python -m sglang\.launch_server (.*)$", text, re.MULTILINE)
+    return [shlex.split(line) for line in lines if "..." not in line]
+
+
+def test_documents_show_what_people_launch():
+    lines = [" ".join(argv) for argv in documented()]
+    for words in ("NEXTN", "--enable-dp-attention", "--disaggregation-mode prefill", "--disaggregation-mode decode"):
+        assert any(words in line for line in lines)
+
+
 @pytest.mark.parametrize("python", [Path(sys.executable), NEWEST], ids=["this SGLang", "0.5.23"])
 def test_flags_exist(launched, python):
     if not python.exists():
         pytest.skip(f"{python} is missing: run `make setup-test`")
-    commands = [argv for argv, _ in launched.values()]
-    wrong = [*commands[0], "--no-such-flag", "1"]
+    commands = [(argv, "mi3" in name) for name, (argv, _) in launched.items()]
+    commands += [(argv, False) for argv in documented()]
+    wrong = [*commands[0][0], "--no-such-flag", "1"]
     env = {**os.environ, "TRITON_INTERPRET": "0", "NSA_PLUGIN_CPU": "0"}
     done = subprocess.run(
         [python, "-c", PARSE],
