@@ -10,6 +10,7 @@ A run that was killed resumes: every finished row was kept. Other commands, each
     suite                    every configuration, for a GPU host
     report                   RESULTS.md from the results files
     layers, served, serving  the engine beside stock SGLang: one layer's kernels, decode steps, load
+    host                     what the host spends on a call: checks, choice, launch
     engine                   every test and measurement of the engine, for a GPU host
 """
 
@@ -45,6 +46,7 @@ COMMANDS = {
     "report": "benchmarks.report.page",
     "engine": "benchmarks.engine.steps",
     "serving": "benchmarks.engine.serving",
+    "host": "benchmarks.engine.host",
     "layers": "benchmarks.engine.measure",
     "served": "benchmarks.engine.measure",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,9 @@ from nsa_backend_plugin.engine import index_cache
 from nsa_backend_plugin.layouts import index_page_bytes, packed_latent_bytes
 from nsa_backend_plugin.ops import concat, indexer_prep, latent_cache, mqa_logits, sparse_mla, topk
 from nsa_backend_plugin.ops._torch.rotary import apply_rope
-from nsa_backend_plugin.ops.call import Step
+from nsa_backend_plugin.ops.call import Call, Step
+from nsa_backend_plugin.ops.dispatch import Operation
+from nsa_backend_plugin.runtime import served
 from tests.engine.lane_races import LaneRaces
 
 pytest.importorskip("sglang", reason="needs SGLang")
@@ -27,6 +30,8 @@ scratch = pytest.importorskip("nsa_backend_plugin.engine.gpu.scratch")
 HIDDEN, Q_LORA, HEADS, NOPE, INDEX_HEADS, TOPK, PAGES = 48, 32, 3, 16, 4, 20, 6
 #: Tokens of each request, those of the step included.
 LENGTHS = [70, 5, 130]
+#: Arguments that change with a step, or that no kernel is compiled for.
+NUMBERS = {"step", "out", "eps", "norm_eps", "weight_scale", "softmax_scale", "max_context", "k"}
 #: Mode of a batch and its queries for each request.
 MODES = [("decode", 1), ("target_verify", 2), ("target_verify", 5), ("draft_extend_v2", 3)]
 
@@ -292,6 +297,35 @@ def test_cat_skip_is_a_view_and_bitwise_equal(case: Case, monkeypatch: pytest.Mo
     assert torch.equal(fused, plain)
     assert torch.equal(case.latent, before), "k None must not write the cache again"
     assert torch.isfinite(fused).all()
+
+
+def form(call: Call) -> dict[str, Any]:
+    """What a kernel is compiled for: which tensors there are, of which dtype and rank, and the options."""
+    values = {name: getattr(call, name) for name in (f.name for f in dataclasses.fields(call))}
+    tensors = {name: (value.dtype, value.dim()) for name, value in call.tensors()}
+    return {name: tensors.get(name, value) for name, value in values.items() if name not in NUMBERS}
+
+
+def test_the_calls_are_those_that_are_reported_and_compiled_ahead(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: dict[str, Call] = {}
+    run = Operation.run
+    case.attn.kv_a_layernorm.weight.data = case.attn.kv_a_layernorm.weight.data.to(torch.bfloat16)
+    monkeypatch.setattr(Operation, "run", lambda self, call: (made.update({self.name: call}), run(self, call))[1])
+    q_rope, _, q_nope, *_, slots, _, _ = case.prepare()
+    layer = SimpleNamespace(tp_q_head_num=HEADS, v_head_dim=512, head_dim=576, layer_id=0, scaling=0.05)
+    forward = case.backend.forward_decode if case.batch.forward_mode.is_decode() else case.backend.forward_extend
+    forward(q_nope, None, None, layer, case.batch, q_rope=q_rope, topk_indices=slots)
+    model = served.Model(
+        HEADS, indexer_path.described(case.indexer), kv="packed" if case.latent.dtype == torch.uint8 else "bf16"
+    )
+    step = served.Step(len(LENGTHS), 192, case.tokens // len(LENGTHS))
+    said = {operation.name: call for operation, call in served.calls(model, step, "cpu")}
+    if case.batch.forward_mode.is_draft_extend_v2():  # its rows may see nothing, which no report shows
+        del made["sparse_mla.attend"], said["sparse_mla.attend"]
+    said["latent_cache.store"].is_neox = case.attn.rotary_emb.is_neox_style  # no served model's latent key has this one
+    assert made.keys() == said.keys()
+    for name, call in said.items():
+        assert form(call) == form(made[name]), name
 
 
 @pytest.mark.parametrize("merged", [False, True])

@@ -172,7 +172,8 @@ APART: dict[str, Callable[[int], Any]] = {
 
 
 class Indexer(torch.nn.Module):
-    use_dsa_indexer_fusion, n_heads, head_dim = False, INDEX_HEADS, 128
+    use_dsa_indexer_fusion, n_heads, head_dim, index_topk, scale_fmt = False, INDEX_HEADS, 128, 64, "ue8m0"
+    rotary_emb, k_norm = SimpleNamespace(is_neox_style=True), SimpleNamespace(bias=None)
 
     def __init__(self, wk: Any, weights_proj: Any = None, wq_b: Any = None):
         super().__init__()

@@ -22,10 +22,14 @@ STEPS = (
     served.Step(128, 4096),
     served.Step(1, 300, 300, prefill=True),
 )
+#: RoPE of interleaved pairs, which SGLang's CUDA path projects by one bf16 layer and does not rotate.
+GLM = served.Indexer(
+    32, is_neox=False, hadamard=False, scale_format="fp32", key_dtype=torch.bfloat16, gate_dtype=torch.bfloat16
+)
 MODELS = {
-    "V3.2 packed": served.Model(16, index_heads=64, kv="packed", quantized_q_lora=1536),
-    "V3.2 bf16, 128 heads": served.Model(128, index_heads=64),
-    "GLM": served.Model(8, index_heads=32, kv="packed", neox=False),
+    "V3.2 packed": served.Model(16, served.Indexer(64), kv="packed", quantized_q_lora=1536),
+    "V3.2 bf16, 128 heads": served.Model(128, served.Indexer(64)),
+    "GLM": served.Model(8, GLM, kv="packed"),
     "V3": served.Model(128),
     "V3, pages of one token": served.Model(16, page_size=1),
 }
@@ -38,7 +42,7 @@ def test_every_served_call_has_an_implementation(arch: str, name: str) -> None:
     if not is_cuda(arch) or arch == "sm_80":  # without e4m3 conversion, or with a cache of another kind
         model = replace(model, kv="bf16", layout="preshuffled" if arch.startswith("gfx") else "row_major")
     explained = [e for _, e in served.explanations(model, STEPS, arch)]
-    assert {e.operation for e in explained} >= {"sparse_mla.attend" if model.index_heads else "dense_mla.decode"}
+    assert {e.operation for e in explained} >= {"sparse_mla.attend" if model.indexer else "dense_mla.decode"}
     for e in explained:
         assert e.chosen is not None, str(e)
         assert all(v.reason != "" for v in e.verdicts)
@@ -50,7 +54,9 @@ def test_a_report_names_each_function_once_unless_steps_differ() -> None:
     lines = served.report(MODELS["V3.2 packed"], served.TYPICAL, "sm_90")
     names = [line.split(":")[0] for line in lines]
     assert len(names) == len(set(names))
-    many = served.report(served.Model(128, index_heads=64, kv="packed", quantized_q_lora=1536), served.TYPICAL, "sm_90")
+    many = served.report(
+        served.Model(128, served.Indexer(64), kv="packed", quantized_q_lora=1536), served.TYPICAL, "sm_90"
+    )
     assert {line.split(":")[0] for line in many} == set(names)
 
 
@@ -139,7 +145,7 @@ def test_preparing_compiles_and_launches_nothing(monkeypatch) -> None:
         jit, "load", lambda source, names, *rest: {n: warmed.append(n) or jit.Kernel(n, None) for n in names}
     )
     for operation, call in served.calls(
-        served.Model(16, index_heads=64, quantized_q_lora=1536), served.Step(8, 8192), "sm_90"
+        served.Model(16, served.Indexer(64), quantized_q_lora=1536), served.Step(8, 8192), "sm_90"
     ):
         operation.prepare(call)
     topk_cuda._kernels.cache_clear()

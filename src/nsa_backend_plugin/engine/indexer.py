@@ -24,6 +24,7 @@ from nsa_backend_plugin.engine.gpu import rocm
 from nsa_backend_plugin.ops import index_key_cache, indexer_prep, mqa_logits, topk
 from nsa_backend_plugin.ops._torch import exact_indexer
 from nsa_backend_plugin.ops.call import Step
+from nsa_backend_plugin.runtime import served
 from nsa_backend_plugin.runtime.merged_weights import MergedWeights
 
 _MERGED = "nsa_plugin_wk_weights_proj"
@@ -171,11 +172,10 @@ def _mm_fp32_out(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def store_key(indexer: Any, key: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, pool: Any) -> None:
     """Write the keys of `project` into the layer's index-K pages, or in exact mode into its float32 rows."""
     norm = indexer.k_norm
-    bias = getattr(norm, "bias", None)
-    inputs = key, norm.weight, bias, *_rope(indexer, positions)
+    inputs = key, norm.weight, getattr(norm, "bias", None), *_rope(indexer, positions)
     options = {
         "is_neox": indexer.rotary_emb.is_neox_style,
-        "norm": "rms" if bias is None else "layer",
+        "norm": _norm_kind(indexer),
         "eps": norm.variance_epsilon,
     }
     exact = _exact_keys(indexer, pool)
@@ -187,7 +187,7 @@ def store_key(indexer: Any, key: torch.Tensor, positions: torch.Tensor, slots: t
         *inputs,
         index_cache.pages(pool, indexer.layer_id, layout),
         slots,
-        hadamard=not indexer.use_dsa_indexer_fusion,
+        hadamard=_is_rotated(indexer),
         layout=layout,
         page_size=pool.page_size,
         **options,
@@ -211,8 +211,8 @@ def quantize_query(
         cos_sin,
         weight_scale=_weight_scale(indexer),
         is_neox=indexer.rotary_emb.is_neox_style,
-        hadamard=not indexer.use_dsa_indexer_fusion,
-        scale_format="ue8m0" if indexer.scale_fmt and not indexer.use_dsa_indexer_fusion else "fp32",
+        hadamard=_is_rotated(indexer),
+        scale_format=_scale_format(indexer),
     )
 
 
@@ -307,6 +307,35 @@ def _select_ragged(
             out=slots[chunk],
         )
     return slots
+
+
+def described(indexer: Any) -> served.Indexer:
+    """What decides the calls above, for a report and for compiling ahead."""
+    merged, stock_merged = getattr(indexer, _MERGED, None), indexer.use_dsa_indexer_fusion
+    ours = merged is not None and merged.serves(indexer.wk, indexer.weights_proj)
+    return served.Indexer(
+        heads=indexer.n_heads,
+        topk=indexer.index_topk,
+        is_neox=indexer.rotary_emb.is_neox_style,
+        hadamard=_is_rotated(indexer),
+        norm=_norm_kind(indexer),
+        scale_format=_scale_format(indexer),
+        key_dtype=torch.float32 if ours and not stock_merged else torch.bfloat16,
+        gate_dtype=torch.bfloat16 if stock_merged else torch.float32,
+    )
+
+
+def _is_rotated(indexer: Any) -> bool:
+    """Whether queries and keys are rotated by Hadamard, as stock does with them."""
+    return not indexer.use_dsa_indexer_fusion
+
+
+def _norm_kind(indexer: Any) -> str:
+    return "rms" if getattr(indexer.k_norm, "bias", None) is None else "layer"
+
+
+def _scale_format(indexer: Any) -> str:
+    return "ue8m0" if indexer.scale_fmt and not indexer.use_dsa_indexer_fusion else "fp32"
 
 
 def _exact_keys(indexer: Any, pool: Any) -> torch.Tensor | None:

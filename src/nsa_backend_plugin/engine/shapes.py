@@ -8,7 +8,7 @@ import torch
 from sglang.srt.configs.model_config import is_deepseek_dsa
 from sglang.srt.runtime_context import get_exec, get_parallel, get_schedule, get_spec
 
-from nsa_backend_plugin.engine import index_cache, merging
+from nsa_backend_plugin.engine import index_cache, indexer, merging
 from nsa_backend_plugin.engine.gpu import query_projection
 from nsa_backend_plugin.layouts import FP8_DTYPES, LATENT_DIM, ROPE_DIM
 from nsa_backend_plugin.runtime import served
@@ -21,17 +21,14 @@ def model(runner: Any) -> served.Model:
     heads = runner.model_config.num_attention_heads // get_parallel().attn_tp_size
     if not is_deepseek_dsa(config):
         return served.Model(heads, page_size=pool.page_size)
+    layers = list(merging.layers(runner.model))
     return served.Model(
         heads,
-        index_heads=config.index_n_heads,
-        index_topk=config.index_topk,
+        indexer.described(layers[0].indexer),
         kv=_kind(pool.get_key_buffer(pool.start_layer)),
         layout=index_cache.layout_of(pool),
         page_size=pool.page_size,
-        quantized_q_lora=next(
-            (a.q_lora_rank for a in merging.layers(runner.model) if query_projection.quantizes(a)), 0
-        ),
-        neox=not getattr(config, "indexer_rope_interleave", False),
+        quantized_q_lora=next((attn.q_lora_rank for attn in layers if query_projection.quantizes(attn)), 0),
     )
 
 

@@ -39,22 +39,36 @@ _PAGES = 1 << 12
 
 
 @dataclass(frozen=True)
-class Model:
-    """What decides the shapes of a model's calls on one GPU.
+class Indexer:
+    """What decides the calls of a model's indexer, as `indexer_prep` takes it; the defaults are DeepSeek-V3.2's.
 
-    heads: query heads. index_heads: 0 for a model without an indexer. kv: "bf16", "packed", or "fp8" (ROCm).
-    quantized_q_lora: width of q_lora where one call normalizes and quantizes it (merged fp8 projections), else 0.
-    neox: half-split RoPE pairs, and a Hadamard rotation in the indexer; else interleaved (GLM).
+    key_dtype, gate_dtype: of what the projections yield, float32 where they are merged.
     """
 
     heads: int
-    index_heads: int = 0
-    index_topk: int = 2048
+    topk: int = 2048
+    is_neox: bool = True
+    hadamard: bool = True
+    norm: str = "layer"
+    scale_format: str = "ue8m0"
+    key_dtype: torch.dtype = torch.float32
+    gate_dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True)
+class Model:
+    """What decides the shapes of a model's calls on one GPU.
+
+    heads: query heads. kv: "bf16", "packed", or "fp8" (ROCm).
+    quantized_q_lora: width of q_lora where one call normalizes and quantizes it (merged fp8 projections), else 0.
+    """
+
+    heads: int
+    indexer: Indexer | None = None
     kv: str = "bf16"
     layout: str = "row_major"
     page_size: int = 64
     quantized_q_lora: int = 0
-    neox: bool = True
 
 
 @dataclass(frozen=True)
@@ -78,7 +92,7 @@ TYPICAL = (Step(1, 8192), Step(64, 8192), Step(1, 8192, 4096, prefill=True))
 def examples(arch: str) -> dict[str, Model]:
     """Models of a report without one at hand, by a name that says what they are."""
     kv, layout = ("packed", "row_major") if is_cuda(arch) else ("bf16", "preshuffled" if is_rocm(arch) else "row_major")
-    v32 = Model(16, index_heads=64, kv=kv, layout=layout, quantized_q_lora=1536 if is_cuda(arch) else 0)
+    v32 = Model(16, Indexer(64), kv=kv, layout=layout, quantized_q_lora=1536 if is_cuda(arch) else 0)
     return {
         "DeepSeek-V3.2, 16 heads": v32,
         "DeepSeek-V3.2, 128 heads": replace(v32, heads=128),
@@ -93,7 +107,10 @@ _Made = tuple[Operation, Call]
 def calls(model: Model, step: Step, arch: str) -> Iterator[_Made]:
     """(operation, call) of one layer in one step, in the order of the engine's calls."""
     with pretended(arch) as device:
-        yield from (_sparse if model.index_heads else _dense)(model, step, arch, device)
+        if model.indexer is None:
+            yield from _dense(model, step, arch, device)
+        else:
+            yield from _sparse(model, model.indexer, step, arch, device)
 
 
 def explanations(model: Model, steps: Iterable[Step], arch: str) -> Iterator[tuple[Step, Explanation]]:
@@ -117,7 +134,7 @@ def report(model: Model, steps: Iterable[Step], arch: str) -> list[str]:
     return lines
 
 
-def _sparse(model: Model, step: Step, arch: str, device: torch.device) -> Iterator[_Made]:
+def _sparse(model: Model, indexer: Indexer, step: Step, arch: str, device: torch.device) -> Iterator[_Made]:
     """A prefill on a GPU writes its latent rows by SGLang, and on CUDA it is indexed by SGLang too."""
     make = _maker(device)
     tokens, heads = step.requests * step.queries, model.heads
@@ -128,7 +145,7 @@ def _sparse(model: Model, step: Step, arch: str, device: torch.device) -> Iterat
         q_lora = make(tokens, width + LATENT_DIM + ROPE_DIM)[:, :width]
         yield norm_quant.rms, norm_quant.rms.call(q_lora, make(width))
     if not (step.prefill and is_cuda(arch)):
-        yield from _indexer(model, step, arch, make)
+        yield from _indexer(model, indexer, step, arch, make)
     q_all = make(tokens, heads, LATENT_DIM + ROPE_DIM)
     if arch == "cpu" or not step.prefill:
         latent = make(tokens, LATENT_DIM + ROPE_DIM)
@@ -156,7 +173,7 @@ def _sparse(model: Model, step: Step, arch: str, device: torch.device) -> Iterat
         sparse_mla.attend.call(
             q_all,
             cache,
-            make(tokens, model.index_topk, dtype=torch.int32),
+            make(tokens, indexer.topk, dtype=torch.int32),
             1.0,
             kv_scale=kv_scale,
             lengths=make(tokens, dtype=torch.int32),
@@ -166,27 +183,29 @@ def _sparse(model: Model, step: Step, arch: str, device: torch.device) -> Iterat
     )
 
 
-def _indexer(model: Model, step: Step, arch: str, make: Callable[..., torch.Tensor]) -> Iterator[_Made]:
+def _indexer(
+    model: Model, indexer: Indexer, step: Step, arch: str, make: Callable[..., torch.Tensor]
+) -> Iterator[_Made]:
     fp8 = arch_fp8_dtype(arch)
-    tokens, index_heads = step.requests * step.queries, model.index_heads
+    tokens, index_heads = step.requests * step.queries, indexer.heads
     pages = -(-step.context // model.page_size)
     position = make(tokens, dtype=torch.int64)
     rope = make(1 << 16, ROPE_DIM, dtype=torch.float32)
     index_cache = make(_PAGES, index_page_bytes(model.page_size), dtype=torch.uint8)
-    both = make(tokens, INDEX_DIM + index_heads, dtype=torch.float32)
+    key, gate = (make(tokens, INDEX_DIM + index_heads, dtype=t) for t in (indexer.key_dtype, indexer.gate_dtype))
     yield (
         indexer_prep.key_store,
         indexer_prep.key_store.call(
-            both[:, :INDEX_DIM],
+            key[:, :INDEX_DIM],
             make(INDEX_DIM, dtype=torch.float32),
-            make(INDEX_DIM, dtype=torch.float32) if model.neox else None,
+            make(INDEX_DIM, dtype=torch.float32) if indexer.norm == "layer" else None,
             position,
             rope,
             index_cache,
             make(tokens, dtype=torch.int64),
-            is_neox=model.neox,
-            norm="layer" if model.neox else "rms",
-            hadamard=model.neox,
+            is_neox=indexer.is_neox,
+            norm=indexer.norm,
+            hadamard=indexer.hadamard,
             layout=model.layout,
             page_size=model.page_size,
         ),
@@ -195,12 +214,13 @@ def _indexer(model: Model, step: Step, arch: str, make: Callable[..., torch.Tens
         indexer_prep.query,
         indexer_prep.query.call(
             make(tokens, index_heads, INDEX_DIM),
-            both[:, INDEX_DIM:],
+            gate[:, INDEX_DIM:],
             position,
             rope,
             weight_scale=1.0,
-            is_neox=model.neox,
-            hadamard=model.neox,
+            is_neox=indexer.is_neox,
+            hadamard=indexer.hadamard,
+            scale_format=indexer.scale_format,
         ),
     )
     weights = make(tokens, index_heads, dtype=torch.float32)
@@ -251,7 +271,7 @@ def _indexer(model: Model, step: Step, arch: str, make: Callable[..., torch.Tens
         topk.select.call(
             make(tokens, columns, dtype=torch.float32),
             make(tokens, dtype=torch.int32),
-            model.index_topk,
+            indexer.topk,
             page_table=table,
             page_size=model.page_size,
         ),
