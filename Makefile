@@ -44,8 +44,8 @@ check: setup-test  ## ruff and mypy
 	$(VENV)/bin/mypy
 
 # One thread each: threads that spin at barriers crawl on a busy machine.
-test: check  ## everything that needs no GPU: checks, unit tests, engine tests on both SGLang releases
-	@OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j3 --output-sync=target test-engine test-unit test-engine-newest
+test: setup-test  ## everything that needs no GPU: checks, unit tests, engine tests on both SGLang releases
+	@OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j4 --output-sync=target check test-engine test-unit test-engine-newest
 
 test-unit: setup-test
 	$(VENV)/bin/python -m pytest -q -m "not gpu" --ignore=tests/engine $(PYTEST_ARGS)
