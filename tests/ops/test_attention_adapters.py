@@ -321,6 +321,7 @@ def test_flash_mla_sparse(kind: str, heads: int, promises: dict[str, bool]) -> N
 
 @pytest.mark.parametrize("heads", [8, 64, 128])
 @pytest.mark.parametrize("promises", [{}, {"lengths": True, "rows_have_keys": True}])
+@pytest.mark.parametrize("flash_mla", ["both"], indirect=True)  # behind its own kernels it is the adapter above
 @pytest.mark.usefixtures("flash_mla")
 def test_flash_mla_over_unpacked_rows(heads: int, promises: dict[str, bool]) -> None:
     """Its bar is its own: rows are rounded to bf16."""
@@ -338,6 +339,7 @@ def test_flash_mla_over_unpacked_rows_says_what_it_needs() -> None:
     assert "only packed rows" in module.declines_attend(sparse_mla.attend.call(q, kv, indices, SCALE))
 
 
+@pytest.mark.parametrize("flash_mla", ["both"], indirect=True)
 @pytest.mark.usefixtures("flash_mla")
 def test_the_places_of_slots_are_made_once_per_step(monkeypatch: pytest.MonkeyPatch) -> None:
     module, step, made = adapter("sparse_mla", "flash_mla_unpacked"), Step(), []
@@ -347,7 +349,7 @@ def test_the_places_of_slots_are_made_once_per_step(monkeypatch: pytest.MonkeyPa
         return once(self, key, lambda: made.append(key) or make(), *of, **where)
 
     monkeypatch.setattr(Step, "once", counting)
-    for _ in range(3):
+    for _ in range(2):
         q, kv, indices = (t.to(DEVICE) for t in sparse_inputs("packed", 64))
         module.attend(sparse_mla.attend.call(q, kv, indices, SCALE, context=context, step=step))
     assert [key for key in made if "places" in str(key)] == [("places of slots", 256)]
