@@ -44,7 +44,7 @@ def _cpu_backend(runner: Any) -> Any:
             "Use --kv-cache-dtype auto"
         )
     if runner.server_args.disaggregation_mode == "prefill":
-        bridges.send_plain_indices()
+        bridges.send_without_cuda()
     return NsaPluginCpuBackend(runner)
 
 

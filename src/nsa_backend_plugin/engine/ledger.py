@@ -207,6 +207,14 @@ LEDGER: tuple[Hook, ...] = (
         needed=lambda: release.exists(_TRANSFER_INDICES),
     ),
     Hook(
+        name="transfer_prefixes",
+        target="sglang.srt.environ.Envs.SGLANG_DISAGG_PREFILL_EARLY_SEND_CACHED_PREFIX",
+        kind="attribute",
+        stage="factory",
+        why="a CPU's prefill server sends a cached prefix with the rest: stock sends it first, behind a CUDA event",
+        upstream="not reported",
+    ),
+    Hook(
         name="fused_decode",
         target=f"{_FORWARD_METHODS}.forward_mla.DeepseekMLAForwardMixin.forward_absorb_prepare",
         kind="hook",

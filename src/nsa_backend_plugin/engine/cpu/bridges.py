@@ -94,10 +94,13 @@ def dp_padding(original: Callable[..., None], *args: Any, **kwargs: Any) -> None
         return original(*args, **kwargs)
 
 
-def send_plain_indices() -> None:
-    """Have a prefill server wait for the page numbers that it sends; newer releases copy them through pinned memory."""
+def send_without_cuda() -> None:
+    """Have a prefill server wait for what it sends as a CPU does, where SGLang records CUDA events."""
     from sglang.srt.disaggregation.mooncake.conn import MooncakeKVSender
+    from sglang.srt.environ import envs
 
+    envs.SGLANG_DISAGG_PREFILL_EARLY_SEND_CACHED_PREFIX.set(False)
+    hooks.fired("transfer_prefixes")
     if getattr(MooncakeKVSender, "supports_host_tensor_indices", False):
         MooncakeKVSender.supports_host_tensor_indices = False
         hooks.fired("transfer_indices")
