@@ -65,7 +65,7 @@ test-patched: setup-test  ## all parity and refusal tests on both releases with 
 	rm -rf .build/patched
 	@set -e; for venv in $(VENV) $(VENV_NEWEST); do \
 		$$venv/bin/python -m tests.sglang_copies $(CURDIR)/.build/patched/$$venv; \
-		PYTHONPATH=$(CURDIR)/.build/patched/$$venv PYTHONDONTWRITEBYTECODE=1 $$venv/bin/python -m pytest -q \
+		PYTHONPATH=$(CURDIR)/.build/patched/$$venv $$venv/bin/python -m pytest -q \
 			-m "not gpu" -k "not patched" tests/engine/test_parity.py tests/engine/test_refusals.py $(PYTEST_ARGS); \
 	done
 

@@ -65,7 +65,7 @@ def patched_sglang(tmp_path_factory):
     """The environment in which a server finds SGLang patched."""
     folder = tmp_path_factory.mktemp("patched")
     patched_overlay(folder)
-    return {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    return {"PYTHONPATH": str(folder)}
 
 
 @pytest.fixture(scope="module", params=SERVERS, ids=str)

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.engine
 def patched(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, str]]:
     """(release, the environment in which `import sglang` finds it patched)."""
     folder = tmp_path_factory.mktemp("patched")
-    return patched_overlay(folder), {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    return patched_overlay(folder), {"PYTHONPATH": str(folder)}
 
 
 def test_every_hook_that_has_a_patch_stands_down(patched) -> None:
