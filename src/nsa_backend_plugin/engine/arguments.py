@@ -1,7 +1,7 @@
 """Every argument of SGLang's servers, every environment variable of its DSA path and every MLA architecture: what
 nsa_plugin does with it.
 
-One entry for each name of each supported release: `make check-releases` reads them from the wheels and fails for a name
+One entry for each name of each supported release: tests/test_arguments.py reads them from the wheels and fails for a name
 that is missing here. What is not listed (a newer release, an extension) must keep SGLang's default.
 """
 
