@@ -152,11 +152,11 @@ def test_an_argument_that_is_not_classified_must_keep_its_default(monkeypatch):
     """What a newer release or an extension adds."""
     given = _arguments(brand_new=1)
     monkeypatch.setattr(launch, "_defaults", lambda _: {"brand_new": 1, "attention_backend": None})
-    monkeypatch.setattr(sglang_release, "version", lambda: "0.5.24")
+    monkeypatch.setattr(sglang_release, "version", lambda: "0.5.99")
     launch.check_arguments(given, as_given=True)
     given.brand_new = 2
     with pytest.raises(
-        ValueError, match=r"--brand-new is set \(2\): .* does not know this argument of SGLang 0\.5\.24"
+        ValueError, match=r"--brand-new is set \(2\): .* does not know this argument of SGLang 0\.5\.99"
     ):
         launch.check_arguments(given, as_given=True)
 
@@ -172,7 +172,7 @@ def test_the_device_is_known_before_sglang_has_found_it(monkeypatch):
 def test_an_untested_release_is_looked_at_first(monkeypatch, caplog):
     """Before anything else is checked, in the launch and in the factory."""
     new, gone = inspection.Finding("arguments.py", "argument a is new", False), "rope_cpu: sglang.f is not there"
-    monkeypatch.setattr(sglang_release, "version", lambda: "0.5.24")
+    monkeypatch.setattr(sglang_release, "version", lambda: "0.5.99")
     monkeypatch.setattr(inspection, "findings", lambda package: [new])
     monkeypatch.delenv("NSA_PLUGIN_ALLOW_UNTESTED_SGLANG", raising=False)
     with pytest.raises(ValueError, match="set NSA_PLUGIN_ALLOW_UNTESTED_SGLANG=1 to try this one at your own risk"):
@@ -181,9 +181,9 @@ def test_an_untested_release_is_looked_at_first(monkeypatch, caplog):
     with caplog.at_level("WARNING"):
         launch.check_settings()
     [line] = caplog.messages
-    assert re.search(r"never tried with SGLang 0\.5\.24 .* 0 do not fit: none\. .* are 1: argument a is new", line)
+    assert re.search(r"never tried with SGLang 0\.5\.99 .* 0 do not fit: none\. .* are 1: argument a is new", line)
     monkeypatch.setattr(inspection, "findings", lambda package: [new, inspection.Finding("ledger.py", gone, True)])
-    with pytest.raises(ValueError, match=rf"SGLang 0\.5\.24 lacks .*{re.escape(gone)}\. Install a supported"):
+    with pytest.raises(ValueError, match=rf"SGLang 0\.5\.99 lacks .*{re.escape(gone)}\. Install a supported"):
         launch.check_settings()
     monkeypatch.setattr(sglang_release, "version", lambda: "0.5.16")
     with pytest.raises(ValueError, match=r"SGLang 0\.5\.16 is not supported"):

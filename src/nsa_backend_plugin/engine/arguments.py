@@ -1,8 +1,8 @@
 """Every argument of SGLang's servers, every environment variable of its DSA path and every MLA architecture: what
 nsa_plugin does with it.
 
-One entry for each name of each supported release: tests/test_arguments.py reads them from the wheels and fails for a name
-that is missing here. What is not listed (a newer release, an extension) must keep SGLang's default.
+One entry for each name of each supported release: `tests/test_arguments.py` reads them from the wheels, and fails for a
+name that is missing here. What is not listed (a newer release, an extension) must keep SGLang's default.
 """
 
 from __future__ import annotations

@@ -32,12 +32,12 @@ def version() -> str:
 
 
 def supported(release: str) -> bool:
-    return _numbers(RELEASES[0]) <= _numbers(release) <= _numbers(RELEASES[-1])
+    return numbers(RELEASES[0]) <= numbers(release) <= numbers(RELEASES[-1])
 
 
 def newer(release: str) -> bool:
     """Whether a release is newer than every supported one."""
-    return _numbers(release) > _numbers(RELEASES[-1])
+    return numbers(release) > numbers(RELEASES[-1])
 
 
 def require_supported() -> None:
@@ -190,7 +190,7 @@ def mla_architectures(package: Path) -> set[str]:
     return {w for w in words if isinstance(w, str) and re.search("For[A-Z]", w)}
 
 
-def _numbers(release: str) -> tuple[int, ...]:
+def numbers(release: str) -> tuple[int, ...]:
     """Its three numbers; none of what is not a release, which is older than every one."""
     numbers = re.match(r"(\d+)\.(\d+)\.(\d+)", release)
     return tuple(int(n) for n in numbers.groups()) if numbers else ()
