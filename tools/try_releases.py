@@ -1,6 +1,6 @@
 """Run the tests of the wiring to SGLang on releases that have no environment of their own, and record what happened.
 
-    python -m tools.try_releases [0.5.22 ...]     # default: every supported release
+    python -m tools.try_releases [0.5.22 ...] [-- more arguments of pytest]     # default: every supported release
 
 Each release gets an environment below `.build/releases`, which later runs find again. The record is
 docs/releases.json, from which README's table is checked; a release that is run again replaces its entry.
@@ -8,7 +8,6 @@ docs/releases.json, from which README's table is checked; a release that is run 
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 import re
@@ -19,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from nsa_backend_plugin.engine import release as sglang_release
-from tools import wheels
+from tools import record, wheels
 
-ROOT = Path(__file__).resolve().parents[1]
-RECORD = ROOT / "docs" / "releases.json"
+RECORD = record.ROOT / "docs" / "releases.json"
 #: The list that the others are made from: what serving text on a CPU needs.
-_BASE = ROOT / "requirements" / "sglang-0.5.17-cpu.txt"
+_BASE = record.ROOT / "requirements" / "sglang-0.5.17-cpu.txt"
 #: Ours whatever a release asks for: torch has a build for CPUs, and numpy must suit Triton's interpreter.
 _OURS = ("torch", "numpy")
 #: What can break with a release: the hooks' targets, launch and refusals, index pages, the answers of a server of each
@@ -49,32 +47,31 @@ def requirements(release: str) -> str:
 
 def environment(release: str) -> Path:
     """Python of the release's environment, which is made if it is not there yet."""
-    folder = ROOT / ".build" / "releases"
+    folder = record.ROOT / ".build" / "releases"
     folder.mkdir(parents=True, exist_ok=True)
     needs = folder / f"{release}.txt"
     needs.write_text(requirements(release))
     installer = [sys.executable, "requirements/install.py", str(folder / release), release, "--dev", "--lines"]
-    subprocess.run([*installer, "--requirements", str(needs)], cwd=ROOT, check=True)
+    subprocess.run([*installer, "--requirements", str(needs)], cwd=record.ROOT, check=True)
     return folder / release / "bin" / "python"
 
 
-def run(release: str) -> dict[str, Any]:
+def run(release: str, arguments: list[str]) -> dict[str, Any]:
     """The record's entry of a release, from a run of its tests."""
     python = environment(release)
-    report = ROOT / ".build" / "releases" / f"{release}.xml"
+    report = record.ROOT / ".build" / "releases" / f"{release}.xml"
     report.unlink(missing_ok=True)
     # One thread: see the Makefile's test.
     variables = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([python, *_PYTEST, f"--junitxml={report}"], cwd=ROOT, env=variables, check=False)
+    command = (*_PYTEST, *arguments)
+    subprocess.run([python, *command, f"--junitxml={report}"], cwd=record.ROOT, env=variables, check=False)
     [suite] = xml.etree.ElementTree.parse(report).getroot()
     counts = {name: int(suite.attrib[name]) for name in ("tests", "failures", "errors", "skipped")}
     failed = counts["failures"] + counts["errors"]
     return {
         "release": release,
-        **json.loads(_output(str(python), "-c", _VERSIONS)),
-        "date": datetime.date.today().isoformat(),
-        "command": " ".join(("python", *(f'"{word}"' if " " in word else word for word in _PYTEST))),
-        "commit": _output("git", "describe", "--always", "--dirty"),
+        **json.loads(record.output(str(python), "-c", _VERSIONS)),
+        "command": " ".join(("python", *(f'"{word}"' if " " in word else word for word in command))),
         "passed": counts["tests"] - failed - counts["skipped"],
         "failed": failed,
         "skipped": counts["skipped"],
@@ -82,22 +79,18 @@ def run(release: str) -> dict[str, Any]:
     }
 
 
-def main(releases: list[str]) -> int:
+def main(words: list[str]) -> int:
+    releases, arguments = record.versions_and_rest(words)
     failed = 0
     for release in releases or sglang_release.RELEASES:
-        entry = run(release)
-        kept = [old for old in json.loads(RECORD.read_text()) if old["release"] != release] if RECORD.exists() else []
-        RECORD.write_text(json.dumps(sorted([*kept, entry], key=lambda e: e["release"]), indent=1) + "\n")
+        entry = run(release, arguments)
+        record.write(RECORD, "release", entry)
         failed += entry["failed"]
     return 1 if failed else 0
 
 
 def _name(requirement: str) -> str:
     return re.split(r"[^\w.-]", requirement, maxsplit=1)[0].lower().replace("_", "-")
-
-
-def _output(*command: str) -> str:
-    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
 
 
 if __name__ == "__main__":
