@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 
 import pytest
@@ -9,8 +11,8 @@ import pytest
 from nsa_backend_plugin import patching
 from nsa_backend_plugin.engine import arguments
 from nsa_backend_plugin.engine import release as sglang_release
-from tests.sglang_copies import PATCHES, RELEASES
-from tools import release, wheels
+from tests.sglang_copies import PATCHES, RELEASES, ROOT
+from tools import release, try_releases, wheels
 
 *SUPPORTED, BEFORE, NEW = sglang_release.RELEASES
 
@@ -62,3 +64,22 @@ def test_what_changed_in_a_target_is_shown():
     assert "+" in changes["rocm_indexer"]
     assert "use_cuda_graph" in changes["rocm_indexer"]
     assert "rocm_pages" not in changes
+
+
+def test_readme_says_what_was_run_on_a_cpu():
+    """`make test` has two releases; the others are what the record of `make test-releases` says."""
+    makefile = set(re.findall(r"install\.py \S+ (\S+) --dev", (ROOT / "Makefile").read_text()))
+    record = {entry["release"]: entry for entry in json.loads(try_releases.RECORD.read_text())}
+    passed = {name for name, entry in record.items() if entry["passed"] and not entry["failed"]}
+    rows = re.findall(r"^\| (\d+\.\d+\.\d+) \| ([^|]+) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert rows == [
+        (name, "tested" if name in makefile else "wiring tested" if name in passed else "untested")
+        for name in sglang_release.RELEASES
+    ]
+
+
+def test_a_release_is_installed_with_the_versions_that_its_wheel_asks_for():
+    lines = try_releases.requirements("0.5.22").split()
+    assert {"torch==2.13.0", "numpy<2.4", "transformers==5.19.0", "xgrammar==0.2.7"} <= set(lines)
+    base = re.findall(r"^[\w-]+", (ROOT / "requirements" / "sglang-0.5.17-cpu.txt").read_text(), re.MULTILINE)
+    assert [re.split(r"[^\w-]", line)[0] for line in lines] == base

@@ -40,6 +40,12 @@ def newer(release: str) -> bool:
     return numbers(release) > numbers(RELEASES[-1])
 
 
+def numbers(release: str) -> tuple[int, ...]:
+    """Its three numbers, to compare; none of what is not a release, which is older than every one."""
+    match = re.match(r"(\d+)\.(\d+)\.(\d+)", release)
+    return tuple(int(n) for n in match.groups()) if match else ()
+
+
 def require_supported() -> None:
     """Raise ValueError when the installed SGLang is outside the range the hooks were written for.
 
@@ -188,12 +194,6 @@ def mla_architectures(package: Path) -> set[str]:
     ]
     words = [n.value for b in branches for n in ast.walk(b.test) if isinstance(n, ast.Constant)]
     return {w for w in words if isinstance(w, str) and re.search("For[A-Z]", w)}
-
-
-def numbers(release: str) -> tuple[int, ...]:
-    """Its three numbers; none of what is not a release, which is older than every one."""
-    numbers = re.match(r"(\d+)\.(\d+)\.(\d+)", release)
-    return tuple(int(n) for n in numbers.groups()) if numbers else ()
 
 
 def _locate(target: str, package: Path | None = None) -> tuple[Path | None, list[str]]:
