@@ -1,4 +1,4 @@
-"""Records of runs that `make test` has no time for: a JSON list in docs/, one entry for each version that was tried."""
+"""Records of runs that `make test` has no time for: a JSON list in docs/, an entry for each version that was tried."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ def versions_and_rest(words: list[str]) -> tuple[list[str], list[str]]:
     return words[:cut], words[cut + 1 :]
 
 
-def write(path: Path, key: str, entry: dict[str, Any]) -> None:
-    """Put an entry, with the date and the commit, in the place of the one with the same value of `key`."""
+def write(path: Path, keys: tuple[str, ...], entry: dict[str, Any]) -> None:
+    """Put an entry, with the date and the commit, in the place of the one with the same values of `keys`."""
     made = {"date": datetime.date.today().isoformat(), "commit": output("git", "describe", "--always", "--dirty")}
-    kept = [old for old in json.loads(path.read_text()) if old[key] != entry[key]] if path.exists() else []
-    path.write_text(json.dumps(sorted([*kept, {**entry, **made}], key=lambda e: e[key]), indent=1) + "\n")
+    entries = json.loads(path.read_text()) if path.exists() else []
+    by_key = {tuple(e[key] for key in keys): e for e in (*entries, {**entry, **made})}
+    path.write_text(json.dumps([e for _, e in sorted(by_key.items())], indent=1) + "\n")

@@ -84,7 +84,7 @@ def main(words: list[str]) -> int:
     failed = 0
     for release in releases or sglang_release.RELEASES:
         entry = run(release, arguments)
-        record.write(RECORD, "release", entry)
+        record.write(RECORD, ("release",), entry)
         failed += entry["failed"]
     return 1 if failed else 0
 
