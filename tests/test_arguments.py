@@ -42,6 +42,15 @@ def test_what_is_read_of_a_release_is_there(package, tmp_path):
     assert len(list(contract.missing(tmp_path))) == sum(len(p.__annotations__) for p in contract.CLASSES)
 
 
+def test_a_server_that_asks_for_nothing_is_served_in_a_release(package):
+    """The default of every argument that may be refused; 0.5.21 and 0.5.22 turn one off with different values."""
+    defaults = sglang_release.server_arguments(package)
+    served = {name: rule.served for name, rule in arguments.REFUSED.items()}
+    served["disaggregation_decode_host_receive_threshold"] = (arguments.host_receive_off(package),)
+    assert {n: v for n, v in defaults.items() if n in served and v is not ... and v not in served[n]} == {}
+    assert defaults["pp_size"] == 1
+
+
 #: File of the newest release: (what a next one may change there, into what, where the plugin says otherwise, how).
 CHANGES = {
     "srt/models/deepseek_common/attention_forward_methods/forward_mla.py": (

@@ -26,7 +26,7 @@ def as_if_new(tmp_path, monkeypatch):
     known, new = (sglang_release.server_arguments(wheels.package(r)) for r in (BEFORE, NEW))
     monkeypatch.setattr(sglang_release, "RELEASES", (*SUPPORTED, BEFORE))
     monkeypatch.setattr(arguments, "classified", lambda name: name in known)
-    return tmp_path, new - known
+    return tmp_path, new.keys() - known.keys()
 
 
 def test_the_next_release_asks_for_few_edits(as_if_new):

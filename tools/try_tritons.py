@@ -22,8 +22,8 @@ RECORD = record.ROOT / "docs" / "tritons.json"
 #: What spills, by Triton, and stays. On sm_120, where nothing is tuned, 512 threads of 128 registers are too few by 24
 #: to 56 bytes a lane: 1024 threads and shorter passes spill too, and half the block would send long rows to the slow
 #: path. On sm_90 short rows are one register of 64 short: ptxas does not take 128, so that a second program fits on a
-#: core. The tile of 64 heads of bf16 rows was tuned with 3.6.0; with 3.8.0 it spills 72 to 88 bytes of 255 registers, and
-#: what is fastest there then was not measured.
+#: core. The tile of 64 heads of bf16 rows was tuned with 3.6.0; with 3.8.0 it spills 72 to 88 bytes, and what would be
+#: fastest there was not measured.
 KNOWN = {
     "3.7.1": {"sm_120 topk.select k 2048 long rows"},
     "3.8.0": {

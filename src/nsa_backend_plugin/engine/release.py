@@ -163,15 +163,17 @@ def mentions(target: str, text: str, package: Path | None = None) -> bool:
 
 
 @functools.cache
-def server_arguments(package: Path) -> set[str]:
-    """Names of the arguments of SGLang's servers: fields of ServerArgs, in newer releases those of its parts."""
+def server_arguments(package: Path) -> dict[str, Any]:
+    """The arguments of SGLang's servers, fields of ServerArgs or, in newer releases, of its parts: name -> default.
+
+    A default that is not written as a plain value is `...`.
+    """
     srt = package / "srt"
     classes = [c for c in _body(srt / "server_args.py") if isinstance(c, ast.ClassDef) and c.name == "ServerArgs"]
     for file in (srt / "arg_groups" / "fields").glob("*.py"):
         classes += [c for c in _body(file) if isinstance(c, ast.ClassDef)]
-    return {
-        s.target.id for c in classes for s in c.body if isinstance(s, ast.AnnAssign) and isinstance(s.target, ast.Name)
-    }
+    fields = [s for c in classes for s in c.body if isinstance(s, ast.AnnAssign)]
+    return {f.target.id: _plain(f.value) for f in fields if isinstance(f.target, ast.Name)}
 
 
 @functools.cache
@@ -216,6 +218,13 @@ def _text(file: Path) -> str:
 @functools.cache
 def _body(file: Path) -> tuple[ast.stmt, ...]:
     return tuple(ast.parse(_text(file)).body)
+
+
+def _plain(value: ast.expr | None) -> Any:
+    try:
+        return ast.literal_eval(value) if value is not None else ...
+    except ValueError:
+        return ...
 
 
 def _find(file: Path, names: Iterable[str]) -> ast.stmt | None:
