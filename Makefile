@@ -12,7 +12,7 @@ ON_PRIMARY := -k "not mla-page1-patched" --ignore=tests/engine/test_disaggregati
 ON_NEWEST := -k "not (whole or page64-chunked or preshuffled or layouts_that_differ)" \
 	$(patsubst %,--ignore=tests/engine/test_%.py,ladder accuracy demo gpu_probe disaggregation)
 
-.PHONY: help setup setup-test setup-primary setup-newest demo serve doctor check test test-unit test-engine test-engine-newest test-pairs test-patched test-gpu clean
+.PHONY: help setup setup-test setup-primary setup-newest demo serve doctor check test test-unit test-engine test-engine-newest test-pairs test-patched test-releases test-tritons test-gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -68,6 +68,12 @@ test-patched: setup-test  ## all parity and refusal tests on both releases with 
 		PYTHONPATH=$(CURDIR)/.build/patched/$$venv $$venv/bin/python -m pytest -q \
 			-m "not gpu" -k "not patched" tests/engine/test_parity.py tests/engine/test_refusals.py $(PYTEST_ARGS); \
 	done
+
+test-releases: setup-test  ## the wiring on every supported release, or on RELEASES="0.5.20 ..."; writes docs/releases.json
+	$(VENV)/bin/python -m tools.try_releases $(RELEASES)
+
+test-tritons: setup-test  ## every kernel compiles with the Tritons of newer releases too; writes docs/tritons.json
+	$(VENV)/bin/python -m tools.try_tritons
 
 test-gpu:  ## every kernel on a CUDA or ROCm device, then the engine, with the host's own Python (GPU_PYTHON=...)
 	PYTHONPATH=src $(GPU_PYTHON) -m pytest -q tests/ops $(PYTEST_ARGS)

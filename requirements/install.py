@@ -1,6 +1,6 @@
 """Create a virtual environment that serves on a CPU: pinned SGLang, its CPU requirements and this package.
 
-    python requirements/install.py VENV SGLANG_VERSION [--dev] [--pip] [--lines]
+    python requirements/install.py VENV SGLANG_VERSION [--dev] [--pip] [--lines] [--requirements FILE]
 
 Needs nothing but Python's standard library with venv. Packages come through uv, which pip fetches first and which is
 given pip's own indexes; where it cannot be had, or with --pip, pip installs the same. The tools' output goes to
@@ -226,18 +226,18 @@ def requirements_of(version: str) -> Path:
     return HERE / f"sglang-{version}-cpu.txt"
 
 
-def compile_arguments(version: str, dev: bool) -> tuple[str, ...]:
+def compile_arguments(requirements: Path, dev: bool) -> tuple[str, ...]:
     """What `uv pip compile` resolves for a release, from the repository's root: the set of requirements and how it is
     written."""
     extra = ("pyproject.toml", "--extra", "dev", "--override", str(DEV_OVERRIDES)) if dev else ()
-    return (str(requirements_of(version)), *extra, "--upgrade", "--quiet", "--no-header", "--no-annotate")
+    return (str(requirements), *extra, "--upgrade", "--quiet", "--no-header", "--no-annotate")
 
 
 class Installer:
     """The steps of one environment."""
 
-    def __init__(self, venv: Path, version: str, dev: bool, progress: Progress):
-        self.venv, self.version, self.dev, self.progress = venv, version, dev, progress
+    def __init__(self, venv: Path, version: str, requirements: Path, dev: bool, progress: Progress):
+        self.venv, self.version, self.requirements, self.dev, self.progress = venv, version, requirements, dev, progress
         self.python, self.log, self.lock = venv / "bin" / "python", venv / "install.log", venv / "requirements.txt"
         self.environment = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1"}
         # Containers often set it; the first import, the last step, is there to write.
@@ -307,7 +307,7 @@ class Installer:
 
     def with_uv(self, uv: str) -> None:
         python = ("--python", str(self.python))
-        arguments = compile_arguments(self.version, self.dev)
+        arguments = compile_arguments(self.requirements, self.dev)
         self.run("choosing versions", uv, "pip", "compile", *python, *arguments, "--output-file", str(self.lock))
         self.check_disk(uv)
         # The list is complete, but for what SGLang would have beside it.
@@ -346,7 +346,7 @@ class Installer:
         # pip would compile every module of torch, transformers and SGLang, for over a minute; the first import, at the
         # end, compiles the quarter that a server needs.
         install = (str(self.python), "-m", "pip", "install", "--no-compile", "--progress-bar", "off")
-        self.run(f"requirements of SGLang {self.version}", *install, "-r", str(requirements_of(self.version)))
+        self.run(f"requirements of SGLang {self.version}", *install, "-r", str(self.requirements))
         self.run(f"SGLang {self.version}", *install, "--no-deps", f"sglang=={self.version}")
         with alone():
             self.run("nsa-backend-plugin", *install, str(TORCHVISION_STUB), "--editable", ".[dev]" if self.dev else ".")
@@ -358,10 +358,9 @@ class Installer:
         self.run("first import", str(self.python), "-c", "import sglang.launch_server, sglang.srt.managers.scheduler")
 
 
-def install(venv: Path, version: str, dev: bool, pip: bool, lines: bool) -> None:
+def install(venv: Path, version: str, requirements: Path, dev: bool, pip: bool, lines: bool) -> None:
     if problem := refusal(Host.here()):
         raise SystemExit(problem)
-    requirements = requirements_of(version)
     if not requirements.exists():
         known = ", ".join(sorted(p.name[7:-8] for p in HERE.glob("sglang-*-cpu.txt")))
         raise SystemExit(f"SGLANG_VERSION={version!r}: expected one of {known}")
@@ -371,7 +370,7 @@ def install(venv: Path, version: str, dev: bool, pip: bool, lines: bool) -> None
     if any(path.exists() and path.read_text() == want for path in acceptable):
         return
     progress = Progress(venv.name, 6, lines)
-    installer = Installer(venv, version, dev, progress)
+    installer = Installer(venv, version, requirements, dev, progress)
     threading.Thread(target=progress.run, daemon=True).start()
     try:
         installer.create()
@@ -394,9 +393,11 @@ if __name__ == "__main__":
     parser.add_argument("--dev", action="store_true", help="also what the tests and checks need")
     parser.add_argument("--pip", action="store_true", help="install with pip, without uv")
     parser.add_argument("--lines", action="store_true", help="new lines of progress, as side by side needs")
+    parser.add_argument("--requirements", type=Path, metavar="FILE", help="of a release that has no file here")
     options = parser.parse_args()
+    needs = options.requirements or requirements_of(options.version)
     try:
-        install(options.venv.resolve(), options.version, options.dev, options.pip, options.lines)
+        install(options.venv.resolve(), options.version, needs.resolve(), options.dev, options.pip, options.lines)
     except KeyboardInterrupt:
         sys.exit(130)
     except subprocess.CalledProcessError as error:

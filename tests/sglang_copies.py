@@ -20,14 +20,6 @@ PATCHES = ROOT / "patches"
 RELEASES = {release.name: release for release in patching.releases(PATCHES)}
 
 
-def installed_packages() -> dict[str, Path]:
-    """Package folder by release: of this interpreter, and of the virtual environments that the Makefile makes."""
-    spec = importlib.util.find_spec("sglang")
-    folders = [Path(p) for p in (spec.submodule_search_locations or ())] if spec else []
-    folders += sorted(ROOT.glob(".venv*/lib/python3.*/site-packages/sglang"))
-    return {patching.find_release(PATCHES, folder).name: folder for folder in folders}
-
-
 def touched(release: str) -> list[str]:
     """Every file that a patch of the release changes."""
     return [file for hashes in RELEASES[release].index.values() for file in hashes]

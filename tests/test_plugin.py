@@ -148,8 +148,8 @@ def test_cpu_platform_can_be_forced_and_switched_off(command_line):
         ("0.5.16", False),
         ("0.5.17", True),
         ("0.5.19.post1", True),
-        ("0.5.23", True),
-        ("0.5.24", False),
+        (f"{sglang_release.RELEASES[-1]}.post1", True),
+        ("0.5.99", False),
         ("0.6.0", False),
         ("1.0", False),
         ("unknown", False),
@@ -160,8 +160,8 @@ def test_supported_range(release, ok):
 
 
 def test_unsupported_release_is_an_error_with_both_versions(monkeypatch):
-    monkeypatch.setattr(sglang_release, "version", lambda: "0.5.24")
-    with pytest.raises(ValueError, match=r"SGLang 0\.5\.24 .*install sglang 0\.5\.17 to 0\.5\.23"):
+    monkeypatch.setattr(sglang_release, "version", lambda: "0.5.99")
+    with pytest.raises(ValueError, match=rf"SGLang 0\.5\.99 .*install sglang {sglang_release.RANGE}"):
         sglang_release.require_supported()
 
 

@@ -65,8 +65,9 @@ _TABLE = (
         "NSA_PLUGIN_ALLOW_UNTESTED_SGLANG",
         "bool",
         "0",
-        "1 lets an SGLang launch that is newer than every supported release, at your own risk: the targets of hooks "
-        "and the arguments are looked at first, and the log says what was found.",
+        "1 lets an SGLang launch that is newer than every supported release, at your own risk: what the "
+        "plugin reaches into, the arguments, variables and architectures are looked at first, and the log says what "
+        "was found.",
     ),
     Setting(
         "NSA_PLUGIN_CPU",

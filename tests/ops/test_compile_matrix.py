@@ -14,7 +14,7 @@ import sys
 import pytest
 
 from nsa_backend_plugin import settings
-from tools import compile_matrix, compile_table, compile_tilelang
+from tools import compile_matrix, compile_table, compile_tilelang, try_tritons
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 #: Compiled in every case by each run, one of each vendor; of the other targets the first case of each kernel.
@@ -103,6 +103,15 @@ def test_nothing_in_the_table_spills_or_exceeds_its_targets_memory():
     for row in rows:
         assert int(row["spill_bytes"]) == 0, row
         assert int(row["shared_bytes"]) <= compile_matrix.hardware(row["target"]).shared_per_program, row
+
+
+def test_newer_tritons_were_tried_and_spill_only_where_it_is_known():
+    """`make test-tritons` says so; it takes longer than all of these."""
+    record = json.loads(try_tritons.RECORD.read_text())
+    assert {entry["triton"] for entry in record} == set(try_tritons.KNOWN)
+    for entry in record:
+        assert entry["compiled"] > 0
+        assert set(entry["problems"]) <= try_tritons.KNOWN[entry["triton"]]
 
 
 def test_spills_are_found(tmp_path):

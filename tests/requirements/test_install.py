@@ -124,7 +124,9 @@ def test_unknown_release_names_the_known_ones(tmp_path):
 
 
 def test_without_uv_the_reason_is_said_and_pip_goes_on(tmp_path, monkeypatch, capsys):
-    installer = install.Installer(tmp_path, "0.5.17", True, install.Progress("venv", 6, lines=True))
+    installer = install.Installer(
+        tmp_path, "0.5.17", install.requirements_of("0.5.17"), True, install.Progress("venv", 6, lines=True)
+    )
 
     def fails(*command):
         raise subprocess.CalledProcessError(1, command, "ERROR: first\nERROR: No matching distribution found for uv\n")

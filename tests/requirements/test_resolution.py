@@ -72,7 +72,14 @@ def test_requirements_resolve_from_wheels(python, release, dev, build, uv, pip_c
     if build == "plain":  # builds for CPUs come from a folder or an index beside the main one
         lines = [line for line in lines if not re.match(r"\S+\.(find-links|extra-index-url)=", line)]
     environment = install.uv_environment("\n".join(lines), os.environ)
-    command = [uv, "pip", "compile", *install.compile_arguments(release, dev), "--only-binary", ":all:"]
+    command = [
+        uv,
+        "pip",
+        "compile",
+        *install.compile_arguments(install.requirements_of(release), dev),
+        "--only-binary",
+        ":all:",
+    ]
     command += ["--python", sys.executable, "--python-version", python, "--python-platform", "x86_64-manylinux_2_28"]
     command += ["--find-links", str(cpu_builds)] if build == "cpu" else []
     finished = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=REQUIREMENTS.parent)

@@ -1,17 +1,19 @@
 """Every argument of SGLang's servers, every environment variable of its DSA path and every MLA architecture: what
 nsa_plugin does with it.
 
-One entry for each name of each supported release: `make check-releases` reads them from the wheels and fails for a name
-that is missing here. What is not listed (a newer release, an extension) must keep SGLang's default.
+One entry for each name of each supported release: `tests/test_arguments.py` reads them from the wheels, and fails for a
+name that is missing here. What is not listed (a newer release, an extension) must keep SGLang's default.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from nsa_backend_plugin import BACKEND_NAME
+from nsa_backend_plugin.engine import release
 
 #: Algorithms whose draft is the model's own next-token layer; SGLang resolves both to EAGLE.
 SPECULATIVE = ("EAGLE", "NEXTN")
@@ -44,6 +46,12 @@ def _choose(operation: str) -> str:
 
 def _no(feature: str, served: tuple[Any, ...] = (False,), asked: bool = False, advice: str = Refused.advice) -> Refused:
     return Refused(f"does not support {feature} yet", served, asked, advice)
+
+
+def host_receive_off(package: Path | None) -> float:
+    """What turns off that a decode server receives caches in host memory: 0 in 0.5.21, 1 in later releases."""
+    later = release.mentions("sglang.srt.arg_groups.fields.disagg", "1 disables host receive", package)
+    return 1.0 if later else 0.0
 
 
 _OWN_KERNELS = "runs kernels of its own"
@@ -82,7 +90,9 @@ REFUSED: Mapping[str, Refused] = {
     "disaggregation_decode_retraction_backup": _no(
         "a chosen store for what a decode server retracts", _UNSET, asked=True
     ),
-    "disaggregation_decode_host_receive_threshold": _no("caches that are received in host memory", (1.0,)),
+    "disaggregation_decode_host_receive_threshold": _no(
+        "caches that are received in host memory", (host_receive_off(None),)
+    ),
     "disaggregation_decode_allocation_policy": _no("decode memory that is reserved after prefill", ("early",)),
     "disaggregation_enable_kv_checksum": _no("checksums of transferred caches"),
     "enable_pd_role_switch": _no("servers that change between prefill and decode"),

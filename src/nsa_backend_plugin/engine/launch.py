@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from nsa_backend_plugin import BACKEND_NAME, settings
-from nsa_backend_plugin.engine import arguments, contract, hooks, kernels, ledger, release
+from nsa_backend_plugin.engine import arguments, contract, hooks, inspection, kernels, release
 from nsa_backend_plugin.engine.gpu import rocm
 from nsa_backend_plugin.layouts import INDEX_DIM, INDEX_PAGE_SIZE, LATENT_DIM, ROPE_DIM
 from nsa_backend_plugin.ops import dense_mla, dispatch
@@ -46,7 +46,6 @@ def checked_resolution(resolve: Callable[..., Any], server_args: Any, *args: Any
     check_arguments(server_args, as_given=True)
     check_variables()
     check_platform(_device_kind(server_args))
-    check_untested(server_args)
     page_size = server_args.page_size  # as the user wrote it: SGLang replaces it for DSA models, with a warning only
     with _cpu_resolution(), rocm.resolution():
         result = resolve(server_args, *args, **kwargs)
@@ -58,6 +57,7 @@ def checked_resolution(resolve: Callable[..., Any], server_args: Any, *args: Any
 def check_settings() -> None:
     """Raise ValueError for an unsupported SGLang, a bad NSA_PLUGIN_* value or an unknown implementation name."""
     release.require_supported()
+    check_untested()
     settings.validate()
     kernels.register()
     dispatch.validate_forced()
@@ -108,25 +108,25 @@ def check_variables() -> None:
             raise ValueError(f"{name}={value}: nsa_plugin {rule.why}. {rule.advice}")
 
 
-def check_untested(server_args: Any) -> None:
+def check_untested() -> None:
     """On a release that is newer than every supported one, which the user allowed: look at it, and say what is found.
 
-    Raises ValueError when a place that the plugin reaches into is not there.
+    Raises ValueError when a place that the plugin reaches into is not there, or not as it was.
     """
-    if release.supported(release.version()):
+    package = release.installed_package()
+    if release.supported(release.version()) or package is None:
         return
-    missing = [row for row in ledger.LEDGER if row.needed() and not row.target_exists]
-    lost = [*(f"{row.name} ({row.path})" for row in missing), *contract.missing()]
-    unknown = [name for name, _, _ in unclassified(server_args)]
+    found = list(inspection.findings(package))
+    lost = [finding.what for finding in found if finding.breaks]
+    unknown = [finding.what for finding in found if not finding.breaks]
     logger.warning(
-        "nsa_plugin was never tried with SGLang %s (NSA_PLUGIN_ALLOW_UNTESTED_SGLANG): %d of %d hooks have their "
-        "target, %d attributes that it reads are gone, and it does not know the arguments %s, which must keep their "
-        "defaults",
+        "nsa_plugin was never tried with SGLang %s (NSA_PLUGIN_ALLOW_UNTESTED_SGLANG). Of the places that it reaches "
+        "into, %d do not fit: %s. Not known to it, so that arguments among them must keep their defaults, are %d: %s",
         release.version(),
-        len(ledger.LEDGER) - len(missing),
-        len(ledger.LEDGER),
-        len(lost) - len(missing),
-        ", ".join(unknown) or "(none)",
+        len(lost),
+        "; ".join(lost) or "none",
+        len(unknown),
+        "; ".join(unknown) or "none",
     )
     if lost:
         raise ValueError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from nsa_backend_plugin.engine import release
 
@@ -22,8 +23,9 @@ class Hook:
     stage: "name" (by plugin.py), "start" (when the plugin loads), "cpu" (then, on our CPU platform only), "factory"
     (when nsa_plugin is selected and its backend is created), "gpu" (then, on a GPU), "gpu_dsa" (there, for DSA models).
     handler: "module:function" below `nsa_backend_plugin.engine`, which says `hooks.fired(name)` when it serves.
-    needed: whether the installed release and device need the row. patch_point: the list of handlers that the row's
-    patch (patches/<release>/<name>.patch) adds to SGLang, if it does.
+    on_device, in_release: whether this device needs the row, and whether a release does (its package's folder, None:
+    the installed one). patch_point: the list of handlers that the row's patch (patches/<release>/<name>.patch) adds to
+    SGLang, if it does.
     """
 
     name: str
@@ -33,10 +35,15 @@ class Hook:
     stage: str
     handler: str = ""
     why: str
-    versions: str = "0.5.17 to 0.5.23"
+    versions: str = release.RANGE
     upstream: str
-    needed: Callable[[], bool] = lambda: True
+    on_device: Callable[[], bool] = lambda: True
+    in_release: Callable[[Path | None], bool] = lambda package: True
     patch_point: str = ""
+
+    def needed(self) -> bool:
+        """Whether the installed release and this device need the row."""
+        return self.on_device() and self.in_release(None)
 
     @property
     def patched(self) -> bool:
@@ -46,12 +53,33 @@ class Hook:
     @property
     def path(self) -> str:
         """The target in the installed release."""
-        return self.older_target if self.older_target and not release.exists(self.target) else self.target
+        return self.path_in(None)
+
+    def path_in(self, package: Path | None) -> str:
+        """The target in a release."""
+        return self.older_target if self.older_target and not release.exists(self.target, package) else self.target
 
     @property
     def target_exists(self) -> bool:
         """Whether the target exists in the installed SGLang (read from its source, nothing is imported)."""
         return release.exists(self.path)
+
+    def problem(self, package: Path | None = None) -> str | None:
+        """Why the row cannot work in a release that needs it: its target is not there, or is called in another way."""
+        if not self.in_release(package):
+            return None
+        path = self.path_in(package)
+        if not release.exists(path, package):
+            return f"{self.name}: {path} is not there"
+        if self.kind != "hook":
+            return None
+        module, function = self.handler.split(":")
+        file = Path(__file__).parent / f"{module.replace('.', '/')}.py"
+        target, handler = release.signature(path, package), release.signature_in(file, function)
+        assert handler is not None, self.handler
+        if target is None or not release.stands_in(handler, target):
+            return f"{self.name}: {path} has the parameters {target}, {self.handler} takes {handler}"
+        return None
 
 
 _OPEN = "public extension point"
@@ -162,7 +190,7 @@ LEDGER: tuple[Hook, ...] = (
         why="request bookkeeping launches Triton unless the backend's name is on a list",
         versions="releases whose platforms have no `capabilities`",
         upstream="solved upstream by PlatformCapabilities.supports_triton",
-        needed=lambda: not release.platform_declares_triton(),
+        in_release=lambda package: not release.platform_declares_triton(package),
     ),
     Hook(
         name="grammar_mask",
@@ -173,7 +201,7 @@ LEDGER: tuple[Hook, ...] = (
         why="answers that follow a grammar: their mask is asked for in pinned memory, and applied on GPUs alone",
         versions="releases that do not ask the platform whether it can pin",
         upstream="solved upstream by is_pin_memory_available",
-        needed=lambda: release.mentions(_GRAMMAR, "pin_memory=True"),
+        in_release=lambda package: release.mentions(_GRAMMAR, "pin_memory=True", package),
     ),
     Hook(
         name="dp_padding",
@@ -184,7 +212,7 @@ LEDGER: tuple[Hook, ...] = (
         why="data-parallel attention: the token counts of the ranks are asked for in pinned memory",
         versions="releases that do not ask the platform whether it can pin",
         upstream="solved upstream by is_pin_memory_available",
-        needed=lambda: release.mentions(_FORWARD_BATCH, "pin_memory=True"),
+        in_release=lambda package: release.mentions(_FORWARD_BATCH, "pin_memory=True", package),
     ),
     Hook(
         name="mla_pool",
@@ -194,7 +222,7 @@ LEDGER: tuple[Hook, ...] = (
         why="the pool of MLA models is built with index_head_dim, which SGLang's own pool class refuses",
         versions="releases with a builder for each out-of-tree pool",
         upstream="solved upstream by one builder for all pools",
-        needed=lambda: release.exists(_MLA_POOL),
+        in_release=lambda package: release.exists(_MLA_POOL, package),
     ),
     Hook(
         name="transfer_indices",
@@ -204,7 +232,7 @@ LEDGER: tuple[Hook, ...] = (
         why="a CPU's prefill server copies the page numbers that it sends itself: stock does it through pinned memory",
         versions="releases whose sender takes them as a tensor on the host",
         upstream="not reported",
-        needed=lambda: release.exists(_TRANSFER_INDICES),
+        in_release=lambda package: release.exists(_TRANSFER_INDICES, package),
     ),
     Hook(
         name="transfer_prefixes",
@@ -235,7 +263,8 @@ LEDGER: tuple[Hook, ...] = (
         why="ROCm: the fused decode path where the model prepares absorbed attention by a method of its own",
         versions="ROCm, releases with `forward_mla_rocm`",
         upstream="no extension point",
-        needed=lambda: _on_rocm() and release.exists(_ROCM_PREPARE),
+        on_device=_on_rocm,
+        in_release=lambda package: release.exists(_ROCM_PREPARE, package),
     ),
     Hook(
         name="draft_backends",
@@ -268,7 +297,7 @@ LEDGER: tuple[Hook, ...] = (
             "before memory is planned, and in a region of the weights' memory"
         ),
         upstream="later releases tell the platform, outside that region",
-        needed=_on_gpu,
+        on_device=_on_gpu,
         patch_point="sglang.srt.model_executor.model_runner_components.load_model_utils.LOAD_WRAPPERS",
     ),
     Hook(
@@ -288,9 +317,9 @@ LEDGER: tuple[Hook, ...] = (
         stage="start",
         handler="gpu.rocm:preshuffled_pages",
         why="ROCm: stock falls to page size 1 where AITER's paged kernel cannot run; ours reads pages of 64 there too",
-        versions="ROCm, 0.5.17 to 0.5.23",
+        versions=f"ROCm, {release.RANGE}",
         upstream="no extension point",
-        needed=_on_rocm,
+        on_device=_on_rocm,
         patch_point="sglang.srt.layers.attention.dsa.utils.PAGED_MQA_WRAPPERS",
     ),
     Hook(
@@ -300,9 +329,9 @@ LEDGER: tuple[Hook, ...] = (
         stage="start",
         handler="indexer:forward_rocm",
         why="ROCm: one writer of index-K pages for prefill and decode, in the layout that the readers take",
-        versions="ROCm, 0.5.17 to 0.5.23",
+        versions=f"ROCm, {release.RANGE}",
         upstream="no extension point",
-        needed=_on_rocm,
+        on_device=_on_rocm,
         patch_point="sglang.srt.layers.attention.dsa.dsa_indexer.FORWARD_WRAPPERS",
     ),
     Hook(

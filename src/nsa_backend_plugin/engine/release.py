@@ -7,9 +7,11 @@ Differences between releases are found by looking at what is there, not at versi
 from __future__ import annotations
 
 import ast
+import copy
 import functools
 import importlib.metadata
 import importlib.util
+import inspect
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,8 +19,9 @@ from typing import Any
 
 from nsa_backend_plugin import settings
 
-OLDEST = (0, 5, 17)
-NEWEST = (0, 5, 23)
+#: What the wheels' checks run on (tests/test_arguments.py); later packagings of one of them are supported too.
+RELEASES = ("0.5.17", "0.5.18", "0.5.19", "0.5.20", "0.5.21", "0.5.22", "0.5.23")
+RANGE = f"{RELEASES[0]} to {RELEASES[-1]}"
 #: Assigned, to the patch's name, in the module that a patch of patches/ changes.
 PATCH_MARKER = "_NSA_PLUGIN_PATCH"
 
@@ -29,14 +32,18 @@ def version() -> str:
 
 
 def supported(release: str) -> bool:
-    numbers = _numbers(release)
-    return numbers is not None and OLDEST <= numbers <= NEWEST
+    return numbers(RELEASES[0]) <= numbers(release) <= numbers(RELEASES[-1])
 
 
 def newer(release: str) -> bool:
     """Whether a release is newer than every supported one."""
-    numbers = _numbers(release)
-    return numbers is not None and numbers > NEWEST
+    return numbers(release) > numbers(RELEASES[-1])
+
+
+def numbers(release: str) -> tuple[int, ...]:
+    """Its three numbers, to compare; none of what is not a release, which is older than every one."""
+    match = re.match(r"(\d+)\.(\d+)\.(\d+)", release)
+    return tuple(int(n) for n in match.groups()) if match else ()
 
 
 def require_supported() -> None:
@@ -46,10 +53,9 @@ def require_supported() -> None:
     """
     if supported(version()) or (newer(version()) and settings.enabled("NSA_PLUGIN_ALLOW_UNTESTED_SGLANG")):
         return
-    oldest, newest = (".".join(map(str, v)) for v in (OLDEST, NEWEST))
     own_risk = ", set NSA_PLUGIN_ALLOW_UNTESTED_SGLANG=1 to try this one at your own risk" if newer(version()) else ""
     raise ValueError(
-        f"SGLang {version()} is not supported by nsa_plugin: install sglang {oldest} to {newest}{own_risk}, or choose "
+        f"SGLang {version()} is not supported by nsa_plugin: install sglang {RANGE}{own_risk}, or choose "
         "another --attention-backend"
     )
 
@@ -63,9 +69,9 @@ def model_config(server_args: Any) -> Any:
     return model_config_of(server_args)
 
 
-def platform_declares_triton() -> bool:
+def platform_declares_triton(package: Path | None = None) -> bool:
     """Whether SGLang asks the platform if Triton can run (`capabilities.supports_triton`); older ones look at names."""
-    return exists("sglang.srt.platforms.interface.SRTPlatform.capabilities")
+    return exists("sglang.srt.platforms.interface.SRTPlatform.capabilities", package)
 
 
 def installed_package(name: str = "sglang") -> Path | None:
@@ -80,15 +86,54 @@ def exists(target: str, package: Path | None = None) -> bool:
     package: a folder `sglang` to look into; None takes the installed one.
     """
     file, rest = _locate(target, package)
-    if file is None:
+    return file is not None and (not rest or _find(file, rest) is not None)
+
+
+def source(target: str, package: Path | None = None) -> str:
+    """The code of the target, without comments; empty where it is not there."""
+    file, rest = _locate(target, package)
+    found = _find(file, rest) if file is not None else None
+    return ast.unparse(found) if found is not None else ""
+
+
+def signature(target: str, package: Path | None = None) -> inspect.Signature | None:
+    """The parameters of the function `sglang.module.name` or `sglang.module.Class.method`; None of anything else."""
+    file, rest = _locate(target, package)
+    return signature_in(file, *rest) if file is not None else None
+
+
+def signature_in(file: Path, *names: str) -> inspect.Signature | None:
+    """The parameters of a function of a file, by its name or its class's and its own; every default is None."""
+    found = _find(file, names)
+    if not isinstance(found, ast.FunctionDef | ast.AsyncFunctionDef):
+        return None
+    bare = copy.deepcopy(found.args)
+    for argument in (node for node in ast.walk(bare) if isinstance(node, ast.arg)):
+        argument.annotation = None
+    bare.defaults = [ast.Constant(None) for _ in bare.defaults]
+    bare.kw_defaults = [default and ast.Constant(None) for default in bare.kw_defaults]
+    return inspect.signature(eval(f"lambda {ast.unparse(bare)}: None"))
+
+
+def stands_in(handler: inspect.Signature, target: inspect.Signature) -> bool:
+    """Whether the handler, which gets the target before the arguments, takes every call of the target.
+
+    Callers may give an argument by its place or by its name, all but self, and leave out what has a default.
+    """
+    wanted = list(target.parameters.values())
+    places = [p.name for p in wanted if p.kind is not p.KEYWORD_ONLY]
+    names = {p.name: p.name for p in wanted if p.kind is p.KEYWORD_ONLY}
+    bound_self = ["self"] if places[:1] == ["self"] else []
+    all_names = {p.name: p.name for p in wanted if p.name not in bound_self}
+    least = {p.name: p.name for p in wanted if p.name in all_names and p.default is p.empty}
+    try:
+        by_place = handler.bind("original", *places, **names).arguments
+        handler.bind("original", *bound_self, **all_names)
+        handler.bind("original", *bound_self, **least)
+    except TypeError:
         return False
-    body: Iterable[ast.stmt] = _body(file)
-    for name in rest:
-        found = next((s for s in _statements(body) if name in _names(s)), None)
-        if found is None:
-            return False
-        body = found.body if isinstance(found, ast.ClassDef) else ()
-    return True
+    taken = [p.name for p in handler.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
+    return all(by_place.get(name) in (name, "self") for name in taken)
 
 
 def attributes(target: str, package: Path | None = None) -> set[str]:
@@ -111,22 +156,24 @@ def patched(target: str, patch: str) -> bool:
     return mentions(target, f'\n{PATCH_MARKER} = "{patch}"\n')
 
 
-def mentions(target: str, text: str) -> bool:
-    """Whether the code of the installed module of the target, without its comments, has the text."""
-    file, _ = _locate(target)
+def mentions(target: str, text: str, package: Path | None = None) -> bool:
+    """Whether the code of the target's module, without its comments, has the text."""
+    file, _ = _locate(target, package)
     return file is not None and text in "".join(f"{line.partition('#')[0]}\n" for line in _text(file).splitlines())
 
 
 @functools.cache
-def server_arguments(package: Path) -> set[str]:
-    """Names of the arguments of SGLang's servers: fields of ServerArgs, in newer releases those of its parts."""
+def server_arguments(package: Path) -> dict[str, Any]:
+    """The arguments of SGLang's servers, fields of ServerArgs or, in newer releases, of its parts: name -> default.
+
+    A default that is not written as a plain value is `...`.
+    """
     srt = package / "srt"
     classes = [c for c in _body(srt / "server_args.py") if isinstance(c, ast.ClassDef) and c.name == "ServerArgs"]
     for file in (srt / "arg_groups" / "fields").glob("*.py"):
         classes += [c for c in _body(file) if isinstance(c, ast.ClassDef)]
-    return {
-        s.target.id for c in classes for s in c.body if isinstance(s, ast.AnnAssign) and isinstance(s.target, ast.Name)
-    }
+    fields = [s for c in classes for s in c.body if isinstance(s, ast.AnnAssign)]
+    return {f.target.id: _plain(f.value) for f in fields if isinstance(f.target, ast.Name)}
 
 
 @functools.cache
@@ -151,11 +198,6 @@ def mla_architectures(package: Path) -> set[str]:
     return {w for w in words if isinstance(w, str) and re.search("For[A-Z]", w)}
 
 
-def _numbers(release: str) -> tuple[int, ...] | None:
-    numbers = re.match(r"(\d+)\.(\d+)\.(\d+)", release)
-    return tuple(int(n) for n in numbers.groups()) if numbers else None
-
-
 def _locate(target: str, package: Path | None = None) -> tuple[Path | None, list[str]]:
     """(file of the target's module or None, names inside the module)."""
     name, *rest = target.split(".")
@@ -176,6 +218,25 @@ def _text(file: Path) -> str:
 @functools.cache
 def _body(file: Path) -> tuple[ast.stmt, ...]:
     return tuple(ast.parse(_text(file)).body)
+
+
+def _plain(value: ast.expr | None) -> Any:
+    try:
+        return ast.literal_eval(value) if value is not None else ...
+    except ValueError:
+        return ...
+
+
+def _find(file: Path, names: Iterable[str]) -> ast.stmt | None:
+    """The statement that binds the last name, in the class that binds the one before it, and so on."""
+    body: Iterable[ast.stmt] = _body(file)
+    found = None
+    for name in names:
+        found = next((s for s in _statements(body) if name in _names(s)), None)
+        if found is None:
+            return None
+        body = found.body if isinstance(found, ast.ClassDef) else ()
+    return found
 
 
 def _statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:

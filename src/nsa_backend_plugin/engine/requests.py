@@ -11,7 +11,7 @@ from nsa_backend_plugin.engine import contract, hooks, launch
 def inside_vocabulary(
     original: Callable[..., None],
     manager: contract.TokenizerManager,
-    request: Any,
+    obj: Any,
     input_ids: Sequence[int] | None,
     *args: Any,
     **kwargs: Any,
@@ -26,4 +26,4 @@ def inside_vocabulary(
         for token in (min(input_ids), max(input_ids)):
             if not 0 <= token < vocabulary:
                 raise ValueError(f"input_ids has the token {token}: the model's tokens are 0 to {vocabulary - 1}")
-    return original(manager, request, input_ids, *args, **kwargs)
+    return original(manager, obj, input_ids, *args, **kwargs)

@@ -14,7 +14,12 @@ from nsa_backend_plugin.engine import hooks
 
 
 def create_backend(
-    original: Callable[..., Any], factory: Any, backend_name: str, backends: dict[str, Any], *args: Any, **kwargs: Any
+    original: Callable[..., Any],
+    factory: Any,
+    backend_name: str,
+    backend_map: dict[str, Any],
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     """AROUND hook of `DraftBackendFactory._create_backend`: ours where the draft model's own backend is ours.
 
@@ -22,8 +27,8 @@ def create_backend(
     """
     make = getattr(factory.draft_model_runner.attn_backend, "draft_backend", None)
     if make is None:
-        return original(factory, backend_name, backends, *args, **kwargs)
-    per_step = backends["dsa"] == factory._create_dsa_decode_backend
+        return original(factory, backend_name, backend_map, *args, **kwargs)
+    per_step = backend_map["dsa"] == factory._create_dsa_decode_backend
     hooks.fired("draft_backends")
     backend = make(factory, per_step)
     for each in (backend, *backend.attn_backends) if per_step else (backend,):

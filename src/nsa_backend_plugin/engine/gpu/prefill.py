@@ -16,14 +16,14 @@ def concat_key(
     original: Callable[..., torch.Tensor],
     attn: Any,
     k_nope: torch.Tensor,
-    k_rope: torch.Tensor,
+    k_pe: torch.Tensor,
     forward_batch: Any,
 ) -> torch.Tensor:
-    """AROUND hook of `_concat_and_cast_mha_k`: k [T, heads, 192] of k_nope [T, heads, 128] and k_rope [T, 1, 64]."""
+    """AROUND hook of `_concat_and_cast_mha_k`: k [T, heads, 192] of k_nope [T, heads, 128] and k_pe [T, 1, 64]."""
     if not getattr(get_attn_backend(), "joins_prefill_keys", False):
-        return original(attn, k_nope, k_rope, forward_batch)
+        return original(attn, k_nope, k_pe, forward_batch)
     hooks.fired("prefill_key")
-    return concat.mla_k(k_nope, k_rope)
+    return concat.mla_k(k_nope, k_pe)
 
 
 def pack_chunk(k_nope: torch.Tensor, k_rope: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,81 @@
+"""Compile every kernel with the Tritons that SGLang's newer releases bring, and record what happened.
+
+    python -m tools.try_tritons [3.7.1 ...] [-- arguments of tools.compile_matrix]
+
+SGLang 0.5.18 to 0.5.21 bring 3.7.1, 0.5.22 and 0.5.23 bring 3.8; the table docs/compile_table.csv and `make test` have
+3.6.0. The bar is the same for all: nothing spills or needs more shared memory than the target has, but for `KNOWN`. The
+record is docs/tritons.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tools import record
+
+RECORD = record.ROOT / "docs" / "tritons.json"
+#: What spills, by Triton, and stays. On sm_120, where nothing is tuned, 512 threads of 128 registers are too few by 24
+#: to 56 bytes a lane: 1024 threads and shorter passes spill too, and half the block would send long rows to the slow
+#: path. On sm_90 short rows are one register of 64 short: ptxas does not take 128, so that a second program fits on a
+#: core. The tile of 64 heads of bf16 rows was tuned with 3.6.0; with 3.8.0 it spills 72 to 88 bytes, and what would be
+#: fastest there was not measured.
+KNOWN = {
+    "3.7.1": {"sm_120 topk.select k 2048 long rows"},
+    "3.8.0": {
+        "sm_120 topk.select k 2048 long rows",
+        "sm_90 topk.select k 2048 short rows",
+        *(
+            f"sm_90 {kernel} split={split} Tile(heads=64, keys=64, num_warps=8, num_stages=2, swap=False)"
+            for kernel in ("dense_mla.bf16 heads=128 page=1", "sparse_mla.bf16 heads=128 page=0")
+            for split in (True, False)
+        ),
+    },
+}
+
+
+def install(version: str) -> Path:
+    """A folder that has nothing but this Triton, to go before the environment's own."""
+    folder = record.ROOT / ".build" / "tritons" / version
+    if not folder.exists():
+        staged = folder.with_name(f"{version}.part")
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", f"--target={staged}"]
+        subprocess.run([*command, f"triton=={version}"], check=True)
+        staged.rename(folder)
+    return folder
+
+
+def run(version: str, arguments: list[str]) -> dict[str, Any]:
+    """The record's entry of a Triton."""
+    report = record.ROOT / ".build" / "tritons" / f"{version}.json"
+    report.unlink(missing_ok=True)
+    command = ["-m", "tools.compile_matrix", *(arguments or ["--targets", "all"])]
+    path = os.pathsep.join((str(install(version)), os.environ.get("PYTHONPATH", "")))
+    environment = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "0"}
+    command_line = [sys.executable, *command, "--json", str(report)]
+    subprocess.run(command_line, cwd=record.ROOT, env=environment, check=False)
+    results = json.loads(report.read_text())
+    return {
+        "triton": version,
+        "command": " ".join(("python", *command)),
+        "compiled": len(results),
+        "problems": {f"{r['target']} {r['op']}.{r['case']}": r["problem"] for r in results if r["problem"]},
+    }
+
+
+def main(words: list[str]) -> int:
+    versions, arguments = record.versions_and_rest(words)
+    unknown = 0
+    for version in versions or KNOWN:
+        entry = run(version, arguments)
+        record.write(RECORD, ("triton", "command"), entry)
+        unknown += len(entry["problems"].keys() - KNOWN[version])
+    return 1 if unknown else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
