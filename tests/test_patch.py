@@ -189,7 +189,7 @@ def test_usage_errors(tmp_path, monkeypatch, capsys):
     assert "expected the folder of the package `sglang`" in capsys.readouterr().err
     (tmp_path / "srt").mkdir()
     assert cli.main(["patch", "--check", "no_such", "--sglang", str(tmp_path)]) == 2
-    assert "unknown patch no_such: expected dp_padding" in capsys.readouterr().err
+    assert "unknown patch no_such: expected draft_backends" in capsys.readouterr().err
     monkeypatch.setattr(_checkout, "_RUNS_FROM", tmp_path)
     monkeypatch.chdir(tmp_path)
     assert cli.main(["patch", "--check"]) == 2

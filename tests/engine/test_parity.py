@@ -166,7 +166,6 @@ def test_every_hook_fired(served, request):
     patched = request.node.callspec.params["served"] in PATCHED
     rows = [row for row in ledger.LEDGER if row.stage in ("start", "cpu", "factory") and row.needed()]
     rows = [row for row in rows if row.kind in ("call", "hook") or (row.kind, kind) == ("op", "dsa")]
-    rows = [row for row in rows if row.name != "dp_padding" or patched]  # needs two ranks
     assert len(rows) >= 3
     assert "nsa_plugin hook in use: factory\n" in log
     down = set(RELEASES[sglang.__version__].index) if patched else {row.name for row in ledger.LEDGER if row.patched}

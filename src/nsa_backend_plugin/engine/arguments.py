@@ -177,6 +177,8 @@ ON_DEVICE: Mapping[str, Mapping[str, Refused]] = {
         "lora_paths": Refused(_PINNED_LORA, _UNSET, advice=_WITHOUT),
         "enable_memory_saver": _no("memory that is given back while the server sleeps", advice=_WITHOUT),
         "cpu_offload_gb": _no("weights off the device", (0,), advice=_WITHOUT),
+        # SGLang exchanges the ranks' tokens in pinned memory, by a Triton kernel and by collectives of GPUs.
+        "enable_dp_attention": Refused("serves data-parallel attention on GPUs only", advice=_WITHOUT),
     },
 }
 

@@ -85,7 +85,6 @@ class Hook:
 _OPEN = "public extension point"
 _FORWARD_METHODS = "sglang.srt.models.deepseek_common.attention_forward_methods"
 _GRAMMAR = "sglang.srt.constrained.xgrammar_backend"
-_FORWARD_BATCH = "sglang.srt.model_executor.forward_batch_info"
 _UPDATER = "sglang.srt.managers.scheduler_components.weight_updater"
 _MLA_POOL = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._build_oot_mla_kv_pool"
 _TRANSFER_INDICES = "sglang.srt.disaggregation.mooncake.conn.MooncakeKVSender.supports_host_tensor_indices"
@@ -202,17 +201,6 @@ LEDGER: tuple[Hook, ...] = (
         versions="releases that do not ask the platform whether it can pin",
         upstream="solved upstream by is_pin_memory_available",
         in_release=lambda package: release.mentions(_GRAMMAR, "pin_memory=True", package),
-    ),
-    Hook(
-        name="dp_padding",
-        target=f"{_FORWARD_BATCH}.ForwardBatch.prepare_mlp_sync_batch",
-        kind="hook",
-        stage="cpu",
-        handler="cpu.bridges:dp_padding",
-        why="data-parallel attention: the token counts of the ranks are asked for in pinned memory",
-        versions="releases that do not ask the platform whether it can pin",
-        upstream="solved upstream by is_pin_memory_available",
-        in_release=lambda package: release.mentions(_FORWARD_BATCH, "pin_memory=True", package),
     ),
     Hook(
         name="mla_pool",

@@ -87,13 +87,6 @@ def _apply_vocab_mask(logits: torch.Tensor, vocab_mask: torch.Tensor) -> None:
     apply_token_bitmask_inplace(logits, vocab_mask, backend="cpu")
 
 
-def dp_padding(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-    """AROUND hook: the token counts of data-parallel ranks are asked for in pinned memory."""
-    hooks.fired("dp_padding")
-    with _Pageable():
-        return original(*args, **kwargs)
-
-
 def send_without_cuda() -> None:
     """Have a prefill server wait for what it sends as a CPU does, where SGLang records CUDA events."""
     from sglang.srt.disaggregation.mooncake.conn import MooncakeKVSender
