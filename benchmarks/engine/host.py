@@ -17,12 +17,10 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.cli import default_device
 from benchmarks.engine import output
 from benchmarks.report.screen import Line, console, print_table
 from nsa_backend_plugin.ops import dispatch, sparse_mla
@@ -59,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(words: Sequence[str]) -> int:
     options = parser().parse_args(words)
-    device = torch.device(default_device(argparse.Namespace(device=None)))
+    device = torch.device(output.device())
     own = device_arch(device)
     arch = options.arch = options.arch or own
     models = served.examples(arch)
@@ -115,8 +113,7 @@ def with_memory(asked: Asked, device: torch.device) -> Asked:
     def real(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
-        size = 1 + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
-        return torch.zeros(size, device=device).to(value.dtype).as_strided(value.shape, value.stride())
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device).zero_()
 
     args, options = tuple(map(real, asked.args)), {name: real(value) for name, value in asked.options.items()}
     if asked.operation is sparse_mla.attend:  # as promised, so many slots lead each row of the indices
@@ -142,7 +139,7 @@ def measure(asked: Asked, options: argparse.Namespace, launches: bool) -> dict[s
         setattr(module, operation.function, launch)
         dispatch.forget_plans()
     if launches:
-        row["launch"] = clock(lambda: launch(replace(call)))
+        row["launch"] = clock(lambda: launch(call))
         row["whole"] = clock(lambda: operation(*args, **more))
     return row
 

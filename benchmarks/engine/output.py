@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def prepare(options: argparse.Namespace, *names: str) -> Path:
     """The results file of a measurement. Makes its folder. Raises ValueError where the file exists, unless forced."""
     options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / ("-".join(filter(None, (*names, options.label, machine(_device())))) + ".json")
+    path = options.out / ("-".join(filter(None, (*names, options.label, machine(device())))) + ".json")
     if path.exists() and not options.force:
         raise ValueError(f"{path}: exists; --force replaces it")
     return path
@@ -31,12 +31,12 @@ def save(path: Path, options: argparse.Namespace, rows: list[dict[str, Any]], **
     """Write all rows so far, and more. The file that is there is this run's own, or `prepare` would have refused."""
     setting = {k: v for k, v in vars(options).items() if isinstance(v, (str, int, float, list))}
     content = {
-        "environment": collect(_device()),
+        "environment": collect(device()),
         "options": setting,
         "rows": rows,
     }
     write(path, json.dumps(content, indent=1) + "\n", force=True)
 
 
-def _device() -> str:
+def device() -> str:
     return default_device(argparse.Namespace(device=None))

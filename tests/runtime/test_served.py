@@ -88,9 +88,7 @@ def test_a_prefill_over_packed_rows_says_which_slots_it_may_select() -> None:
 def real(call: Call, device: torch.device) -> Call:
     """The call with memory behind it, all zeros, and the strides it had."""
     tensors = {
-        name: torch.zeros(1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)), device=device)
-        .to(t.dtype)
-        .as_strided(t.shape, t.stride())
+        name: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device).zero_()
         for name, t in call.tensors()
     }
     return replace(call, **tensors)
