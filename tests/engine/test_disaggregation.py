@@ -20,7 +20,7 @@ import pytest
 import requests
 
 from nsa_backend_plugin.serving import HOST, Child, Server, free_port
-from tests import transfer
+from tests import sglang_plugin, transfer
 
 pytest.importorskip("sglang", reason="needs SGLang")
 
@@ -189,10 +189,7 @@ def _started(*servers: Server) -> Iterator[None]:
 def _control_plugin(folder: Path) -> dict[str, str]:
     """Environment of a prefill server with the plugin of the negative control."""
     (folder / "leaves_out.py").write_text(LEAVES_OUT)
-    entry = folder / "leaves_out-1.dist-info"
-    entry.mkdir()
-    (entry / "METADATA").write_text("Metadata-Version: 2.1\nName: leaves-out\nVersion: 1\n")
-    (entry / "entry_points.txt").write_text("[sglang.srt.plugins]\nleaves_out = leaves_out:register\n")
+    sglang_plugin.declare(folder, "leaves_out", "leaves_out:register")
     path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
     return {"PYTHONPATH": path, "LEAVE_OUT": str(folder / "now")}
 

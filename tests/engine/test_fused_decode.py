@@ -30,6 +30,7 @@ scratch = pytest.importorskip("nsa_backend_plugin.engine.gpu.scratch")
 HIDDEN, Q_LORA, HEADS, NOPE, INDEX_HEADS, TOPK, PAGES = 48, 32, 3, 16, 4, 20, 6
 #: Tokens of each request, those of the step included.
 LENGTHS = [70, 5, 130]
+LAYER = SimpleNamespace(tp_q_head_num=HEADS, v_head_dim=512, head_dim=576, layer_id=0, scaling=0.05)
 #: Arguments that change with a step, or that no kernel is compiled for.
 NUMBERS = {"step", "out", "eps", "norm_eps", "weight_scale", "softmax_scale", "max_context", "k"}
 #: Mode of a batch and its queries for each request.
@@ -180,6 +181,10 @@ class Case:
             original, self.attn, self.positions, self.hidden, self.batch, None, **changes
         )
 
+    def attend(self, q_nope: torch.Tensor, q_rope: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        forward = self.backend.forward_decode if self.batch.forward_mode.is_decode() else self.backend.forward_extend
+        return forward(q_nope, None, None, LAYER, self.batch, q_rope=q_rope, topk_indices=slots)
+
 
 @pytest.fixture(
     params=[(packed, neox, *mode, True) for packed in (False, True) for neox in (False, True) for mode in MODES]
@@ -261,9 +266,7 @@ def test_a_batch_padded_for_data_parallelism_keeps_the_fused_path(case: Case) ->
     assert torch.equal(case.latent[own].view(torch.uint8), want["latent"][own].view(torch.uint8))
     assert torch.equal(slots[: case.tokens], want["slots"])
     assert slots[case.tokens :].eq(-1).all()
-    layer = SimpleNamespace(tp_q_head_num=HEADS, v_head_dim=512, head_dim=576, layer_id=0, scaling=0.05)
-    forward = case.backend.forward_decode if case.batch.forward_mode.is_decode() else case.backend.forward_extend
-    out = forward(q_nope, None, None, layer, case.batch, q_rope=q_rope, topk_indices=slots)
+    out = case.attend(q_nope, q_rope, slots)
     assert torch.isfinite(out).all()
     assert out[case.tokens :].eq(0).all()
 
@@ -285,13 +288,9 @@ def test_cat_skip_is_a_view_and_bitwise_equal(case: Case, monkeypatch: pytest.Mo
         return attend(q, *args, **kwargs)
 
     monkeypatch.setattr(dsa_backend.sparse_mla, "attend", recording)
-    layer = SimpleNamespace(tp_q_head_num=HEADS, v_head_dim=512, head_dim=576, layer_id=0, scaling=0.05)
     before = case.latent.clone()
-    forward = case.backend.forward_decode if case.batch.forward_mode.is_decode() else case.backend.forward_extend
-    fused = forward(q_nope, None, None, layer, case.batch, q_rope=q_rope, topk_indices=slots)
-    plain = forward(
-        q_nope.clone().contiguous(), None, None, layer, case.batch, q_rope=q_rope.contiguous(), topk_indices=slots
-    )
+    fused = case.attend(q_nope, q_rope, slots)
+    plain = case.attend(q_nope.clone().contiguous(), q_rope.contiguous(), slots)
     assert seen[0].data_ptr() == q_nope.data_ptr()
     assert seen[1].data_ptr() != q_nope.data_ptr()
     assert torch.equal(fused, plain)
@@ -312,9 +311,7 @@ def test_the_calls_are_those_that_are_reported_and_compiled_ahead(case: Case, mo
     case.attn.kv_a_layernorm.weight.data = case.attn.kv_a_layernorm.weight.data.to(torch.bfloat16)
     monkeypatch.setattr(Operation, "run", lambda self, call: (made.update({self.name: call}), run(self, call))[1])
     q_rope, _, q_nope, *_, slots, _, _ = case.prepare()
-    layer = SimpleNamespace(tp_q_head_num=HEADS, v_head_dim=512, head_dim=576, layer_id=0, scaling=0.05)
-    forward = case.backend.forward_decode if case.batch.forward_mode.is_decode() else case.backend.forward_extend
-    forward(q_nope, None, None, layer, case.batch, q_rope=q_rope, topk_indices=slots)
+    case.attend(q_nope, q_rope, slots)
     model = served.Model(
         HEADS, indexer_path.described(case.indexer), kv="packed" if case.latent.dtype == torch.uint8 else "bf16"
     )
@@ -431,10 +428,9 @@ def test_each_scratch_is_measured_by_its_own_size(case: Case, monkeypatch: pytes
 def test_unknown_keywords_are_refused(case: Case) -> None:
     """Newer releases pass `attn_sink`, the learnable sink of some models; what is None asks for nothing."""
     q_rope, _, q_nope, *_, slots, _, _ = case.prepare()
-    layer = SimpleNamespace(tp_q_head_num=HEADS, v_head_dim=512, head_dim=576, layer_id=0, scaling=0.05)
     for forward in (case.backend.forward_decode, case.backend.forward_extend):
         call = functools.partial(
-            forward, q_nope, None, None, layer, case.batch, q_rope=q_rope, topk_indices=slots, attn_sink=None
+            forward, q_nope, None, None, LAYER, case.batch, q_rope=q_rope, topk_indices=slots, attn_sink=None
         )
         assert torch.isfinite(call()).all()
         with pytest.raises(ValueError, match="SGLang passes attn_sink to the attention backend"):

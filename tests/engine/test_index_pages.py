@@ -12,6 +12,7 @@ import torch
 
 from nsa_backend_plugin.ops.index_key_cache.reference import quantize_rows
 from nsa_backend_plugin.ops.indexer_prep.reference import normalize, rotate
+from tests import sglang_plugin
 
 pytestmark = pytest.mark.engine
 
@@ -36,10 +37,7 @@ PROMPTS = [list(range(start, start + n)) for start, n in ((10, 5), (100, 70), (2
 
 
 def _install_probe(folder: Path) -> None:
-    info = folder / "probe-0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: probe\nVersion: 0\n")
-    (info / "entry_points.txt").write_text("[sglang.srt.plugins]\nprobe = probe:register\n")
+    sglang_plugin.declare(folder, "probe", "probe:register")
     (folder / "probe.py").write_text(PROBE)
 
 

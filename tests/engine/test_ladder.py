@@ -18,6 +18,7 @@ from nsa_backend_plugin.accuracy.ask import Answer, answer_all
 from nsa_backend_plugin.accuracy.compare import accuracy, compare
 from nsa_backend_plugin.accuracy.questions import Item, load_items
 from nsa_backend_plugin.serving import Server
+from tests import sglang_plugin
 from tests.engine import tiny_tasks
 from tests.engine.conftest import HERE, run_python
 
@@ -123,10 +124,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Tasks:
 @pytest.fixture(scope="module")
 def climb(tasks: Tasks, start_server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Climb]:
     folder = tmp_path_factory.mktemp("ladder")
-    info = folder / "ladder_faults-0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: ladder_faults\nVersion: 0\n")
-    (info / "entry_points.txt").write_text("[sglang.srt.plugins]\nladder_faults = ladder_faults:install\n")
+    sglang_plugin.declare(folder, "ladder_faults", "ladder_faults:install")
     (folder / "fault").write_text("none")
     env = {"PYTHONPATH": f"{folder}:{HERE / 'faults'}", "LADDER_FAULT_FILE": str(folder / "fault")}
     # Without the prefix cache no rung meets what another one computed.

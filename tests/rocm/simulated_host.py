@@ -19,6 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests import sglang_plugin
+
 ARCH_VARIABLE = "SIMULATED_GFX"
 TRITON_VARIABLE = "SIMULATED_TRITON"
 AITER_VARIABLE = "SIMULATED_AITER"
@@ -31,10 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def write_site(folder: Path) -> dict[str, str]:
     """Variables of a server's environment that put it on the simulated host."""
     (folder / "sitecustomize.py").write_text(SITE)
-    info = folder / "rocm_probe-0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: rocm-probe\nVersion: 0\n")
-    (info / "entry_points.txt").write_text("[sglang.srt.plugins]\nrocm_probe = tests.rocm.simulated_host:register\n")
+    sglang_plugin.declare(folder, "rocm_probe", "tests.rocm.simulated_host:register")
     return {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "NSA_PLUGIN_CPU": "1"}
 
 

@@ -145,14 +145,19 @@ def project(indexer: Any, x: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[t
         if len(x) != 3:
             raise ValueError(f"hidden_states is a tuple of {len(x)}: expected (fp8, scale, bf16)")
         return indexer.wk(x)[0], _head_gate(indexer.weights_proj, x[2])
-    merged = getattr(indexer, _MERGED, None)
     if indexer.use_dsa_indexer_fusion:
         both = indexer.wk_weights_proj(x)[0]
-    elif merged is not None and merged.serves(indexer.wk, indexer.weights_proj):
+    elif (merged := _merged(indexer)) is not None:
         both = _mm_fp32_out(x, merged.weight)
     else:
         return indexer.wk(x)[0], _head_gate(indexer.weights_proj, x)
     return both[:, : indexer.head_dim], both[:, indexer.head_dim :]
+
+
+def _merged(indexer: Any) -> MergedWeights | None:
+    """Our merged projection, while it stands for both layers."""
+    merged = getattr(indexer, _MERGED, None)
+    return merged if merged is not None and merged.serves(indexer.wk, indexer.weights_proj) else None
 
 
 def _head_gate(layer: Any, x: torch.Tensor) -> torch.Tensor:
@@ -311,8 +316,7 @@ def _select_ragged(
 
 def described(indexer: Any) -> served.Indexer:
     """What decides the calls above, for a report and for compiling ahead."""
-    merged, stock_merged = getattr(indexer, _MERGED, None), indexer.use_dsa_indexer_fusion
-    ours = merged is not None and merged.serves(indexer.wk, indexer.weights_proj)
+    stock_merged = indexer.use_dsa_indexer_fusion
     return served.Indexer(
         heads=indexer.n_heads,
         topk=indexer.index_topk,
@@ -320,7 +324,7 @@ def described(indexer: Any) -> served.Indexer:
         hadamard=_is_rotated(indexer),
         norm=_norm_kind(indexer),
         scale_format=_scale_format(indexer),
-        key_dtype=torch.float32 if ours and not stock_merged else torch.bfloat16,
+        key_dtype=torch.float32 if not stock_merged and _merged(indexer) is not None else torch.bfloat16,
         gate_dtype=torch.bfloat16 if stock_merged else torch.float32,
     )
 
