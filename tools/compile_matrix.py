@@ -1,8 +1,8 @@
 """Compile every Triton kernel in every configuration of the tuning tables, on a machine without a GPU.
 
     python -m tools.compile_matrix [--targets sm_90 gfx942 | all] [--ops concat] [--json FILE]
-    python -m tools.compile_matrix --targets all --write-table docs/compile_table.csv
-    python -m tools.compile_matrix --targets sm_80 --sample --check-table docs/compile_table.csv
+    python -m tools.compile_matrix --targets all --write-table docs/compile_table.csv    # what has changed since
+    python -m tools.compile_matrix --targets sm_80 --sample 9 --check-table docs/compile_table.csv
 
 Prints registers, spills, shared memory, matrix instructions and an occupancy estimate of each `CompileCase`; exits 1
 when a kernel does not compile, spills, or needs more shared memory than the target has. Triton caches compiled
@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import importlib
 import json
 import pathlib
+import random
 import re
 import subprocess
 import sys
@@ -28,6 +30,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
 from nsa_backend_plugin import settings
 from nsa_backend_plugin.ops._triton.support import CompileCase, interpreted
@@ -86,6 +89,7 @@ class Result:
     shared_bytes: int
     matrix_instructions: tuple[str, ...]
     occupancy: float
+    source: str  # see `fingerprint`
     problem: str = ""
 
 
@@ -106,6 +110,34 @@ def _source(case: CompileCase) -> ASTSource:
     signature = {n: case.signature.get(n, "constexpr") for n in names}
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in case.divisible}
     return ASTSource(case.kernel, signature, dict(case.constexprs), attributes)
+
+
+def fingerprint(case: CompileCase) -> str:
+    """Of all that a case is compiled from, and with: what has the same one becomes the same code.
+
+    The kernel's source, the functions it calls, the values of the constants these name, the configuration, and Triton.
+    """
+    sources: dict[int, str] = {}
+
+    def read(function: JITFunction) -> None:
+        code, named = function.fn.__code__, function.fn.__globals__
+        sources[id(function)] = function.src
+        for name in sorted({*code.co_names, *code.co_freevars} & named.keys()):
+            value = named[name]
+            if isinstance(value, JITFunction):
+                if id(value) not in sources:
+                    read(value)
+            elif isinstance(value, int | float | str | triton.language.constexpr):
+                sources[id(function)] += f"\n{name} = {value!r}"
+
+    read(case.kernel)
+    for value in case.constexprs.values():
+        if isinstance(value, JITFunction):
+            read(value)
+    configuration = dataclasses.asdict(dataclasses.replace(case, name="", kernel=None))
+    text = "\n".join([triton.__version__, *sorted(sources.values())])
+    text += json.dumps(configuration, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _cuda_resources(compiled: Any) -> tuple[int, int]:
@@ -162,13 +194,14 @@ def compile_case(arch: str, op: str, case: CompileCase) -> Result:
         shared_bytes=shared,
         matrix_instructions=tuple(sorted({f if isinstance(f, str) else ".".join(f) for f in found})),
         occupancy=occupancy(arch, registers, shared, case.num_warps),
+        source=fingerprint(case),
         problem="; ".join(filter(None, problems)),
     )
 
 
 def _failed(arch: str, op: str, case: CompileCase, error: Exception) -> Result:
     reason = f"does not compile: {type(error).__name__}: {str(error).strip().splitlines()[-1]}"
-    return Result(arch, op, case.name, case.num_warps, case.num_stages, 0, 0, 0, (), 0.0, reason)
+    return Result(arch, op, case.name, case.num_warps, case.num_stages, 0, 0, 0, (), 0.0, fingerprint(case), reason)
 
 
 def kernel_modules(ops: Sequence[str]) -> dict[str, ModuleType]:
@@ -186,12 +219,6 @@ def all_cases(targets: Sequence[str], modules: Mapping[str, ModuleType]) -> Iter
         for op, module in modules.items():
             if module.available(arch) is None:
                 yield from ((arch, op, case) for case in module.compile_cases(arch))
-
-
-def first_of_each_kernel(cases: Sequence[tuple[str, str, CompileCase]]) -> list[tuple[str, str, CompileCase]]:
-    """Of each target and operation, the first case of each kernel function."""
-    firsts = {(arch, op, id(case.kernel)): (arch, op, case) for arch, op, case in reversed(cases)}
-    return list(reversed(firsts.values()))
 
 
 def compile_all(cases: Iterable[tuple[str, str, CompileCase]]) -> Iterator[Result]:
@@ -214,7 +241,7 @@ def _one_process_per_target(arguments: argparse.Namespace) -> int:
     flags = ["--ops", *arguments.ops]
     for name, path in (("--check-table", arguments.check_table), ("--write-table", arguments.write_table)):
         flags += [name, str(path)] if path else []
-    flags += ["--sample"] if arguments.sample else []
+    flags += ["--sample", str(arguments.sample)] if arguments.sample is not None else []
     module = [sys.executable, "-m", "tools.compile_matrix"]
     return max(subprocess.run([*module, "--targets", t, *flags], check=False).returncode for t in arguments.targets)
 
@@ -224,11 +251,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--targets", nargs="+", default=DEFAULT_TARGETS, metavar="ARCH")
     parser.add_argument("--ops", nargs="+", default=settings.OPERATIONS, choices=settings.OPERATIONS, metavar="OP")
     parser.add_argument(
-        "--sample", action="store_true", help="compile the first case of each kernel; the table is held to all names"
+        "--sample",
+        metavar="N",
+        type=int,
+        help="compile N random cases of each target; the table is held to the sources of all",
     )
     parser.add_argument("--json", metavar="FILE", type=pathlib.Path, help="also write the results to FILE")
     parser.add_argument("--check-table", metavar="CSV", type=pathlib.Path, help="fail if its rows differ")
-    parser.add_argument("--write-table", metavar="CSV", type=pathlib.Path, help="replace its rows")
+    parser.add_argument(
+        "--write-table",
+        metavar="CSV",
+        type=pathlib.Path,
+        help="compile what it does not have, or has of another source, and put it there",
+    )
     arguments = parser.parse_args(argv)
     if arguments.targets == ["all"]:
         arguments.targets = ALL_TARGETS
@@ -238,27 +273,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET is set: unset it to compile")
     if len(arguments.targets) > 1 and (arguments.check_table or arguments.write_table):
         return _one_process_per_target(arguments)
-    if arguments.sample and arguments.write_table:
+    if arguments.sample is not None and arguments.write_table:
         parser.error("--sample does not compile what --write-table needs")
     cases = list(all_cases(arguments.targets, kernel_modules(arguments.ops)))
-    listed = {(arch, f"{op}.{case.name}") for arch, op, case in cases}
+    sources = {(arch, f"{op}.{case.name}"): fingerprint(case) for arch, op, case in cases}
+    chosen = cases
+    if arguments.sample is not None:
+        chosen = random.sample(cases, min(arguments.sample, len(cases)))
+    elif arguments.write_table:
+        known = compile_table.sources(arguments.write_table)
+        chosen = [c for c in cases if known.get(key := (c[0], f"{c[1]}.{c[2].name}")) != sources[key]]
     results = []
-    for result in compile_all(first_of_each_kernel(cases) if arguments.sample else cases):
+    for result in compile_all(chosen):
         print(_line(result), f"PROBLEM: {result.problem}" if result.problem else "", flush=True)
         results.append(result)
     if arguments.json:
         arguments.json.write_text(json.dumps([dataclasses.asdict(r) for r in results], indent=1) + "\n")
+    scope = (arguments.targets, arguments.ops, sources)
     if arguments.write_table:
-        compile_table.write(arguments.write_table, results, arguments.targets, arguments.ops)
+        compile_table.write(arguments.write_table, results, *scope)
     changes = []
     if arguments.check_table:
-        scope = (arguments.targets, arguments.ops)
-        changes = compile_table.differences(arguments.check_table, results, *scope, listed)
+        changes = compile_table.differences(arguments.check_table, results, *scope)
     if changes:
         print(f"{arguments.check_table} differs, --write-table renews it:", *changes, sep="\n")
     problems = sum(bool(r.problem) for r in results)
     print(f"{len(results)} kernels compiled, {problems} with problems")
-    return 1 if problems or changes or not results else 0
+    return 1 if problems or changes or not cases else 0
 
 
 if __name__ == "__main__":

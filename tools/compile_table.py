@@ -20,8 +20,9 @@ _COLUMNS = (
     "shared_bytes",
     "occupancy",
     "matrix_instructions",
+    "source",
 )
-_REGISTERS, _OCCUPANCY = _COLUMNS.index("registers"), _COLUMNS.index("occupancy")
+_REGISTERS, _OCCUPANCY, _SOURCE = (_COLUMNS.index(name) for name in ("registers", "occupancy", "source"))
 #: Seen on gfx950: the same kernel got 12 or 17 registers, depending on what else the process had compiled before it.
 REGISTER_SLACK = 8
 _Key = tuple[str, str]
@@ -38,6 +39,7 @@ def _row(result: Result) -> tuple[str, ...]:
         str(result.shared_bytes),
         f"{result.occupancy:.3f}",
         " ".join(result.matrix_instructions),
+        result.source,
     )
 
 
@@ -46,6 +48,11 @@ def _read(path: pathlib.Path) -> dict[_Key, tuple[str, ...]]:
         return {}
     with path.open(newline="") as file:
         return {(row[0], row[1]): tuple(row) for row in list(csv.reader(file))[1:]}
+
+
+def sources(path: pathlib.Path) -> dict[_Key, str]:
+    """(target, operation.case) -> what the row's code was compiled from."""
+    return {key: row[_SOURCE] for key, row in _read(path).items()}
 
 
 def _of(results: Sequence[Result]) -> dict[_Key, tuple[str, ...]]:
@@ -58,15 +65,24 @@ def _scope(
     return {k: row for k, row in rows.items() if k[0] in targets and k[1].split(".")[0] in ops}
 
 
-def write(path: pathlib.Path, results: Sequence[Result], targets: Collection[str], ops: Sequence[str]) -> None:
-    """Replace the rows of the targets and operations, also of those that nothing was compiled for; keep the others."""
-    rows, kept = _of(results), _read(path)
-    for key in _scope(kept, targets, ops):
+def write(
+    path: pathlib.Path,
+    results: Sequence[Result],
+    targets: Collection[str],
+    ops: Sequence[str],
+    sources: Mapping[_Key, str],
+) -> None:
+    """Put the results' rows in the place of older ones, and drop rows of the targets and operations that are no case.
+
+    sources: (target, operation.case) -> fingerprint, of every case of the targets and operations.
+    """
+    kept = _read(path)
+    for key in _scope(kept, targets, ops).keys() - sources.keys():
         del kept[key]
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(_COLUMNS)
-        writer.writerows(row for _, row in sorted({**kept, **rows}.items()))
+        writer.writerows(row for _, row in sorted({**kept, **_of(results)}.items()))
 
 
 def differences(
@@ -74,19 +90,20 @@ def differences(
     results: Sequence[Result],
     targets: Collection[str],
     ops: Sequence[str],
-    listed: Collection[_Key] = (),
+    sources: Mapping[_Key, str],
 ) -> list[str]:
-    """What the results have that the table's rows of the targets and operations have not, and the reverse.
+    """What the table's rows of the targets and operations have not, and what they have too much.
 
-    listed: (target, operation.case) of cases that were not compiled: the table has a row of each, whatever it says.
+    A case without a result was not compiled: its row has to be of the present source. sources: as of `write`.
     """
     rows = _of(results)
     old = _scope(_read(path), targets, ops)
     lines = []
-    for key in sorted(rows.keys() | old.keys() | set(listed)):
+    for key in sorted(old.keys() | sources.keys()):
         before, now = old.get(key), rows.get(key)
-        if key in listed and now is None:
-            lines += [] if before else [f"+ {' | '.join(key)}"]
+        if key in sources and now is None:
+            if before is None or before[_SOURCE] != sources[key]:
+                lines.append(f"+ {' | '.join(key)}: of another source, or new")
         elif not _same(before, now):
             lines += [f"- {' | '.join(before)}"] if before else []
             lines += [f"+ {' | '.join(now)}"] if now else []
