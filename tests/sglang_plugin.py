@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from pathlib import Path
 
 
@@ -11,3 +12,9 @@ def declare(folder: Path, name: str, function: str) -> None:
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0\n")
     (info / "entry_points.txt").write_text(f"[sglang.srt.plugins]\n{name} = {function}\n")
+
+
+def fork() -> None:
+    """A plugin: SGLang forks its processes, which so need not import again what its first one has (15 s on a CPU)."""
+    multiprocessing.set_start_method = lambda method, force=False: None  # a new interpreter each is what it asks for
+    assert multiprocessing.get_start_method() == "fork"

@@ -6,12 +6,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
 from nsa_backend_plugin import serving
+from tests import sglang_plugin
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -43,7 +44,23 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def start_server(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., serving.Server]:
+def forked(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Mapping[str, str]], dict[str, str]]:
+    """Variables of a server, and those that make its processes forks.
+
+    The servers of test_platform.py and test_demo.py go without, and start as a user's do.
+    """
+    folder = tmp_path_factory.mktemp("forks")
+    sglang_plugin.declare(folder, "forks", "tests.sglang_plugin:fork")
+
+    def variables(env: Mapping[str, str]) -> dict[str, str]:
+        path = env.get("PYTHONPATH", os.environ.get("PYTHONPATH"))
+        return {**env, "PYTHONPATH": os.pathsep.join(filter(None, [path, str(folder), str(ROOT)]))}
+
+    return variables
+
+
+@pytest.fixture(scope="session")
+def start_server(tmp_path_factory: pytest.TempPathFactory, forked) -> Callable[..., serving.Server]:
     """A server that is not started yet: `with start_server(model, args, env) as server`."""
     logs = tmp_path_factory.mktemp("logs")
 
@@ -52,7 +69,8 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., serv
     ) -> serving.Server:
         log = logs / f"{len(list(logs.iterdir()))}.log"
         log.touch()
-        return serving.Server(model, [*serving.CPU_ARGS, *args], {**SERVER_ENV, **(env or {})}, port, log_path=log)
+        variables = forked({**SERVER_ENV, **(env or {})})
+        return serving.Server(model, [*serving.CPU_ARGS, *args], variables, port, log_path=log)
 
     return make
 

@@ -30,7 +30,7 @@ FORCED = " ".join(f"NSA_PLUGIN_{name}_IMPL=torch" for name in ("MQA_LOGITS", "TO
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
+def finished(tmp_path_factory: pytest.TempPathFactory, forked) -> tuple[subprocess.CompletedProcess[str], Path]:
     """The finished command and its --out folder."""
     folder = tmp_path_factory.mktemp("accuracy")
     seed = int(os.environ.get("NSA_TEST_SEED", int.from_bytes(os.urandom(4), "little")))
@@ -48,9 +48,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.Compl
     command = [sys.executable, "-m", "nsa_backend_plugin.cli", "gsm8k", f"--model-path={tiny_tasks.MODEL}"]
     command += [f"--data-path={data}", "--num-shots=0", "--concurrency=16", "--max-tokens=64", "--min-accuracy=0.95"]
     command += [f"--out={folder / 'out'}", "--arms", "nsa_plugin", second, "--", *server_args]
-    done = subprocess.run(
-        command, env={**os.environ, **SERVER_ENV}, capture_output=True, text=True, timeout=1200, check=False
-    )
+    env = forked({**os.environ, **SERVER_ENV})
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1200, check=False)
     return done, folder / "out"
 
 

@@ -13,6 +13,7 @@ from nsa_backend_plugin import serving
 from nsa_backend_plugin.commands import demo
 from nsa_backend_plugin.ops.index_key_cache.reference import quantize_rows
 from nsa_backend_plugin.ops.indexer_prep.reference import normalize, rotate
+from tests import sglang_plugin
 from tests.engine.conftest import SERVER_ENV
 from tests.engine.test_index_pages import _write
 from tests.rocm import simulated_host
@@ -40,6 +41,7 @@ class Served:
 def served(request, tmp_path_factory) -> Served:
     arch, _, _, triton, aiter = HOSTS[request.param]
     site, out = tmp_path_factory.mktemp("site"), tmp_path_factory.mktemp("out")
+    sglang_plugin.declare(site, "forks", "tests.sglang_plugin:fork")
     env = {
         **SERVER_ENV,
         **simulated_host.write_site(site),
