@@ -88,7 +88,7 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() < 2:
-                weight.fill_(1.0 if name.endswith("norm.weight") else 0.0)
+                weight.fill_(1.0 if "norm" in name and name.endswith(".weight") else 0.0)
                 continue
             gain = 2.0 if "o_proj" in name or "lm_head" in name else 1.4
             scale = 1.0 if "embed" in name else gain * weight.shape[-1] ** -0.5

@@ -21,10 +21,12 @@ ROOT = HERE.parents[1]
 SERVER_ENV = {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0", "HF_HUB_OFFLINE": "1"}
 
 
-def run_python(script: Path, *arguments: object, env: dict[str, str] | None = None, timeout: float = 300) -> str:
-    """Stdout of a script in the tests' interpreter; a failure shows the end of its stderr."""
+def run_python(program: Path | str, *arguments: object, env: dict[str, str] | None = None, timeout: float = 300) -> str:
+    """Stdout of a script, or of a module by name, in the tests' interpreter; a failure shows the end of its stderr."""
+    command = ["-m", program] if isinstance(program, str) else [str(program)]
     done = subprocess.run(
-        [sys.executable, str(script), *map(str, arguments)],
+        [sys.executable, *command, *map(str, arguments)],
+        cwd=ROOT,
         env={**os.environ, **SERVER_ENV, **(env or {})},
         capture_output=True,
         text=True,

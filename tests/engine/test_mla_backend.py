@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from nsa_backend_plugin.engine import query
 from nsa_backend_plugin.ops import dense_mla, preferences
 from nsa_backend_plugin.ops.arch import pretended
 from nsa_backend_plugin.ops.call import Step
@@ -34,6 +35,7 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Any:
     made = object.__new__(mla_backend.NsaPluginMLABackend)
     made.device, made.page_size, made.num_q_heads = torch.device("cpu"), PAGE, HEADS
     made.decode_workspace, made.step = None, Step()
+    made.position_scaling = query.PositionScaling(SimpleNamespace(hf_text_config=None))
     made.latent = torch.randn(8 * PAGE, 1, 576)
 
     def set_mla_kv_buffer(layer: Any, slots: torch.Tensor, k: torch.Tensor, k_rope: torch.Tensor) -> None:
@@ -53,20 +55,28 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Any:
 LAYER = SimpleNamespace(tp_q_head_num=HEADS, v_head_dim=512, head_dim=576, layer_id=0, scaling=0.05)
 
 
-def decode(backend: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """(output of a step, what it should be)."""
+#: Of queries at positions 39, 0 and 16, where the scale grows at every 16th.
+SCALED = SimpleNamespace(llama_4_scaling={"beta": 0.5, "original_max_position_embeddings": 16})
+FACTORS = 1 + 0.5 * torch.tensor([3.0, 1.0, 2.0]).log()
+
+
+def decode(backend: Any, factors: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(output of a step, what it should be). factors: of the queries, all 1 unless given."""
     requests = len(LENGTHS)
     q, q_rope = torch.randn(requests, HEADS * 512), torch.randn(requests, HEADS, 64)
     k, k_rope = torch.randn(requests, 1, 512), torch.randn(requests, 1, 64)
     table = backend.forward_metadata.page_table
     slots = [[int(table[b, i // PAGE]) * PAGE + i % PAGE for i in range(n)] for b, n in enumerate(LENGTHS)]
-    batch = SimpleNamespace(out_cache_loc=torch.tensor([row[-1] for row in slots]))
+    positions = torch.tensor(LENGTHS) - 1
+    batch = SimpleNamespace(out_cache_loc=torch.tensor([row[-1] for row in slots]), positions=positions)
+    scales = torch.ones(requests) if factors is None else factors
     out = backend.forward_decode(q, k, k, LAYER, batch, q_rope=q_rope, k_rope=k_rope)
     want = []
     for b, row in enumerate(slots):
         keys = backend.latent[row, 0].double()
-        query = torch.cat([q[b].view(HEADS, 512), q_rope[b]], -1).double()
-        want.append((torch.softmax(query @ keys.T * LAYER.scaling, -1) @ keys[:, :512]).flatten())
+        whole = torch.cat([q[b].view(HEADS, 512), q_rope[b]], -1).double()
+        scale = LAYER.scaling * scales[b]
+        want.append((torch.softmax(whole @ keys.T * scale, -1) @ keys[:, :512]).flatten())
         assert torch.equal(keys[-1].float(), torch.cat([k[b, 0], k_rope[b, 0]]))
     return out, torch.stack(want).float()
 
@@ -74,6 +84,33 @@ def decode(backend: Any) -> tuple[torch.Tensor, torch.Tensor]:
 def test_decode_is_the_operations(backend: Any) -> None:
     out, want = decode(backend)
     torch.testing.assert_close(out, want, atol=1e-4, rtol=1e-4)
+
+
+def test_queries_are_scaled_by_position(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mistral-Large-3's, in decode and in the prefill that is SGLang's, whose rows padding may follow."""
+    backend.position_scaling = query.PositionScaling(SimpleNamespace(hf_text_config=SCALED))
+    out, want = decode(backend, FACTORS)
+    torch.testing.assert_close(out, want, atol=1e-4, rtol=1e-4)
+    taken = {}
+    stock = mla_backend.FlashAttentionBackend
+
+    def forward_extend(
+        self: Any, q: Any, k: Any, v: Any, layer: Any, batch: Any, save: bool = True, q_rope: Any = None, **rest: Any
+    ) -> str:
+        taken.update(q=q, k=k, q_rope=q_rope, save=save, **rest)
+        return "stock"
+
+    monkeypatch.setattr(stock, "forward_extend", forward_extend)
+    q, k, q_rope = torch.randn(3, HEADS * 192), torch.randn(3, 5), torch.randn(3, HEADS, 64)
+    batch = SimpleNamespace(positions=torch.tensor([39, 0, 16, 0]))
+    assert backend.forward_extend(q, k, k, LAYER, batch, False, q_rope=q_rope, k_rope="k_rope") == "stock"
+    torch.testing.assert_close(taken["q"], q * FACTORS[:, None])
+    torch.testing.assert_close(taken["q_rope"], q_rope * FACTORS[:, None, None])
+    assert taken["k"] is k
+    assert taken["save"] is False
+    assert taken["k_rope"] == "k_rope"
+    backend.forward_extend(q, k, k, LAYER, batch)
+    assert taken["q_rope"] is None
 
 
 def test_captured_steps_take_the_scratch_that_is_large_enough(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:

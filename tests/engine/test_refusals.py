@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from examples.make_random_model import INDEXER
 from nsa_backend_plugin.engine import arguments, launch, release
 from nsa_backend_plugin.serving import ServerError
 
@@ -122,7 +123,16 @@ CASES: dict[str, tuple[str, list[str], dict[str, str], str | None, str | None]] 
         None,
         "SGLANG_DSA_TOPK_BROADCAST=1: nsa_plugin does not broadcast .*Unset it",
     ),
-    "positions outside": ("dsa-scaled", [], {}, None, "llama_4_scaling .*scaled by position"),
+    "positions beside an indexer": ("dsa-scaled", [], {}, None, "llama_4_scaling .*scaled by position beside"),
+    "an indexer in DeepSeek-V3": ("mla-indexed", [], {}, None, "index_topk 32: nsa_plugin was never tried with an ind"),
+    "a first layer that shares": ("dsa-shared", [], {}, None, "begins with a layer that takes the top-k of one before"),
+    "architecture": (
+        "minicpm3",
+        [],
+        {},
+        None,
+        "MiniCPM3ForCausalLM has narrower latents, and was never run with nsa_plugin: nsa_plugin does not serve it",
+    ),
     "sinks": (
         "mla-sink",
         [],
@@ -165,6 +175,9 @@ def resolved(models, tmp_path_factory) -> dict[str, dict]:
         llama_4_scaling={"original_max_position_embeddings": 8192, "beta": 0.1},
     )
     paths["mla-sink"] = _copy_with(models["mla"], folder / "mla-sink", learnable_sink=True)
+    paths["dsa-shared"] = _copy_with(models["dsa"], folder / "dsa-shared", index_topk_pattern="SFF")
+    paths["mla-indexed"] = _copy_with(models["mla"], folder / "mla-indexed", **INDEXER)
+    paths["minicpm3"] = _copy_with(models["mla"], folder / "minicpm3", architectures=["MiniCPM3ForCausalLM"])
     paths["mla-rank256"] = _copy_with(models["mla"], folder / "mla-rank256", kv_lora_rank=256)
     paths["llama"] = folder / "llama"
     paths["llama"].mkdir()

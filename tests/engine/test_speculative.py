@@ -252,6 +252,17 @@ def test_other_drafts_are_refused_by_name(name: str, value: Any) -> None:
         launch.check_arguments(SimpleNamespace(**{**ARGUMENTS, name: value}))
 
 
+def test_drafts_of_models_that_were_not_run_with_them_are_refused() -> None:
+    def model(architecture: str) -> Any:
+        return SimpleNamespace(hf_config=SimpleNamespace(architectures=[architecture]))
+
+    for architecture in ("DeepseekV3ForCausalLM", "DeepseekV32ForCausalLM"):
+        launch.check_drafts(model(architecture), "NEXTN")
+    launch.check_drafts(model("GlmMoeDsaForCausalLM"), None)
+    with pytest.raises(ValueError, match=r"--speculative-algorithm NEXTN with GlmMoeDsaForCausalLM: .*drafts of this"):
+        launch.check_drafts(model("GlmMoeDsaForCausalLM"), "NEXTN")
+
+
 def test_speculation_is_refused_on_rocm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", "7.0")
     with pytest.raises(ValueError, match=r"--speculative-algorithm NEXTN on rocm.*NVIDIA GPUs"):

@@ -379,24 +379,29 @@ OTHER_VARIABLES: frozenset[str] = frozenset(
 
 _HYBRID = "mixes MLA with layers of linear attention"
 _OWN_CODE = "has an attention module of its own, which nsa_plugin was never tried with"
+_NEVER_A_DRAFT = "is a draft model that was never run with nsa_plugin"
 #: What SGLang calls an MLA model, and why it is not served; "" is served. What is not listed is refused.
 ARCHITECTURES: Mapping[str, str] = {
     **dict.fromkeys(
         _names("""
         DeepseekV2ForCausalLM DeepseekV3ForCausalLM DeepseekV3ForCausalLMNextN DeepseekV32ForCausalLM
-        GlmMoeDsaForCausalLM GlmMoeDsaForCausalLMNextN Glm4MoeLiteForCausalLM Glm4MoeLiteForCausalLMNextN
-        LongcatFlashForCausalLM LongcatFlashForCausalLMNextN KimiK25ForConditionalGeneration
-        KimiVLForConditionalGeneration DotsVLMForCausalLM DeepseekVL2ForCausalLM MistralLarge3ForCausalLM
-        PixtralForConditionalGeneration MistralLarge3ForCausalLMEagle
-        Glm5NextForConditionalGeneration Glm5NextForConditionalGenerationNextN MiniCPM3ForCausalLM
+        GlmMoeDsaForCausalLM Glm4MoeLiteForCausalLM LongcatFlashForCausalLM KimiK25ForConditionalGeneration
+        KimiVLForConditionalGeneration DotsVLMForCausalLM MistralLarge3ForCausalLM PixtralForConditionalGeneration
         """),
         "",
     ),
     **dict.fromkeys(
         _names("""
+        GlmMoeDsaForCausalLMNextN Glm4MoeLiteForCausalLMNextN LongcatFlashForCausalLMNextN
+        MistralLarge3ForCausalLMEagle Glm5NextForConditionalGenerationNextN
+        """),
+        _NEVER_A_DRAFT,
+    ),
+    **dict.fromkeys(
+        _names("""
         KimiLinearForCausalLM KimiK3LinearForCausalLM KimiK3ForConditionalGeneration BailingMoeV2_5ForCausalLM
         BailingMoeForCausalLMNextN BailingMoeV3ForCausalLM BailingMoeV3VLForConditionalGeneration
-        GigaChat35ForCausalLM GigaChat35ForCausalLMNextN
+        GigaChat35ForCausalLM GigaChat35ForCausalLMNextN Glm5NextForConditionalGeneration
         """),
         _HYBRID,
     ),
@@ -406,7 +411,13 @@ ARCHITECTURES: Mapping[str, str] = {
     "Dots3NoteForCausalLMNextN": "has gates, and layers that see a window only",
     "SarvamMLAForCausalLM": _OWN_CODE,
     "Eagle3DeepseekV2ForCausalLM": "is a draft model that is not the model's own next-token layer",
+    "DeepseekVL2ForCausalLM": "was never run with nsa_plugin",
+    "MiniCPM3ForCausalLM": "has narrower latents, and was never run with nsa_plugin",
 }
+#: Those that were run with an indexer: SGLang takes one in more of them.
+INDEXED: frozenset[str] = frozenset(_names("DeepseekV32ForCausalLM DeepseekV3ForCausalLMNextN GlmMoeDsaForCausalLM"))
+#: Those whose own next-token layer was run as their draft.
+DRAFTED: frozenset[str] = frozenset(_names("DeepseekV3ForCausalLM DeepseekV32ForCausalLM"))
 
 
 def classified(name: str) -> bool:

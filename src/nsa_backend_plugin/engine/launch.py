@@ -21,11 +21,14 @@ logger = logging.getLogger(__name__)
 #: Entries of a model's configuration that change its attention: name, the values that are served, the meaning.
 MODEL_FEATURES: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("index_kpool", (None, 1), "pooled index keys"),
-    ("llama_4_scaling", (None,), "queries that are scaled by position"),
     ("learnable_sink", (None, False), "a learnable attention sink"),
     ("gated_mla", (None, False), "a gate on the attention's output"),
     ("gated_attention", (None, False), "a gate on the attention's output"),
     ("linear_attn_config", (None,), "layers of linear attention"),
+)
+#: Those that change the attention of a model with an indexer only.
+DSA_FEATURES: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+    ("llama_4_scaling", (None,), "queries that are scaled by position beside an indexer"),
 )
 
 
@@ -50,7 +53,9 @@ def checked_resolution(resolve: Callable[..., Any], server_args: Any, *args: Any
     with _cpu_resolution(), rocm.resolution():
         result = resolve(server_args, *args, **kwargs)
     if str(server_args.model_path).lower() not in ("none", "dummy"):
-        check_model(release.model_config(server_args), page_size)
+        model = release.model_config(server_args)
+        check_model(model, page_size)
+        check_drafts(model, server_args.speculative_algorithm)
     return result
 
 
@@ -153,14 +158,20 @@ def check_model(model: contract.ModelConfig, page_size: int | None) -> None:
             raise ValueError(
                 f"{architecture} {reason}: nsa_plugin does not serve it. Choose another --attention-backend"
             )
-    for entry, served, meaning in MODEL_FEATURES:
-        value = next((v for c in (model.hf_config, model.hf_text_config) if (v := getattr(c, entry, None))), None)
-        if value not in served:
+    features = MODEL_FEATURES + DSA_FEATURES if is_deepseek_dsa(model.hf_config) else MODEL_FEATURES
+    for entry, served, meaning in features:
+        if (value := _entry(model, entry)) not in served:
             raise ValueError(f"{name} has {entry} {value}: nsa_plugin does not serve {meaning}")
     if (model.kv_lora_rank, model.qk_rope_head_dim) != (LATENT_DIM, ROPE_DIM):
         raise ValueError(
             f"{name} has kv_lora_rank {model.kv_lora_rank} and qk_rope_head_dim {model.qk_rope_head_dim}: nsa_plugin "
             f"serves {LATENT_DIM} and {ROPE_DIM}"
+        )
+    topk = _entry(model, "index_topk")
+    if topk is not None and not arguments.INDEXED.issuperset(architectures):
+        raise ValueError(
+            f"{name} has index_topk {topk}: nsa_plugin was never tried with an indexer in it. Choose another "
+            "--attention-backend"
         )
     if not is_deepseek_dsa(model.hf_config):
         _check_page_size(name, page_size, dense_mla.PAGE_SIZES)
@@ -168,6 +179,17 @@ def check_model(model: contract.ModelConfig, page_size: int | None) -> None:
     _check_page_size(f"{name} (DSA)", page_size, (INDEX_PAGE_SIZE,))
     if model.hf_config.index_head_dim != INDEX_DIM:
         raise ValueError(f"{name} has index_head_dim {model.hf_config.index_head_dim}: nsa_plugin serves {INDEX_DIM}")
+    _check_shared_topk(name, model.hf_config)
+
+
+def check_drafts(model: contract.ModelConfig, algorithm: str | None) -> None:
+    """Raise ValueError for drafts of a model that was never run with them. algorithm: None is no drafts."""
+    untried = set(model.hf_config.architectures) - arguments.DRAFTED
+    if algorithm is not None and untried:
+        raise ValueError(
+            f"--speculative-algorithm {algorithm} with {', '.join(sorted(untried))}: nsa_plugin was never run with "
+            "drafts of this model. Start without it"
+        )
 
 
 def check_exact(model_dtype: torch.dtype, device: torch.device, role: str = "null") -> None:
@@ -192,6 +214,30 @@ def check_platform(device: str) -> None:
         raise ValueError(
             "device cpu without nsa_plugin's CPU platform: set NSA_PLUGIN_CPU=1 in the environment of the launch, "
             "before SGLang is imported"
+        )
+
+
+def _entry(model: contract.ModelConfig, name: str) -> Any:
+    """An entry of the model's configuration or of its language model's; None where neither has a value."""
+    return next((v for c in (model.hf_config, model.hf_text_config) if (v := getattr(c, name, None))), None)
+
+
+def _check_shared_topk(name: str, config: Any) -> None:
+    """Raise ValueError where SGLang would let a layer take the top-k of another than the configuration says.
+
+    It then runs an indexer without weights, or attends to everything, and says nothing: 0.5.17 does not read
+    `indexer_types`.
+    """
+    from sglang.srt.configs.model_config import dsa_layer_skips_topk
+
+    found = ["shared" if dsa_layer_skips_topk(config, layer) else "full" for layer in range(config.num_hidden_layers)]
+    if found[0] == "shared":
+        raise ValueError(f"{name} begins with a layer that takes the top-k of one before: nsa_plugin serves none such")
+    types = getattr(config, "indexer_types", None)
+    if types is not None and list(types) != found:
+        raise ValueError(
+            f"{name} has indexer_types {list(types)}, which SGLang {release.version()} reads as {found}. Write "
+            "index_topk_pattern into the configuration, or use a newer SGLang"
         )
 
 

@@ -1,4 +1,4 @@
-"""The absorbed query that the model hands to every backend, in two halves or whole."""
+"""The query that the model hands to every backend: its two halves or the whole, and what it is scaled by."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from nsa_backend_plugin.engine import contract
 from nsa_backend_plugin.ops import concat
 
 
@@ -19,3 +20,22 @@ def absorbed(q: torch.Tensor, q_rope: torch.Tensor | None, layer: Any) -> torch.
         return q.contiguous().view(-1, heads, layer.head_dim)
     q_nope = q.view(-1, heads, layer.v_head_dim)
     return concat.q_all(q_nope, q_rope.view(-1, heads, layer.head_dim - layer.v_head_dim))
+
+
+class PositionScaling:
+    """Mistral-Large-3 multiplies its queries by a factor that grows with their position (`llama_4_scaling`).
+
+    SGLang computes the factors, and leaves them to those backends which rotate the query too: others must do it.
+    """
+
+    def __init__(self, model: contract.ModelConfig):
+        entry = getattr(model.hf_text_config, "llama_4_scaling", None)
+        self._beta: float = entry["beta"] if entry else 0.0
+        self._step: int = entry["original_max_position_embeddings"] if entry else 1
+
+    def __call__(self, query: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """query [T, ...] scaled; itself where the model has no such scale. positions: of its rows, then of padding."""
+        if not self._beta:
+            return query
+        factors = 1 + self._beta * torch.log(1 + torch.floor(positions[: query.shape[0]] / self._step))
+        return query * factors.to(query.dtype).view(-1, *(1 for _ in query.shape[1:]))

@@ -26,6 +26,7 @@ class NsaPluginCpuBackend(AttentionBackend):
         self.kv_cache_dtype = runner.kv_cache_dtype
         self.data_type = runner.kv_cache_dtype
         self.page_size: int = self.token_to_kv_pool.page_size
+        self._position_scaling = query.PositionScaling(runner.model_config)
         self._rows: Rows | None = None
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
@@ -69,7 +70,7 @@ class NsaPluginCpuBackend(AttentionBackend):
             )
         if save_kv_cache:
             self._save(k, k_rope, layer, forward_batch.out_cache_loc)
-        q_all = query.absorbed(q, q_rope, layer)
+        q_all = self._position_scaling(query.absorbed(q, q_rope, layer), forward_batch.positions)
         out = self._dense(q_all, layer) if topk_indices is None else self._sparse(q_all, layer, topk_indices)
         return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)
 

@@ -39,6 +39,7 @@ class NsaPluginMLABackend(FlashAttentionBackend):
                 f"--kv-cache-dtype {runner.kv_cache_dtype}: nsa_plugin keeps the latent cache of MLA models without an "
                 f"indexer in the model's dtype, {runner.dtype}. Use --kv-cache-dtype auto"
             )
+        self.position_scaling = query.PositionScaling(runner.model_config)
         self.num_q_heads = runner.model_config.num_attention_heads // get_parallel().attn_tp_size
         if runner.dtype == torch.bfloat16:  # what SGLang reads the cached prefix as when it finds this attribute
             self.pack_prefix_chunk_kv = prefill.pack_chunk
@@ -80,7 +81,7 @@ class NsaPluginMLABackend(FlashAttentionBackend):
         unknown.refuse("the attention backend", keywords)
         if k is not None and save_kv_cache:
             self.token_to_kv_pool.set_mla_kv_buffer(layer, forward_batch.out_cache_loc, k, k_rope)
-        q_all = query.absorbed(q, q_rope, layer)
+        q_all = self.position_scaling(query.absorbed(q, q_rope, layer), forward_batch.positions)
         out = dense_mla.decode(
             q_all,
             self.token_to_kv_pool.get_key_buffer(layer.layer_id),
@@ -96,6 +97,23 @@ class NsaPluginMLABackend(FlashAttentionBackend):
         )
         assert isinstance(out, torch.Tensor)
         return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)
+
+    def forward_extend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: Any,
+        forward_batch: Any,
+        save_kv_cache: bool = True,
+        q_rope: torch.Tensor | None = None,
+        **keywords: Any,
+    ) -> Any:
+        """SGLang's own, of scaled queries: dense multi-head prefill, or absorbed where q_rope is given."""
+        q = self.position_scaling(q, forward_batch.positions)
+        if q_rope is not None:
+            q_rope = self.position_scaling(q_rope, forward_batch.positions)
+        return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache, q_rope=q_rope, **keywords)
 
     def _workspace(self, batch: int) -> torch.Tensor | None:
         """None lets the operation allocate: eager steps."""
