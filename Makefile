@@ -9,9 +9,9 @@ SETUP_ARGS ?=
 # Two cores do not have time for everything twice: what does not depend on the SGLang release runs on the primary one,
 # and of the servers that differ in layout, page size or patches each release has a part: `make test-releases` and
 # `make test-patched` have all.
-ON_PRIMARY := -k "not (mla-page1 or (dsa-chunked and not patched))" --ignore=tests/engine/test_disaggregation.py
+ON_PRIMARY := -k "not (mla-page1 or pipeline or (dsa-chunked and not patched))" --ignore=tests/engine/test_disaggregation.py
 # Of two servers, what waits for timeouts and a second model are `make test-pairs`.
-ON_NEWEST := -k "not (whole or page64-chunked or (dsa-chunked and patched) or preshuffled or layouts_that_differ or \
+ON_NEWEST := -k "not (whole or page64-chunked or mla-pipeline or (dsa-chunked and patched) or preshuffled or layouts_that_differ or \
 		(test_disaggregation and (mla or retracts or killed)))" \
 	$(patsubst %,--ignore=tests/engine/test_%.py,ladder accuracy demo gpu_probe)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import random
 import re
@@ -19,6 +20,7 @@ from nsa_backend_plugin.serving import HOST, Server
 from tests.sglang_copies import RELEASES, patched_overlay
 
 sglang = pytest.importorskip("sglang", reason="needs SGLang")
+from sglang.srt.utils.numa_utils import init_threads_binding  # noqa: E402
 
 pytestmark = pytest.mark.engine
 
@@ -26,16 +28,21 @@ NEW_TOKENS = 16
 LOGPROB_BAR = 1e-3
 EXACT = {"NSA_PLUGIN_EXACT": "1"}
 CHUNKED = ("--chunked-prefill-size=128", "--enable-mixed-chunk")
-#: Name -> (model, arguments). Between them: both models, page sizes 1 and 64, whole and chunked + mixed prefill.
+#: Name -> (model, arguments). Between them: both models, page sizes 1 and 64, whole and chunked + mixed prefill, one
+#: stage and two, which have processes, pools and layers of their own.
 #: `make test` runs a part of them on each release, `make test-patched` all that are not patched already.
 SERVERS = {
     "dsa-whole": ("dsa", ()),
     "dsa-chunked": ("dsa", CHUNKED),
     "mla-page1": ("mla", ("--page-size=1",)),
     "mla-page64-chunked": ("mla", ("--page-size=64", *CHUNKED)),
+    "dsa-pipeline": ("dsa", ("--pp-size=2", *CHUNKED)),
+    "mla-pipeline": ("mla", ("--pp-size=2",)),
     "dsa-chunked-patched": ("dsa", CHUNKED),
     "mla-page1-patched": ("mla", ("--page-size=1",)),
 }
+#: What two stages on one machine's cores need; an earlier SGLang counts tensor parallel ranks only, and refuses it.
+CORES = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
 #: Servers whose SGLang has every source patch in place of our hooks.
 PATCHED = [name for name in SERVERS if name.endswith("patched")]
 
@@ -73,6 +80,8 @@ def served(request, models, start_server, reference):
     """(server, model kind, check) of one running server; check compares an answer with transformers'."""
     kind, args = SERVERS[request.param]
     env = {**EXACT, **(request.getfixturevalue("patched_sglang") if request.param in PATCHED else {})}
+    if request.param.endswith("pipeline") and "world_size" in inspect.signature(init_threads_binding).parameters:
+        env |= CORES
     with start_server(models[kind], ("--dtype=float32", *args), env) as server:
         prompts = [*PROMPTS, *PREFIXED]
         reference.learn(kind, prompts, [_ask(server, p)["output_ids"] for p in prompts])

@@ -92,7 +92,21 @@ CASES: dict[str, tuple[str, list[str], dict[str, str], str | None, str | None]] 
     "flexkv": ("dsa", ["--enable-flexkv"], {}, None, "--enable-flexkv is set .*FlexKV"),
     "radix cache": ("mla", ["--radix-cache-backend=flexkv"], {}, None, "--radix-cache-backend is set .'flexkv'.*radix"),
     "context parallel": ("dsa", ["--tp=2", "--attn-cp-size=2"], {}, None, r"--attn-cp-size is set \(2\).*context para"),
-    "pipeline": ("mla", ["--pp-size=2"], {}, None, r"--pp-size is set \(2\).*pipeline parallelism"),
+    "pipeline is served": ("dsa", ["--pp-size=2"], {}, None, None),
+    "pipeline of pd": (
+        "dsa",
+        ["--disaggregation-mode=decode", "--pp-size=2"],
+        {},
+        None,
+        r"--pp-size 2 with --disaggregation-mode decode: nsa_plugin does not support pipeline",
+    ),
+    "pipeline of shared top-k": (
+        "dsa-shares",
+        ["--pp-size=2"],
+        {},
+        None,
+        r"--pp-size 2 with DeepseekV32ForCausalLM, whose layers share their top-k: .*never run.*Start without",
+    ),
     "dsa kernel": (
         "dsa",
         ["--dsa-decode-backend=fa3"],
@@ -175,6 +189,7 @@ def resolved(models, tmp_path_factory) -> dict[str, dict]:
         llama_4_scaling={"original_max_position_embeddings": 8192, "beta": 0.1},
     )
     paths["mla-sink"] = _copy_with(models["mla"], folder / "mla-sink", learnable_sink=True)
+    paths["dsa-shares"] = _copy_with(models["dsa"], folder / "dsa-shares", index_topk_pattern="FSF")
     paths["dsa-shared"] = _copy_with(models["dsa"], folder / "dsa-shared", index_topk_pattern="SFF")
     paths["mla-indexed"] = _copy_with(models["mla"], folder / "mla-indexed", **INDEXER)
     paths["minicpm3"] = _copy_with(models["mla"], folder / "minicpm3", architectures=["MiniCPM3ForCausalLM"])

@@ -105,7 +105,6 @@ REFUSED: Mapping[str, Refused] = {
     "enable_cp_tp_group_sharing": _no(_PREFILL_CP),
     "enable_cp_decode_attn_tp": _no(_PREFILL_CP),
     "dcp_size": _no("decode context parallelism", (1,)),
-    "pp_size": _no("pipeline parallelism", (1,)),
     "enable_layernorm_sp": _no("sequence parallelism"),
     "enable_attn_tp_input_scattered": _no("an attention input that is scattered over GPUs"),
     "disable_attn_tp_gather": _no("models that scatter and gather their hidden states themselves"),
@@ -187,6 +186,7 @@ IN_PAIRS: Mapping[str, Refused] = {
     # Among them IndexShare models, whose draft then selects tokens by position and not as slots.
     "speculative_algorithm": _no("speculative decoding between prefill and decode servers", _UNSET, advice=_WITHOUT),
     "enable_dp_attention": _no("data-parallel attention between prefill and decode servers", advice=_WITHOUT),
+    "pp_size": _no("pipeline parallelism between prefill and decode servers", (1,), advice=_WITHOUT),
     "enable_lora": _no("LoRA between prefill and decode servers", (None, False), advice=_WITHOUT),
     "lora_paths": _no("LoRA between prefill and decode servers", _UNSET, advice=_WITHOUT),
     "enable_memory_saver": _no("prefill and decode servers that sleep", advice=_WITHOUT),
@@ -197,7 +197,7 @@ SERVED: frozenset[str] = frozenset(
     _names("""
     attention_backend decode_attention_backend prefill_attention_backend device page_size kv_cache_dtype dtype
     model_path quantization torchao_config json_model_override_args context_length load_format
-    tp_size dp_size attn_dp_size enable_dp_attention
+    tp_size dp_size attn_dp_size enable_dp_attention pp_size
     disaggregation_mode disaggregation_bootstrap_port disaggregation_ib_device num_reserved_decode_tokens
     disaggregation_decode_extra_slots disaggregation_decode_polling_interval
     speculative_num_steps speculative_num_draft_tokens speculative_draft_model_path

@@ -56,6 +56,7 @@ def checked_resolution(resolve: Callable[..., Any], server_args: Any, *args: Any
         model = release.model_config(server_args)
         check_model(model, page_size)
         check_drafts(model, server_args.speculative_algorithm)
+        check_stages(model, server_args.pp_size)
     return result
 
 
@@ -192,6 +193,18 @@ def check_drafts(model: contract.ModelConfig, algorithm: str | None) -> None:
         )
 
 
+def check_stages(model: contract.ModelConfig, stages: int) -> None:
+    """Raise ValueError for a pipeline of several stages of a model whose layers share their top-k.
+
+    SGLang hands the slots that one stage selected to the next, which has a pool and an allocation of its own.
+    """
+    if stages > 1 and "shared" in _indexers(model.hf_config):
+        raise ValueError(
+            f"--pp-size {stages} with {', '.join(model.hf_config.architectures)}, whose layers share their top-k: "
+            "nsa_plugin was never run with it. Start without it"
+        )
+
+
 def check_exact(model_dtype: torch.dtype, device: torch.device, role: str = "null") -> None:
     """Raise ValueError when NSA_PLUGIN_EXACT is on where it cannot be exact. role: the disaggregation mode."""
     if not settings.enabled("NSA_PLUGIN_EXACT"):
@@ -222,15 +235,22 @@ def _entry(model: contract.ModelConfig, name: str) -> Any:
     return next((v for c in (model.hf_config, model.hf_text_config) if (v := getattr(c, name, None))), None)
 
 
+def _indexers(config: Any) -> list[str]:
+    """Of each layer of a Hugging Face configuration, "full" or "shared" (with the layer before), as SGLang reads it."""
+    from sglang.srt.configs.model_config import dsa_layer_skips_topk, is_deepseek_dsa
+
+    if not is_deepseek_dsa(config):
+        return []
+    return ["shared" if dsa_layer_skips_topk(config, layer) else "full" for layer in range(config.num_hidden_layers)]
+
+
 def _check_shared_topk(name: str, config: Any) -> None:
     """Raise ValueError where SGLang would let a layer take the top-k of another than the configuration says.
 
     It then runs an indexer without weights, or attends to everything, and says nothing: 0.5.17 does not read
     `indexer_types`.
     """
-    from sglang.srt.configs.model_config import dsa_layer_skips_topk
-
-    found = ["shared" if dsa_layer_skips_topk(config, layer) else "full" for layer in range(config.num_hidden_layers)]
+    found = _indexers(config)
     if found[0] == "shared":
         raise ValueError(f"{name} begins with a layer that takes the top-k of one before: nsa_plugin serves none such")
     types = getattr(config, "indexer_types", None)
