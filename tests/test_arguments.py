@@ -62,6 +62,9 @@ CHANGES = {
     "srt/layers/radix_attention.py": (
         "self.scaling", "self.scale", "contract.py", r".*\.RadixAttention\.scaling is not set",
     ),
+    "srt/layers/quantization/fp8_utils.py": (
+        "def block_quant_dequant(", "def dequant(", "linear.py", r".*\.block_quant_dequant is not there to be imported",
+    ),
     "srt/arg_groups/fields/lora.py": (
         "    enable_lora:", "    brand_new: int = 1\n    enable_lora:", "arguments.py", "argument brand_new is not",
     ),

@@ -15,9 +15,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-_CACHE = ROOT / ".build" / "wheels"
-#: What of the package is read.
-_PARTS = ("srt", "kernels", "jit_kernel")
+_CACHE = ROOT / ".build" / "sources"
 _PLATFORM = ("--platform=manylinux_2_34_x86_64", "--python-version=3.11", "--implementation=cp", "--abi=cp311")
 
 
@@ -33,7 +31,7 @@ def package(release: str) -> Path:
         subprocess.run([*command, *_PLATFORM, f"--dest={staged}", f"sglang=={release}"], check=True)
         [wheel] = staged.glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
-            names = [name for name in archive.namelist() if name.endswith(".py") and name.split("/")[1] in _PARTS]
+            names = [name for name in archive.namelist() if name.endswith(".py")]
             archive.extractall(staged, [*names, _metadata(release)])
         wheel.unlink()
         staged.rename(folder)

@@ -6,11 +6,16 @@ is newer than every supported one.
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from nsa_backend_plugin.engine import arguments, contract, ledger, release
+
+_ENGINE = Path(__file__).parent
+#: What our code imports where a release has it, and only there.
+_WHERE_THERE = frozenset({"sglang.srt.arg_groups.model_override_base.model_config_of"})
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,9 @@ def findings(package: Path) -> Iterator[Finding]:
             yield Finding("ledger.py", problem, True)
     for name in contract.missing(package):
         yield Finding("contract.py", f"{name} is not set", True)
+    for place, target in sorted(_imports()):
+        if target not in _WHERE_THERE and not release.exists(target, package):
+            yield Finding(place, f"{target} is not there to be imported", True)
     for kind, names in (
         ("argument", {name for name in release.server_arguments(package) if not arguments.classified(name)}),
         (
@@ -38,3 +46,14 @@ def findings(package: Path) -> Iterator[Finding]:
         ("architecture", release.mla_architectures(package) - set(arguments.ARCHITECTURES)),
     ):
         yield from (Finding("arguments.py", f"{kind} {name} is not classified", False) for name in sorted(names))
+
+
+def _imports() -> Iterator[tuple[str, str]]:
+    """(file of `engine`, dotted name) of all that its code imports from SGLang, wherever it does."""
+    for file in _ENGINE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (module := node.module or "").split(".")[0] == "sglang":
+                yield from ((str(file.relative_to(_ENGINE)), f"{module}.{name.name}") for name in node.names)
+            elif isinstance(node, ast.Import):
+                names = (name.name for name in node.names)
+                yield from ((str(file.relative_to(_ENGINE)), name) for name in names if name.split(".")[0] == "sglang")

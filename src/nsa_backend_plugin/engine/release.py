@@ -206,7 +206,9 @@ def _locate(target: str, package: Path | None = None) -> tuple[Path | None, list
         return None, rest
     while rest and (folder / rest[0]).is_dir():
         folder /= rest.pop(0)
-    file = folder / f"{rest.pop(0)}.py" if rest else folder / "__init__.py"
+    if rest and (file := folder / f"{rest[0]}.py").exists():
+        return file, rest[1:]
+    file = folder / "__init__.py"
     return (file if file.exists() else None), rest
 
 

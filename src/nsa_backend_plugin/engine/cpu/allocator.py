@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator, alloc_extend_naive
 from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
-from sglang.srt.utils import get_num_new_pages
+from sglang.srt.utils.common import get_num_new_pages
 
 
 class TorchPagedAllocator(PagedTokenToKVPoolAllocator):
