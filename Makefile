@@ -15,7 +15,7 @@ ON_NEWEST := -k "not (whole or page64-chunked or mla-pipeline or (dsa-chunked an
 		(test_disaggregation and (mla or retracts or killed)))" \
 	$(patsubst %,--ignore=tests/engine/test_%.py,ladder accuracy demo gpu_probe)
 
-.PHONY: help setup setup-test setup-primary setup-newest demo serve doctor check test test-unit test-engine test-engine-newest test-pairs test-patched test-releases test-tritons test-gpu clean
+.PHONY: help setup setup-test setup-primary setup-newest demo serve doctor check test test-ops test-unit test-engine test-engine-newest test-pairs test-patched test-releases test-tritons test-gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -48,10 +48,14 @@ check: setup-test  ## ruff and mypy
 
 # One thread each: threads that spin at barriers crawl on a busy machine.
 test: setup-test  ## everything that needs no GPU: checks, unit tests, engine tests on both SGLang releases
-	@OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j4 --output-sync=target check test-engine test-unit test-engine-newest
+	@OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j4 --output-sync=target \
+		check test-engine test-engine-newest test-ops test-unit
+
+test-ops: setup-test
+	$(VENV)/bin/python -m pytest -q -m "not gpu" tests/ops $(PYTEST_ARGS)
 
 test-unit: setup-test
-	$(VENV)/bin/python -m pytest -q -m "not gpu" --ignore=tests/engine $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -q -m "not gpu" --ignore=tests/engine --ignore=tests/ops $(PYTEST_ARGS)
 
 test-engine: setup-test
 	$(VENV)/bin/python -m pytest -q -m "not gpu" tests/engine $(ON_PRIMARY) $(PYTEST_ARGS)
