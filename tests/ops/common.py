@@ -42,6 +42,19 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, bar: float, row_d
         )
 
 
+def assert_neighbours(actual: torch.Tensor, expected: torch.Tensor, mantissa_bits: int, smallest: float) -> None:
+    """Equal but for values on a rounding's edge: one step of the format at most, in 1% of the values or 3.
+
+    smallest: the step of the format's smallest numbers. A mean over a row would depend on which value it is that moves.
+    """
+    x, y = actual.double(), expected.double()
+    apart, step = (x - y).abs(), torch.maximum(x.abs(), y.abs()) * 2.0**-mantissa_bits + smallest
+    worst = int((apart / step).argmax())
+    assert (apart <= step).all(), f"value {worst}: {x.flatten()[worst]:.6g}, expected {y.flatten()[worst]:.6g}"
+    moved = int((apart > 0.3 * step).sum())
+    assert moved <= max(3, x.numel() // 100), f"{moved} of {x.numel()} values are a step apart"
+
+
 def permuted_block_table(lengths: list[int], page_size: int, device: torch.device) -> tuple[torch.Tensor, int]:
     """(block_table [B, max_pages] int32, pages): every sequence has its own pages, in random order, with spare
     pages between; entries past a sequence's pages point at a page that no sequence uses."""
