@@ -271,6 +271,26 @@ def test_a_batch_padded_for_data_parallelism_keeps_the_fused_path(case: Case) ->
     assert out[case.tokens :].eq(0).all()
 
 
+def test_rows_that_pad_a_batch_have_length_zero(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that kernels end where a row's slots end, in a padded batch too; made once for all layers."""
+    pad(case, 2)
+    q_rope, _, q_nope, *_, slots, _, _ = case.prepare()
+    asked: list[dict[str, Any]] = []
+    attend = sparse_mla.attend
+    monkeypatch.setattr(
+        dsa_backend.sparse_mla, "attend", lambda *args, **more: asked.append(more) or attend(*args, **more)
+    )
+    for _layer in range(2):
+        case.attend(q_nope, q_rope, slots)
+    first, second = (more["lengths"] for more in asked)
+    if case.batch.forward_mode.is_draft_extend_v2():  # whose graph pads between the tokens
+        assert first is None
+        return
+    assert first.tolist() == [*case.lengths.clamp_max(TOPK).tolist(), 0, 0]
+    assert first is second
+    assert not asked[0]["rows_have_keys"]
+
+
 def test_a_batch_with_rows_that_have_no_slot_is_left_to_sglang(case: Case) -> None:
     pad(case, 2)
     case.batch.out_cache_loc = case.slots

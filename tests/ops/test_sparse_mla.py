@@ -205,7 +205,21 @@ def test_tiles_of_every_architecture(kind: str, config: mla_launch.Tile) -> None
     out = poison(1, heads, 512, dtype=q.dtype, device=q.device)
     call = sparse_mla.attend.call(**arguments, out=out, return_lse=True)
     options = {"kind": kind, "kv_scale": arguments["kv_scale"], "page_size": 0, "config": config, "splits": 2}
-    compare(mla_launch.attend(call, arguments["indices"], None, **options), expected(arguments), BARS[kind])
+    lengths = torch.full((1,), 70, dtype=torch.int32)
+    compare(mla_launch.attend(call, arguments["indices"], lengths, **options), expected(arguments), BARS[kind])
+
+
+@pytest.mark.parametrize("kind", ["bf16", "packed"])
+def test_triton_ends_at_a_rows_length(kind: str) -> None:
+    """A short context costs what it has: behind the promised lengths there is a row of NaN here, not -1."""
+    arguments = inputs(3, 8, 300, kind, missing=0.0)
+    indices, lengths = arguments["indices"], torch.tensor([1, 137, 0], dtype=torch.int32, device=DEVICE)
+    behind = torch.arange(300, device=DEVICE) >= lengths[:, None]
+    unused = min(set(range(arguments["kv"].shape[0])) - set(indices.flatten().tolist()))
+    arguments |= {"indices": indices.where(~behind, -1), "lengths": lengths}
+    call = sparse_mla.attend.call(**arguments, return_lse=True)
+    broken = dataclasses.replace(call, indices=indices.where(~behind, unused))
+    compare(sparse_triton.attend(broken), expected(arguments), BARS[kind])
 
 
 def test_triton_refuses_a_small_workspace() -> None:

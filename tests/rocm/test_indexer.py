@@ -21,7 +21,7 @@ def case(monkeypatch: pytest.MonkeyPatch) -> Case:
     monkeypatch.setattr(indexer_path, "get_attn_backend", lambda: made.backend)
     made.indexer._mask_init_and_local_tokens = lambda logits, lengths, row_starts=None: logits
     metadata = made.backend.forward_metadata
-    metadata.dsa_seqlens_expanded = metadata.cache_seqlens_int32
+    metadata.dsa_seqlens_expanded = metadata.indexer_seq_lens_cpu = metadata.cache_seqlens_int32
     metadata.token_to_batch_idx = torch.arange(made.tokens, dtype=torch.int32)
     made.batch.seq_lens = torch.tensor(LENGTHS)
     return made

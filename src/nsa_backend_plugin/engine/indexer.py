@@ -39,7 +39,8 @@ class Rows:
     page_table: [N, max_pages] int32. request: [T] int32, row of page_table of each query; None: query t has row t.
     lengths: [T] int32, cached tokens that each query sees. columns: of its logits, at least the largest length.
     adjacent: queries in a row that have equal rows of the page table. seq_lens: [N] int32, cached tokens of each
-    request, of a prefill: its keys are gathered once for all queries. step: of the forward, which all layers share.
+    request, of a prefill: its keys are gathered once for all queries; total_tokens: their sum, where the host has it.
+    step: of the forward, which all layers share.
     """
 
     page_table: torch.Tensor
@@ -48,6 +49,7 @@ class Rows:
     columns: int
     adjacent: int = 1
     seq_lens: torch.Tensor | None = None
+    total_tokens: int | None = None
     step: Step = field(default_factory=Step)
 
     def block_table(self) -> torch.Tensor:
@@ -292,6 +294,7 @@ def _select_ragged(
         rows.seq_lens,
         layout=layout,
         page_size=pool.page_size,
+        total_tokens=rows.total_tokens,
     )
     starts = (rows.seq_lens.cumsum(0, dtype=torch.int32) - rows.seq_lens)[rows.request.long()]
     slots = torch.empty(query.shape[0], indexer.index_topk, dtype=torch.int32, device=query.device)

@@ -7,6 +7,7 @@ includes the verification of drafts and the draft model's extend.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -174,7 +175,7 @@ class NsaPluginDSABackend(DeepseekSparseAttnBackend):
             value_dim=layer.v_head_dim,
             lengths=lengths,
             context=self._context(mode),
-            rows_have_keys=lengths is not None,
+            rows_have_keys=lengths is self.forward_metadata.dsa_cache_seqlens_int32,
             step=self.step,
             workspace=self._workspace(q_all.shape[0]),
         )
@@ -182,13 +183,19 @@ class NsaPluginDSABackend(DeepseekSparseAttnBackend):
         return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)
 
     def _selected(self, tokens: int, mode: Any) -> torch.Tensor | None:
-        """[T] int32, the slots that lead each row of the top-k result, at least one; None where not all rows have one.
+        """[T] int32, the slots that lead each row of the top-k result: of a token at least one, of a row that pads the
+        batch (for a prefill graph, tensor or data parallelism) none.
 
-        Such rows are those that pad a batch for tensor or data parallelism, and the padding of a draft-extend graph,
-        whose requests of one token have more queries than tokens.
+        None where a graph's padding lies between the tokens: draft-extend, whose requests of one token have more rows.
         """
         lengths = self.forward_metadata.dsa_cache_seqlens_int32
-        return None if mode.is_draft_extend_v2() or lengths.shape[0] != tokens else lengths
+        padding = tokens - lengths.shape[0]
+        if mode.is_draft_extend_v2() or padding < 0:
+            return None
+        if padding == 0:
+            return lengths
+        pad = functools.partial(torch.nn.functional.pad, lengths, (0, padding))
+        return self.step.once(("lengths of a padded batch", tokens), pad, lengths)
 
     def _context(self, mode: Any) -> torch.Tensor | None:
         """[S] int32 slots of a prefill's requests, whole pages; None in other modes, whose queries are few."""
@@ -219,12 +226,14 @@ class NsaPluginDSABackend(DeepseekSparseAttnBackend):
 
 def prefill_rows(metadata: Any) -> Rows:
     """What the queries of a prefill see, of SGLang's `DSAMetadata`."""
+    lengths = metadata.indexer_seq_lens_cpu
     return Rows(
         metadata.real_page_table,
         metadata.token_to_batch_idx.int(),
         metadata.dsa_seqlens_expanded,
         columns=0,  # the gathered keys'
         seq_lens=metadata.cache_seqlens_int32,
+        total_tokens=None if lengths is None else int(lengths.sum()),  # or each layer waits for the device
     )
 
 

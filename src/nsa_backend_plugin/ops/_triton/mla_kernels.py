@@ -94,12 +94,12 @@ def _value_dot(weight, value, accumulator, SWAP: tl.constexpr):
         return tl.dot(weight, value, accumulator)
 
 
-@triton.jit(do_not_specialize=["context", "splits"])
+@triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=["lengths"])
 def attend_kernel(
     q,  # [rows, HEADS, VALUE_DIM + ROPE_DIM]
     kv,  # [slots, row] rows of kv_stride elements (bytes when PACKED)
     table,  # int32 [rows, table_stride]: slots, or pages when PAGE_SIZE > 0
-    lengths,  # int32 [rows] keys of each row; read only when PAGE_SIZE > 0
+    lengths,  # int32 [rows] keys of each row
     out,  # [rows, HEADS, VALUE_DIM], written when not SPLIT
     lse,  # fp32 [rows, HEADS], written when not SPLIT and WRITE_LSE
     partial_out,  # fp32 [rows, splits, HEADS, VALUE_DIM], written when SPLIT
@@ -108,7 +108,6 @@ def attend_kernel(
     value_scale,  # scale of plain fp8 rows, else 1
     kv_stride,
     table_stride,
-    context,  # keys of every row when PAGE_SIZE == 0
     splits,
     HEADS: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -140,8 +139,7 @@ def attend_kernel(
     split = (part % splits).to(tl.int32)
     head_exists = head < HEADS
 
-    if PAGE_SIZE > 0:
-        context = tl.load(lengths + row)
+    context = tl.load(lengths + row)
     tiles_per_split = tl.cdiv(tl.cdiv(context, KEY_TILE), splits)
     first = split * tiles_per_split * KEY_TILE
     last = tl.minimum(first + tiles_per_split * KEY_TILE, context)

@@ -161,7 +161,7 @@ def _dot_size(size: int) -> bool:
 def attend(
     call: MlaCall,
     table: torch.Tensor,
-    lengths: torch.Tensor | None,
+    lengths: torch.Tensor,
     *,
     kind: str,
     kv_scale: float | None,
@@ -169,9 +169,9 @@ def attend(
     config: Tile,
     splits: int,
 ) -> Result:
-    """Attend every row of call.q [rows, H, D] to its keys, cut into `splits` parts.
+    """Attend every row of call.q [rows, H, D] to its keys, of which it has lengths [rows], cut into `splits` parts.
 
-    page_size 0: table [rows, K] holds slots (-1 = none), lengths is None. Else table holds pages, lengths [rows].
+    table: pages; with page_size 0 slots [rows, K], -1 = none.
     """
     q, kv, out, lse = call.q, call.kv, call.output(), call.new_lse()
     rows, heads, query_dim = q.shape
@@ -188,7 +188,7 @@ def attend(
         q,
         kv.view(torch.uint8) if kind == "packed" else kv,
         table,
-        table if lengths is None else lengths,
+        lengths,
         out,
         out if lse is None else lse,
         partial_out,
@@ -197,7 +197,6 @@ def attend(
         unscaled,
         kv.stride(0),
         table.stride(0),
-        table.shape[1],
         splits,
         **_constexprs(heads, value_dim, query_dim - value_dim, kind, page_size, config, split, lse is not None),
         num_warps=config.num_warps,
@@ -290,14 +289,13 @@ def compile_cases(arch: str, kinds: Iterable[str], page_sizes: Iterable[int]) ->
                             "value_scale": "fp32",
                             "kv_stride": "i32",
                             "table_stride": "i32",
-                            "context": "i32",
                             "splits": "i32",
                         },
                         constexprs={**constexprs, "EARLY": launches_early(arch)},
                         num_warps=config.num_warps,
                         num_stages=config.num_stages,
                         divisible=(
-                            *("q", "kv", "table", "lengths", "out", "lse", "partial_out", "partial_lse"),
+                            *("q", "kv", "table", "out", "lse", "partial_out", "partial_lse"),
                             *("kv_stride", "table_stride"),
                         ),
                     )

@@ -86,8 +86,8 @@ def attend(
     (ROCm: value = byte * kv_scale); or [slots, 1, 656] packed fp8 (`latent_cache.quantize`).
     indices: [T, K] int32 slots, contiguous, -1 = none, any order. The first value_dim values of a row are its value.
     lengths: [T] int32, the caller's promise that of each row exactly the first lengths[t] indices are slots and all
-    behind are -1. `topk.select` leaves its result so. Vendors' kernels then neither sort nor count indices, nor read
-    past a length.
+    behind are -1. `topk.select` leaves its result so. Kernels then end where a row ends: a short context costs what it
+    has; and vendors' neither sort nor count indices.
     context: [S] int32 or int64 slots, the caller's promise that indices name no others: many queries over one context
     can share what is done for each of its rows.
     rows_have_keys: the caller's promise that no row is all -1 (and no length 0). Vendors' results then need no pass

@@ -140,6 +140,7 @@ def attend(call: Attend) -> Result:
         topk=topk,
         splits=splits,
         merge_waits=splits > 1 and tokens * groups * splits <= _MERGE_WAITS_BLOCKS,
+        leading=call.lengths is not None,
     )
     jit.launch(
         _decode_kernel(arch, config),
@@ -194,6 +195,7 @@ class _DecodeArguments(ctypes.Structure):
         ("topk", ctypes.c_int),
         ("splits", ctypes.c_int),
         ("merge_waits", ctypes.c_int),
+        ("leading", ctypes.c_int),
     )
 
 

@@ -57,6 +57,7 @@ struct Arguments {
   float lse_unit;    // `lse` is a base-2 logarithm times this: 1 to be merged, ln(2) for the caller
   int heads, topk, splits;
   int merge_waits;  // whether the merge is launched at once, and waits
+  int leading;      // whether a token's slots lead its indices: behind a tile without one there is none
 };
 
 // Where a thread stands: its warp (and thereby its chunk of the values), its row and column in a matrix fragment.
@@ -334,7 +335,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) packed_deco
   const int first_head = blockIdx.x * HEADS, split = blockIdx.y, token = blockIdx.z;
   const int tiles = (a.topk + TILE - 1) / TILE;
   const int begin = int(int64(tiles) * split / a.splits), end = int(int64(tiles) * (split + 1) / a.splits);
-  const int steps = end - begin;
+  int steps = end - begin;  // less once a short context has ended
   const int* indices = a.indices + int64(token) * a.topk;
   const uint32 full = shared_address(shared.full), tile_base = shared_address(shared.tiles);
 
@@ -350,8 +351,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) packed_deco
   uint32 present[STAGES];  // which rows exist, a bit each, of the tiles in flight from the current one on
 #pragma unroll
   for (int stage = 0; stage < STAGES; stage++) {
-    if (stage < steps) gather_tile(a, first_slots[stage], tile_base + stage * TILE * ROW_BYTES, full + 8 * stage, at);
     present[stage] = __ballot_sync(~0u, first_slots[stage] >= 0);
+    if (a.leading && !present[stage]) steps = min(steps, stage);
+    if (stage < steps) gather_tile(a, first_slots[stage], tile_base + stage * TILE * ROW_BYTES, full + 8 * stage, at);
   }
 
   if (a.merge_waits) let_next_kernel_start();
@@ -390,8 +392,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) packed_deco
       accumulate_values(shared, at, pending, sums);
       __syncthreads();  // scores are complete; the previous tile and its probabilities have been read
       const int freed = (step - 1) % STAGES;
-      if (step - 1 + STAGES < steps) gather_tile(a, refill_slots, pending.tile, full + 8 * freed, at);
       present[STAGES - 1] = __ballot_sync(~0u, refill_slots >= 0);
+      if (a.leading && !present[STAGES - 1]) steps = min(steps, step - 1 + STAGES);
+      if (step - 1 + STAGES < steps) gather_tile(a, refill_slots, pending.tile, full + 8 * freed, at);
       refill_slots = load_slots(indices, begin + step + STAGES, end, a.topk, at.lane);
       softmax_next();
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -31,13 +32,20 @@ def attend(call: Attend) -> Result:
     return mla_launch.attend(
         call,
         call.indices,
-        None,
+        call.lengths if call.lengths is not None else _whole_rows(call),
         kind=call.kind,
         kv_scale=call.kv_scale,
         page_size=0,
         config=config,
         splits=splits,
     )
+
+
+def _whole_rows(call: Attend) -> torch.Tensor:
+    """[T] int32, what `lengths` is where slots may be missing anywhere in a row."""
+    tokens, topk = call.indices.shape
+    make = functools.partial(torch.full, (tokens,), topk, dtype=torch.int32, device=call.q.device)
+    return call.step.once(("whole rows", tokens, topk), make, device=call.q.device)
 
 
 def compile_cases(arch: str) -> Iterator[support.CompileCase]:
