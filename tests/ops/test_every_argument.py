@@ -1,10 +1,13 @@
 """Every tensor argument of every public function, generated: wrong in each way it is refused, strided it is honoured.
 
-An argument that is new and in neither `VALID` nor `OPTIONAL` fails the first test.
+An argument that is new and in neither `VALID` nor `OPTIONAL` fails the first test. On a GPU the kernels run there:
+
+    compute-sanitizer --report-api-errors no --tool memcheck python -m pytest tests/ops/test_every_argument.py
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,6 +28,7 @@ from nsa_backend_plugin.ops import (
     topk,
 )
 from nsa_backend_plugin.ops.call import Declined
+from tests.ops.implementations import DEVICE, run
 from tests.ops.test_bad_input import VALID, bytes_, ints
 
 #: Tensor arguments that the valid calls leave out; what makes them valid beside them.
@@ -68,19 +72,23 @@ def valid(function: Any) -> dict[str, Any]:
     return {**VALID[function](), **OPTIONAL.get(function, dict)()}
 
 
+#: Attention's kernels take no float32, which matrix units would round.
+HALF = {sparse_mla.attend, dense_mla.decode}
+
+
 def filled(function: Any) -> dict[str, Any]:
-    """The valid call with random values where any value will do."""
-    return {
-        name: _random(value) if isinstance(value, torch.Tensor) else value for name, value in valid(function).items()
+    """The valid call on the device, with random values where any value will do."""
+    arguments = {
+        name: _random(value, function in HALF).to(DEVICE) if isinstance(value, torch.Tensor) else value
+        for name, value in valid(function).items()
     }
+    return {**arguments, "deterministic": True} if function is topk.select else arguments
 
 
-def _random(value: torch.Tensor) -> torch.Tensor:
-    if value.dtype.itemsize == 1 and value.is_floating_point():
-        return torch.randn(value.shape).to(value.dtype)
-    if value.is_floating_point():
-        return torch.randn(value.shape).to(value.dtype)
-    return torch.zeros_like(value) if value.dtype == torch.uint8 else value
+def _random(value: torch.Tensor, half: bool) -> torch.Tensor:
+    if not value.is_floating_point():
+        return torch.zeros_like(value) if value.dtype == torch.uint8 else value
+    return torch.randn(value.shape).to(torch.bfloat16 if half else value.dtype)
 
 
 def tensor_arguments() -> Iterator[tuple[Any, str]]:
@@ -101,7 +109,7 @@ def test_every_argument_is_walked(function: Any) -> None:
     function(**valid(function))
 
 
-@pytest.mark.parametrize("function, name", tensor_arguments(), ids=_ids)
+@pytest.mark.parametrize("function, name", list(tensor_arguments()), ids=_ids)
 def test_wrong_kinds_are_refused(function: Any, name: str) -> None:
     """What is no tensor, another dtype, rank, size or device: an error before anything is written."""
     good = valid(function)
@@ -133,7 +141,8 @@ def test_wrong_kinds_are_refused(function: Any, name: str) -> None:
 
 def strided(value: torch.Tensor) -> torch.Tensor:
     """The same values, each two places from the next, with other bytes between."""
-    wide = torch.full((*value.shape, 2), 1 if value.dtype.itemsize == 1 else 113, dtype=torch.float32).to(value.dtype)
+    fill = 1 if value.dtype.itemsize == 1 else 113
+    wide = torch.full((*value.shape, 2), fill, dtype=torch.float32, device=value.device).to(value.dtype)
     wide[..., 0] = value
     return wide[..., 0]
 
@@ -142,9 +151,16 @@ def apart(value: torch.Tensor) -> torch.Tensor:
     """The same values, rows further from each other than they are long."""
     if value.dim() < 2:
         return strided(value)
-    wide = torch.zeros(*value.shape[:-1], value.shape[-1] + 16).to(value.dtype)
+    wide = torch.zeros(*value.shape[:-1], value.shape[-1] + 16, device=value.device).to(value.dtype)
     wide[..., : value.shape[-1]] = value
     return wide[..., : value.shape[-1]]
+
+
+def shifted(value: torch.Tensor) -> torch.Tensor:
+    """The same values, one element behind where an allocation starts."""
+    whole = torch.zeros(value.numel() + 1, device=value.device).to(value.dtype)
+    whole[1:] = value.flatten()
+    return whole[1:].view(value.shape)
 
 
 def observed(function: Any, arguments: dict[str, Any], impl: str) -> list[torch.Tensor]:
@@ -154,26 +170,39 @@ def observed(function: Any, arguments: dict[str, Any], impl: str) -> list[torch.
     return [t.contiguous() for t in (*returned, *(arguments[name] for name in OUTPUTS & set(arguments)))]
 
 
-@pytest.mark.parametrize("impl", ["torch", "triton"])
-@pytest.mark.parametrize("layout", [strided, apart])
-@pytest.mark.parametrize("function, name", tensor_arguments(), ids=_ids)
-def test_any_stride_is_honoured_or_refused(function: Any, name: str, layout: Any, impl: str) -> None:
-    if name in SCRATCH or impl not in function.implementations():
-        return
+def copies(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {name: item.clone() if isinstance(item, torch.Tensor) else item for name, item in arguments.items()}
+
+
+@functools.cache
+def computed(function: Any, impl: str) -> tuple[dict[str, Any], list[torch.Tensor]]:
+    """A call in plain layout, which every implementation of ours must take, and what came of it."""
     arguments = filled(function)
-    plain = {key: item.clone() if isinstance(item, torch.Tensor) else item for key, item in arguments.items()}
-    arguments[name] = layout(arguments[name])
+    return arguments, run(functools.partial(observed, function, copies(arguments)), impl)
+
+
+def runs() -> Iterator[tuple[Any, str, str]]:
+    """(function, tensor argument, implementation that can run here)."""
+    for function, name in tensor_arguments():
+        if name not in SCRATCH:
+            yield from ((function, name, impl) for impl in function.available(DEVICE))
+
+
+@pytest.mark.parametrize("layout", [strided, apart, shifted])
+@pytest.mark.parametrize("function, name, impl", list(runs()), ids=_ids)
+def test_any_layout_is_honoured_or_refused(function: Any, name: str, impl: str, layout: Any) -> None:
+    plain, want = computed(function, impl)
+    arguments = {**copies(plain), name: layout(plain[name])}
     refused = None
     try:
         got = observed(function, arguments, impl)
     except Declined:
-        return  # this implementation takes no such call
+        return  # this implementation takes no such layout; others do
     except ValueError as error:
         refused = str(error)
     if refused is not None:
         assert name in refused
-        assert "stride" in refused or "contiguous" in refused
+        assert any(word in refused for word in ("stride", "contiguous", "align"))
         return
-    want = observed(function, plain, impl)
     for g, w in zip(got, want, strict=True):
         assert torch.equal(g.contiguous().view(torch.uint8), w.contiguous().view(torch.uint8)), name
