@@ -15,7 +15,7 @@ ON_NEWEST := -k "not (whole or page64-chunked or mla-pipeline or (dsa-chunked an
 		(test_disaggregation and (mla or retracts or killed)))" \
 	$(patsubst %,--ignore=tests/engine/test_%.py,ladder accuracy demo gpu_probe)
 
-.PHONY: help setup setup-test setup-primary setup-newest demo serve doctor check test test-ops test-unit test-engine test-engine-newest test-pairs test-patched test-releases test-tritons test-gpu clean
+.PHONY: help setup setup-test setup-primary setup-newest demo serve doctor check test test-ops test-unit test-engine test-engine-newest test-pairs test-patched test-releases test-tritons test-gpu test-memcheck clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -85,6 +85,14 @@ test-tritons: setup-test  ## every kernel compiles with the Tritons of newer rel
 test-gpu:  ## every kernel on a CUDA or ROCm device, then the engine, with the host's own Python (GPU_PYTHON=...)
 	PYTHONPATH=src $(GPU_PYTHON) -m pytest -q tests/ops $(PYTEST_ARGS)
 	PYTHONPATH=src $(GPU_PYTHON) -m pytest -q -m gpu tests/benchmarks tests/engine $(PYTEST_ARGS)
+
+# Every tensor its own allocation, with its own bounds.
+MEMCHECK = PYTHONPATH=src PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+	compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 9 $(GPU_PYTHON) -m
+
+test-memcheck:  ## no kernel touches what is not its own, whatever the strides and alignment of its arguments; CUDA only
+	$(MEMCHECK) tests.ops.sanitize
+	$(MEMCHECK) pytest -q tests/ops/test_every_argument.py
 
 clean:  ## remove the virtual environments and caches
 	rm -rf $(VENV) $(VENV_NEWEST) .demo .build .pytest_cache .ruff_cache .mypy_cache

@@ -156,14 +156,21 @@ def attention_calls() -> Iterator[Call]:
                 for tokens, keys in ((2, 150), (2, 1100), (300, 33)):  # in few parts, in many, whole
                     indices = torch.randint(-30, 300, (tokens, keys), device=DEVICE).int().clamp_min(-1)
                     indices[1] = -1
-                    call = partial(
-                        sparse_mla.attend,
-                        *(randn(tokens, heads, 576), cache, indices, SCALE),
-                        kv_scale=0.5 if kind == "fp8" else None,
-                        return_lse=True,
-                        impl=impl,
-                    )
-                    yield f"sparse {impl} {kind} {heads} heads {tokens} x {keys}", call
+                    lengths = torch.randint(0, keys + 1, (tokens,), device=DEVICE).int()
+                    led = torch.arange(keys, device=DEVICE) < lengths[:, None]
+                    leading = {"indices": indices.clamp_min(0).where(led, -1), "lengths": lengths}
+                    for slots in ({"indices": indices}, leading):
+                        call = partial(
+                            sparse_mla.attend,
+                            *(randn(tokens, heads, 576), cache),
+                            softmax_scale=SCALE,
+                            kv_scale=0.5 if kind == "fp8" else None,
+                            return_lse=True,
+                            impl=impl,
+                            **slots,
+                        )
+                        given = " ".join(slots)
+                        yield f"sparse {impl} {kind} {heads} heads {tokens} x {keys} {given}", call
     table, lengths = ints(2, 0, 1, 3, 1, 2).view(2, 3), ints(170, 0)
     for heads in (12, 128):
         call = partial(dense_mla.decode, randn(2, heads, 576), kv, table, lengths, SCALE, page_size=64, impl="triton")
