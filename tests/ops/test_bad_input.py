@@ -18,20 +18,7 @@ from nsa_backend_plugin.ops import (
     sparse_mla,
     topk,
 )
-
-FP8 = torch.float8_e4m3fn
-
-
-def ints(*shape: int, value: int = 0) -> torch.Tensor:
-    return torch.full(shape, value, dtype=torch.int32)
-
-
-def bytes_(*shape: int) -> torch.Tensor:
-    return torch.zeros(shape, dtype=torch.uint8)
-
-
-def fp8(*shape: int) -> torch.Tensor:
-    return torch.zeros(shape).to(FP8)
+from tests.ops.cases import FP8, VALID, bytes_, fp8, ints
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -42,75 +29,6 @@ def spread(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Zeros whose last dimension has stride 2."""
     return torch.zeros(*shape, 2, dtype=dtype)[..., 0]
 
-
-#: Valid keyword arguments of every public function, by name.
-VALID = {
-    index_key_cache.store: lambda: dict(key=torch.zeros(2, 128), cache=bytes_(3, 8448), slots=ints(2)),
-    index_key_cache.gather: lambda: dict(cache=bytes_(3, 8448), block_table=ints(2, 1), seq_lens=ints(2, value=5)),
-    mqa_logits.paged: lambda: dict(
-        q=fp8(2, 1, 4, 128),
-        cache=bytes_(3, 8448),
-        weights=torch.zeros(2, 4),
-        context_lens=ints(2, value=5),
-        block_table=ints(2, 1),
-        max_context_len=64,
-    ),
-    mqa_logits.ragged: lambda: dict(
-        q=fp8(2, 4, 128),
-        k=fp8(6, 128),
-        k_scale=torch.zeros(6),
-        weights=torch.zeros(2, 4),
-        row_start=ints(2),
-        row_end=ints(2, value=6),
-    ),
-    topk.select: lambda: dict(logits=torch.zeros(2, 8), lengths=ints(2, value=8), k=4),
-    sparse_mla.attend: lambda: dict(
-        q=torch.zeros(2, 4, 576), kv=torch.zeros(6, 1, 576), indices=ints(2, 3), softmax_scale=1.0
-    ),
-    dense_mla.decode: lambda: dict(
-        q=torch.zeros(2, 4, 576),
-        kv=torch.zeros(32, 1, 576),
-        block_table=ints(2, 1),
-        seq_lens=ints(2, value=9),
-        softmax_scale=1.0,
-        page_size=16,
-    ),
-    latent_cache.quantize: lambda: dict(kv=torch.zeros(2, 576, dtype=torch.bfloat16)),
-    latent_cache.dequantize: lambda: dict(packed=bytes_(2, 656)),
-    latent_cache.store: lambda: dict(
-        k_nope=torch.zeros(2, 512),
-        k_rope=torch.zeros(2, 64),
-        cache=torch.zeros(6, 1, 576),
-        slots=ints(2),
-        positions=ints(2),
-        cos_sin_cache=torch.zeros(9, 64),
-        k_rope_out=torch.zeros(2, 64),
-        q_rope=torch.zeros(2, 4, 64),
-        q_all=torch.zeros(2, 4, 576),
-        norm_weight=torch.ones(512),
-    ),
-    norm_quant.rms: lambda: dict(x=torch.zeros(2, 256), weight=torch.zeros(256)),
-    concat.q_all: lambda: dict(q_nope=torch.zeros(2, 4, 512), q_rope=torch.zeros(2, 4, 64)),
-    concat.mla_k: lambda: dict(k_nope=torch.zeros(2, 4, 128), k_rope=torch.zeros(2, 1, 64)),
-    indexer_prep.query: lambda: dict(
-        q=torch.zeros(2, 4, 128),
-        head_gate=torch.zeros(2, 4),
-        positions=ints(2),
-        cos_sin_cache=torch.zeros(9, 64),
-        weight_scale=1.0,
-        is_neox=True,
-    ),
-    indexer_prep.key_store: lambda: dict(
-        key=torch.zeros(2, 128),
-        norm_weight=torch.zeros(128),
-        norm_bias=torch.zeros(128),
-        positions=ints(2),
-        cos_sin_cache=torch.zeros(9, 64),
-        cache=bytes_(3, 8448),
-        slots=ints(2),
-        is_neox=True,
-    ),
-}
 
 #: (function, argument, bad value, what the message says: name, value, expectation)
 BAD = [

@@ -1,15 +1,14 @@
 """Every tensor argument of every public function, generated: wrong in each way it is refused, strided it is honoured.
 
-An argument that is new and in neither `VALID` nor `OPTIONAL` fails the first test. On a GPU the kernels run there:
-
-    compute-sanitizer --report-api-errors no --tool memcheck python -m pytest tests/ops/test_every_argument.py
+An argument that is new and in neither `cases.VALID` nor `cases.OPTIONAL` fails the first test. On a GPU the kernels run
+there, and under compute-sanitizer by `make test-memcheck`.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -28,25 +27,9 @@ from nsa_backend_plugin.ops import (
     topk,
 )
 from nsa_backend_plugin.ops.call import Declined
+from tests.ops.cases import filled, valid
 from tests.ops.implementations import DEVICE, run
-from tests.ops.test_bad_input import VALID, bytes_, ints
 
-#: Tensor arguments that the valid calls leave out; what makes them valid beside them.
-OPTIONAL: dict[Any, Callable[[], dict[str, Any]]] = {
-    topk.select: lambda: dict(
-        row_starts=ints(2),
-        page_table=ints(3, 8),
-        page_rows=ints(2, value=1),
-        out=ints(2, 4),
-    ),
-    sparse_mla.attend: lambda: dict(
-        lengths=ints(2, value=3), context=ints(1), out=torch.zeros(2, 4, 512), workspace=bytes_(1 << 20)
-    ),
-    dense_mla.decode: lambda: dict(out=torch.zeros(2, 4, 512), workspace=bytes_(1 << 20)),
-    mqa_logits.paged: lambda: dict(out=torch.zeros(2, 64)),
-    mqa_logits.ragged: lambda: dict(out=torch.zeros(2, 6)),
-    concat.mla_k: lambda: dict(out=torch.zeros(2, 4, 192)),
-}
 #: Arguments that are no tensors: their values are walked in test_bad_input.
 PLAIN = {
     concat.mla_k: {"dtype"},
@@ -66,29 +49,6 @@ PLAIN = {
 }
 OUTPUTS = {"out", "k_rope_out", "cache", "q_all"}  # written in place
 SCRATCH = {"workspace"}
-
-
-def valid(function: Any) -> dict[str, Any]:
-    return {**VALID[function](), **OPTIONAL.get(function, dict)()}
-
-
-#: Attention's kernels take no float32, which matrix units would round.
-HALF = {sparse_mla.attend, dense_mla.decode}
-
-
-def filled(function: Any) -> dict[str, Any]:
-    """The valid call on the device, with random values where any value will do."""
-    arguments = {
-        name: _random(value, function in HALF).to(DEVICE) if isinstance(value, torch.Tensor) else value
-        for name, value in valid(function).items()
-    }
-    return {**arguments, "deterministic": True} if function is topk.select else arguments
-
-
-def _random(value: torch.Tensor, half: bool) -> torch.Tensor:
-    if not value.is_floating_point():
-        return torch.zeros_like(value) if value.dtype == torch.uint8 else value
-    return torch.randn(value.shape).to(torch.bfloat16 if half else value.dtype)
 
 
 def tensor_arguments() -> Iterator[tuple[Any, str]]:
