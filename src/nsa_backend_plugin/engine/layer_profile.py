@@ -145,14 +145,19 @@ def load(server_args: list[str]) -> tuple[Any, Any, Any]:
 
 
 def _initialize(one_batch: Any, args: Any) -> None:
-    """SGLang's process-wide settings, which newer releases read from arguments that were published."""
+    """SGLang's process-wide settings: handed the arguments, or read from those that were published, as of a rank."""
+    handed: tuple[Any, ...] = (args,)
     if hasattr(one_batch, "publish"):
-        one_batch.publish(args, role="scheduler", ranks=one_batch.SpawnRanks(world_rank=0, gpu_id=0))
+        ranks = {}
+        if hasattr(one_batch, "SpawnRanks"):
+            ranks["ranks"] = one_batch.SpawnRanks(world_rank=0, gpu_id=0)
+        one_batch.publish(args, role="scheduler", **ranks)
+        handed = ()
+    if hasattr(one_batch, "_init_process_global_configs"):
         one_batch._init_process_global_configs()
         return
-    one_batch.initialize_moe_config(args)
-    one_batch.initialize_fp8_gemm_config(args)
-    one_batch.initialize_fp4_gemm_config(args)
+    for name in ("moe", "fp8_gemm", "fp4_gemm"):
+        getattr(one_batch, f"initialize_{name}_config")(*handed)
 
 
 def measure(shapes: list[tuple[int, int]], server_args: list[str], output: Path) -> None:
