@@ -7,8 +7,7 @@ PYTEST_ARGS ?=
 # More arguments of requirements/install.py, as --pip.
 SETUP_ARGS ?=
 # Two cores do not have time for everything twice: what does not depend on the SGLang release runs on the primary one,
-# and of the servers that differ in layout, page size or patches each release has a part: `make test-releases` and
-# `make test-patched` have all.
+# and of the servers that differ in layout, page size, stages or patches each release has a part.
 ON_PRIMARY := -k "not (mla-page1 or pipeline or (dsa-chunked and not patched))" --ignore=tests/engine/test_disaggregation.py
 # Of two servers, what waits for timeouts and a second model are `make test-pairs`.
 ON_NEWEST := -k "not (whole or page64-chunked or mla-pipeline or (dsa-chunked and patched) or preshuffled or layouts_that_differ or \

@@ -15,6 +15,6 @@ def declare(folder: Path, name: str, function: str) -> None:
 
 
 def fork() -> None:
-    """A plugin: SGLang forks its processes, which so need not import again what its first one has (15 s on a CPU)."""
+    """A plugin: SGLang forks its processes, which so need not import again what its first one has."""
     multiprocessing.set_start_method = lambda method, force=False: None  # a new interpreter each is what it asks for
     assert multiprocessing.get_start_method() == "fork"

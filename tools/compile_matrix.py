@@ -282,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen = random.sample(cases, min(arguments.sample, len(cases)))
     elif arguments.write_table:
         known = compile_table.sources(arguments.write_table)
-        chosen = [c for c in cases if known.get(key := (c[0], f"{c[1]}.{c[2].name}")) != sources[key]]
+        chosen = [case for case, key in zip(cases, sources, strict=True) if known.get(key) != sources[key]]
     results = []
     for result in compile_all(chosen):
         print(_line(result), f"PROBLEM: {result.problem}" if result.problem else "", flush=True)
