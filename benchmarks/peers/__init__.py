@@ -48,6 +48,8 @@ PEERS = {
         Peer("index_store", "sglang_fused_store", sglang.index_store, ("sglang",), needs=_ROW_MAJOR),
         Peer("latent_store", "sglang_two_kernels", sglang.latent_store, ("sglang",), needs=_PACKS),
         Peer("norm_quant", "sglang_two_kernels", sglang.norm_quant, ("sglang", "flashinfer")),
+        Peer("projection", "sglang_gemm", sglang.projection, ("sglang", "flashinfer")),
+        Peer("projection_per_head", "torch_bmm", sglang.torch_bmm, gpu=False),
         Peer("latent_quantize", "sglang_quantize", sglang.quantize, ("sglang",)),
         Peer("concat_k", "sglang_jit", sglang.concat, ("sglang",), needs=_TWO_BYTES),
         Peer("concat_k", "torch_cat", sglang.torch_cat, gpu=False),

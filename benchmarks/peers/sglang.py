@@ -19,6 +19,17 @@ from nsa_backend_plugin.layouts import INDEX_PAGE_SIZE
 Call = Callable[[Any], Any]
 
 
+def torch_bmm(problem: Problem) -> Call:
+    """As the engine absorbs queries of many tokens: cuBLAS, into the same part of wider rows."""
+    x, out = problem.extra["x"].transpose(0, 1), problem.extra["out"]
+
+    def call(item: torch.Tensor) -> torch.Tensor:
+        torch.bmm(x, item.transpose(1, 2), out=out.transpose(0, 1))
+        return out
+
+    return call
+
+
 def triton_decode(problem: Problem) -> Call:
     """SGLang's stock Triton MLA decode, with the split counts its backend would choose."""
     from sglang.kernels.ops.attention.decode_attention import decode_attention_fwd
@@ -130,6 +141,22 @@ def norm_quant(problem: Problem) -> Call:
     def call(item: torch.Tensor) -> Any:
         normalized = rmsnorm(item, weight, 1e-6)
         return sglang_per_token_group_quant_fp8(normalized, 128, column_major_scales=True, scale_tma_aligned=True)
+
+    return call
+
+
+def projection(problem: Problem) -> Call:
+    """DeepGEMM, with what quantizes its tokens; of bf16 weights cuBLAS."""
+    from flashinfer.norm import rmsnorm
+    from sglang.srt.layers.quantization.fp8_utils import deepgemm_w8a8_block_fp8_linear_with_fallback
+
+    x, scale, gain = (problem.extra[name] for name in ("x", "scale", "gain"))
+
+    def call(item: torch.Tensor) -> torch.Tensor:
+        if scale is None:
+            return torch.mm(x, item.t(), out_dtype=torch.float32)
+        tokens = x if gain is None else rmsnorm(x, gain, 1e-6)
+        return deepgemm_w8a8_block_fp8_linear_with_fallback(tokens, item, [128, 128], scale)
 
     return call
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.workloads import caches, concat, dense_mla, indexer, mla_batch, sparse_mla, standard
+from benchmarks.workloads import caches, concat, dense_mla, indexer, mla_batch, projection, sparse_mla, standard
 from benchmarks.workloads.base import Problem, Workload
 
 WORKLOADS: dict[str, Workload] = {
@@ -24,6 +24,8 @@ WORKLOADS: dict[str, Workload] = {
         caches.NORM_QUANT,
         caches.QUANTIZE,
         caches.DEQUANTIZE,
+        projection.LINEAR,
+        projection.PER_HEAD,
         concat.MLA_K,
         concat.Q_ALL,
     )

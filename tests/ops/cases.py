@@ -15,6 +15,7 @@ from nsa_backend_plugin.ops import (
     latent_cache,
     mqa_logits,
     norm_quant,
+    projection,
     sparse_mla,
     topk,
 )
@@ -82,6 +83,16 @@ VALID = {
         norm_weight=torch.ones(512),
     ),
     norm_quant.rms: lambda: dict(x=torch.zeros(2, 256), weight=torch.zeros(256)),
+    projection.linear: lambda: dict(
+        x=torch.zeros(2, 256, dtype=torch.bfloat16),
+        weight=fp8(3, 256),
+        weight_scale=torch.zeros(1, 2),
+        norm_weight=torch.zeros(256, dtype=torch.bfloat16),
+    ),
+    projection.per_head: lambda: dict(
+        x=torch.zeros(2, 4, 64, dtype=torch.bfloat16),
+        weight=torch.zeros(4, 16, 64, dtype=torch.bfloat16),
+    ),
     concat.q_all: lambda: dict(q_nope=torch.zeros(2, 4, 512), q_rope=torch.zeros(2, 4, 64)),
     concat.mla_k: lambda: dict(k_nope=torch.zeros(2, 4, 128), k_rope=torch.zeros(2, 1, 64)),
     indexer_prep.query: lambda: dict(
@@ -117,6 +128,8 @@ OPTIONAL: dict[Any, Callable[[], dict[str, Any]]] = {
     ),
     dense_mla.decode: lambda: dict(out=torch.zeros(2, 4, 512), workspace=bytes_(1 << 20)),
     mqa_logits.paged: lambda: dict(out=torch.zeros(2, 64)),
+    projection.linear: lambda: dict(out=torch.zeros(2, 3, dtype=torch.bfloat16)),
+    projection.per_head: lambda: dict(out=torch.zeros(2, 4, 16, dtype=torch.bfloat16)),
     mqa_logits.ragged: lambda: dict(out=torch.zeros(2, 6)),
     concat.mla_k: lambda: dict(out=torch.zeros(2, 4, 192)),
 }

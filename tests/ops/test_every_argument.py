@@ -23,6 +23,7 @@ from nsa_backend_plugin.ops import (
     latent_cache,
     mqa_logits,
     norm_quant,
+    projection,
     sparse_mla,
     topk,
 )
@@ -44,6 +45,7 @@ PLAIN = {
     mqa_logits.paged: {"layout", "page_size", "clean"},
     mqa_logits.ragged: {"clean"},
     norm_quant.rms: {"eps", "scale_format"},
+    projection.linear: {"eps", "dtype"},
     sparse_mla.attend: {"kv_scale", "value_dim", "rows_have_keys", "return_lse"},
     topk.select: {"page_size", "deterministic"},
 }

@@ -20,8 +20,8 @@ import torch
 from sglang.srt.model_executor.forward_context import get_attn_backend
 
 from nsa_backend_plugin.engine import hooks, index_cache, linear, unknown
-from nsa_backend_plugin.engine.gpu import rocm
-from nsa_backend_plugin.ops import index_key_cache, indexer_prep, mqa_logits, topk
+from nsa_backend_plugin.engine.gpu import projections, rocm
+from nsa_backend_plugin.ops import index_key_cache, indexer_prep, mqa_logits, projection, topk
 from nsa_backend_plugin.ops._torch import exact_indexer
 from nsa_backend_plugin.ops.call import Step
 from nsa_backend_plugin.runtime import served
@@ -149,14 +149,17 @@ def project(indexer: Any, x: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[t
         return indexer.wk(x)[0], _head_gate(indexer.weights_proj, x[2])
     if indexer.use_dsa_indexer_fusion:
         both = indexer.wk_weights_proj(x)[0]
-    elif (merged := _merged(indexer)) is not None:
-        both = _mm_fp32_out(x, merged.weight)
+    elif (ours := merged(indexer)) is not None:
+        if projections.takes("wk_weights_proj", x, ours.weight):
+            both = projection.linear(x, ours.weight, dtype=torch.float32)
+        else:
+            both = _mm_fp32_out(x, ours.weight)
     else:
         return indexer.wk(x)[0], _head_gate(indexer.weights_proj, x)
     return both[:, : indexer.head_dim], both[:, indexer.head_dim :]
 
 
-def _merged(indexer: Any) -> MergedWeights | None:
+def merged(indexer: Any) -> MergedWeights | None:
     """Our merged projection, while it stands for both layers."""
     merged = getattr(indexer, _MERGED, None)
     return merged if merged is not None and merged.serves(indexer.wk, indexer.weights_proj) else None
@@ -327,7 +330,7 @@ def described(indexer: Any) -> served.Indexer:
         hadamard=_is_rotated(indexer),
         norm=_norm_kind(indexer),
         scale_format=_scale_format(indexer),
-        key_dtype=torch.float32 if not stock_merged and _merged(indexer) is not None else torch.bfloat16,
+        key_dtype=torch.float32 if not stock_merged and merged(indexer) is not None else torch.bfloat16,
         gate_dtype=torch.bfloat16 if stock_merged else torch.float32,
     )
 

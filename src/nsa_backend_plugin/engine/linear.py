@@ -5,19 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from sglang.srt.layers.linear import ColumnParallelLinear, ReplicatedLinear
+from sglang.srt.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
 from sglang.srt.layers.quantization.fp8 import Fp8LinearMethod
 from sglang.srt.layers.quantization.fp8_utils import block_quant_dequant
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 
 
-def obstacle(layer: Any) -> str | None:
+def obstacle(layer: Any, row_parallel: bool = False) -> str | None:
     """Why a layer must be called itself; None for a plain linear layer whose weight is bf16, or fp8 blocks.
 
     Plain is exactly SGLang's class (a LoRA wrapper is another) without a bias, its weight an ordinary tensor (torchao's
-    is not). fp8 blocks are e4m3fn values with one fp32 scale per block; scales packed for Blackwell are int32.
+    is not). row_parallel: whether the class may be the one whose results are summed over ranks. fp8 blocks are e4m3fn
+    values with one fp32 scale per block; scales packed for Blackwell are int32.
     """
-    if type(layer) not in (ReplicatedLinear, ColumnParallelLinear):
+    if type(layer) not in (ReplicatedLinear, ColumnParallelLinear, *((RowParallelLinear,) if row_parallel else ())):
         return f"it is a {type(layer).__name__}"
     if layer.bias is not None:
         return "it has a bias"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from nsa_backend_plugin.engine import hooks, indexer, launch
-from nsa_backend_plugin.engine.gpu import query_projection, rocm
+from nsa_backend_plugin.engine.gpu import projections, query_projection, rocm
 from nsa_backend_plugin.runtime import merged_weights
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,9 @@ def load_model(
 
 
 def merge(model: torch.nn.Module, device: str) -> None:
-    """Merge what can be merged in every layer with an indexer of a model that is served on a device (its type)."""
+    """Merge what can be merged in every layer with an indexer of a model that is served on a device (its type), and put
+    our products of few tokens before SGLang's in every MLA layer.
+    """
     _models.add(model)
     for attn in layers(model):
         if _offloaded(attn, device):
@@ -57,6 +59,9 @@ def merge(model: torch.nn.Module, device: str) -> None:
         indexer.merge_projection(attn.indexer)
         if attn.q_lora_rank is not None:
             query_projection.merge(attn)
+    for module in model.modules():
+        if hasattr(module, "fused_qkv_a_proj_with_mqa"):
+            projections.install(module)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from sglang.srt.configs.model_config import is_deepseek_dsa
 from sglang.srt.runtime_context import get_exec, get_parallel, get_schedule, get_spec
 
 from nsa_backend_plugin.engine import index_cache, indexer, merging
-from nsa_backend_plugin.engine.gpu import query_projection
+from nsa_backend_plugin.engine.gpu import projections, query_projection
 from nsa_backend_plugin.layouts import FP8_DTYPES, LATENT_DIM, ROPE_DIM
 from nsa_backend_plugin.runtime import served
 
@@ -20,7 +20,7 @@ def model(runner: Any) -> served.Model:
     pool = runner.token_to_kv_pool
     heads = runner.model_config.num_attention_heads // get_parallel().attn_tp_size
     if not is_deepseek_dsa(config):
-        return served.Model(heads, page_size=pool.page_size)
+        return served.Model(heads, page_size=pool.page_size, projections=_projections(runner.model))
     layers = list(merging.layers(runner.model))
     return served.Model(
         heads,
@@ -29,6 +29,32 @@ def model(runner: Any) -> served.Model:
         layout=index_cache.layout_of(pool),
         page_size=pool.page_size,
         quantized_q_lora=next((attn.q_lora_rank for attn in layers if query_projection.quantizes(attn)), 0),
+        projections=_projections(runner.model),
+        absorbs=projections.most_tokens_absorbed(layers[0].w_kc, runner.dtype),
+    )
+
+
+def _projections(model: torch.nn.Module) -> tuple[served.Projection, ...]:
+    """Of the first layer that has any; none where ours takes none."""
+    attn = next((module for module in model.modules() if hasattr(module, "fused_qkv_a_proj_with_mqa")), None)
+    if attn is None or not projections.measured(next(attn.parameters()).device):
+        return ()
+    found = [(name, layer, False, torch.bfloat16) for name, layer in projections.called_by_sglang(attn).items()]
+    if getattr(attn, "indexer", None) is not None:
+        if (both := query_projection.merged(attn)) is not None:
+            found = [row for row in found if row[0] != "q_b_proj"] + [("q_b_proj", both, True, torch.bfloat16)]
+        if (both := indexer.merged(attn.indexer)) is not None:
+            found.append(("wk_weights_proj", both, False, torch.float32))
+    return tuple(
+        served.Projection(
+            rows=module.weight.shape[0],
+            depth=module.weight.shape[1],
+            most_tokens=projections.MOST_TOKENS[name],
+            fp8=module.weight.dtype == torch.float8_e4m3fn,
+            norm=norm,
+            dtype=dtype,
+        )
+        for name, module, norm, dtype in found
     )
 
 

@@ -71,6 +71,8 @@ TABLE: tuple[Preference, ...] = (
         "dense_mla.decode", "sm_90", ("fa3", "flash_mla", "triton"), _RUN, {"heads": (33, 128), "batch": (8, _ANY_MORE)}
     ),
     Preference("sparse_mla.attend", "cuda", ("cuda", "triton"), "rule: as on sm_90", {"kv": "packed"}),
+    Preference("projection.linear", "cuda", ("cuda", "triton"), "rule: tuned on sm_90"),
+    Preference("projection.per_head", "cuda", ("cuda", "triton"), "rule: tuned on sm_90"),
     Preference("topk.select", "cuda", ("cuda", "triton"), "rule: as on sm_90"),
     Preference("mqa_logits.paged", "rocm", ("aiter", "triton"), _UNTRIED_ROCM, {"layout": "preshuffled"}),
     Preference("mqa_logits.ragged", "rocm", ("aiter", "triton"), _UNTRIED_ROCM),

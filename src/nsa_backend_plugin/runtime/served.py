@@ -27,6 +27,7 @@ from nsa_backend_plugin.ops import (
     latent_cache,
     mqa_logits,
     norm_quant,
+    projection,
     sparse_mla,
     topk,
 )
@@ -56,11 +57,25 @@ class Indexer:
 
 
 @dataclass(frozen=True)
+class Projection:
+    """A product of a layer's tokens with weights [rows, depth], by `projection.linear` for at most so many tokens."""
+
+    rows: int
+    depth: int
+    most_tokens: int
+    fp8: bool
+    norm: bool = False
+    dtype: torch.dtype = torch.bfloat16
+
+
+@dataclass(frozen=True)
 class Model:
     """What decides the shapes of a model's calls on one GPU.
 
     heads: query heads. kv: "bf16", "packed", or "fp8" (ROCm).
     quantized_q_lora: width of q_lora where one call normalizes and quantizes it (merged fp8 projections), else 0.
+    projections: of a layer, those that read few tokens; absorbs: the most tokens whose queries `projection.per_head`
+    absorbs.
     """
 
     heads: int
@@ -69,6 +84,8 @@ class Model:
     layout: str = "row_major"
     page_size: int = 64
     quantized_q_lora: int = 0
+    projections: tuple[Projection, ...] = ()
+    absorbs: int = 0
 
 
 @dataclass(frozen=True)
@@ -93,6 +110,9 @@ def examples(arch: str) -> dict[str, Model]:
     """Models of a report without one at hand, by a name that says what they are."""
     kv, layout = ("packed", "row_major") if is_cuda(arch) else ("bf16", "preshuffled" if is_rocm(arch) else "row_major")
     v32 = Model(16, Indexer(64), kv=kv, layout=layout, quantized_q_lora=1536 if is_cuda(arch) else 0)
+    if arch == "sm_90":
+        q_b = Projection(11264, 1536, 16, fp8=True, norm=True)
+        v32 = replace(v32, projections=(Projection(2112, 7168, 32, fp8=True), q_b), absorbs=32)
     return {
         "DeepSeek-V3.2, 16 heads": v32,
         "DeepSeek-V3.2, 128 heads": replace(v32, heads=128),
@@ -107,6 +127,7 @@ _Made = tuple[Operation, Call]
 def calls(model: Model, step: Step, arch: str) -> Iterator[_Made]:
     """(operation, call) of one layer in one step, in the order of the engine's calls."""
     with pretended(arch) as device:
+        yield from _projections(model, step, device)
         if model.indexer is None:
             yield from _dense(model, step, arch, device)
         else:
@@ -141,7 +162,8 @@ def _sparse(model: Model, indexer: Indexer, step: Step, arch: str, device: torch
     cache = _latent_cache(model, arch_fp8_dtype(arch), make)
     kv_scale = 1.0 if model.kv == "fp8" else None
 
-    if (width := model.quantized_q_lora) and not step.prefill:
+    normalizes = any(p.norm and tokens <= p.most_tokens for p in model.projections)
+    if (width := model.quantized_q_lora) and not step.prefill and not normalizes:
         q_lora = make(tokens, width + LATENT_DIM + ROPE_DIM)[:, :width]
         yield norm_quant.rms, norm_quant.rms.call(q_lora, make(width))
     if not (step.prefill and is_cuda(arch)):
@@ -181,6 +203,28 @@ def _sparse(model: Model, indexer: Indexer, step: Step, arch: str, device: torch
             rows_have_keys=True,
         ),
     )
+
+
+def _projections(model: Model, step: Step, device: torch.device) -> Iterator[_Made]:
+    make = _maker(device)
+    tokens = step.requests * step.queries
+    for p in model.projections:
+        if tokens <= p.most_tokens:
+            weight = make(p.rows, p.depth, dtype=torch.float8_e4m3fn if p.fp8 else torch.bfloat16)
+            blocks = (-(-p.rows // projection.GROUP), p.depth // projection.GROUP)
+            yield (
+                projection.linear,
+                projection.linear.call(
+                    make(tokens, p.depth),
+                    weight,
+                    make(*blocks, dtype=torch.float32) if p.fp8 else None,
+                    norm_weight=make(p.depth) if p.norm else None,
+                    dtype=p.dtype,
+                ),
+            )
+    if tokens <= model.absorbs and not step.prefill:
+        queries = make(tokens, model.heads, NOPE_DIM + ROPE_DIM)[..., :NOPE_DIM]
+        yield projection.per_head, projection.per_head.call(queries, make(model.heads, LATENT_DIM, NOPE_DIM))
 
 
 def _indexer(

@@ -37,10 +37,10 @@ from sglang.srt.models.deepseek_common.attention_forward_methods.forward_mla imp
 
 from nsa_backend_plugin.engine import hooks
 from nsa_backend_plugin.engine import indexer as indexer_path
-from nsa_backend_plugin.engine.gpu import query_projection, rocm
+from nsa_backend_plugin.engine.gpu import projections, query_projection, rocm
 from nsa_backend_plugin.engine.gpu.dsa_backend import NsaPluginDSABackend, plain_fp8_scale
 from nsa_backend_plugin.engine.gpu.dual_stream import side_lane
-from nsa_backend_plugin.ops import latent_cache
+from nsa_backend_plugin.ops import latent_cache, projection
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +157,11 @@ def _prepare(
         q = attn.q_b_proj_forward(attn.q_a_layernorm(q_lora))
 
     q_all = q.new_empty(q.shape[0], q.shape[1], value_dim + attn.qk_rope_head_dim)
-    torch.bmm(q[..., :nope_dim].transpose(0, 1), rocm.key_weight(attn), out=q_all[..., :value_dim].transpose(0, 1))
+    q_nope, w_uk, absorbed = q[..., :nope_dim], rocm.key_weight(attn), q_all[..., :value_dim]
+    if projections.takes_heads(q_nope, w_uk):
+        projection.per_head(q_nope, w_uk.transpose(1, 2), out=absorbed)
+    else:
+        torch.bmm(q_nope.transpose(0, 1), w_uk, out=absorbed.transpose(0, 1))
     cache = pool.get_key_buffer(attn.layer_id)
     norm, k_nope = attn.kv_a_layernorm, latent[:, :value_dim]
     fused_norm = {"norm_weight": norm.weight, "norm_eps": norm.variance_epsilon}

@@ -10,8 +10,8 @@ import torch
 
 from nsa_backend_plugin.engine import indexer as indexer_path
 from nsa_backend_plugin.engine import linear
-from nsa_backend_plugin.engine.gpu import rocm
-from nsa_backend_plugin.ops import norm_quant
+from nsa_backend_plugin.engine.gpu import projections, rocm
+from nsa_backend_plugin.ops import norm_quant, projection
 from nsa_backend_plugin.runtime.merged_weights import MergedWeights
 
 _MERGED = "nsa_plugin_q_b_wq_b"
@@ -102,8 +102,10 @@ def project(attn: Any, q_lora: torch.Tensor) -> tuple[torch.Tensor, Callable[[],
 
 def _multiply(attn: Any, both: MergedWeights, q_lora: torch.Tensor) -> torch.Tensor:
     """[T, rows of both] of q_lora before its norm."""
-    norm = attn.q_a_layernorm
-    if not hasattr(both, "scale"):
+    norm, scale = attn.q_a_layernorm, getattr(both, "scale", None)
+    if norm.weight.dtype == torch.bfloat16 and projections.takes("q_b_proj", q_lora, both.weight, scale):
+        return projection.linear(q_lora, both.weight, scale, norm_weight=norm.weight, eps=norm.variance_epsilon)
+    if scale is None:
         return norm(q_lora) @ both.weight.t()
     run = attn.q_b_proj.quant_method.w8a8_block_fp8_linear
     # Later releases bind the rounding of activation scales that a checkpoint asks for.
@@ -114,4 +116,4 @@ def _multiply(attn: Any, both: MergedWeights, q_lora: torch.Tensor) -> torch.Ten
         eps=norm.variance_epsilon,
         scale_format="ue8m0" if bound.get("act_scale_ue8m0") else "fp32",
     )
-    return run(input=values, weight=both.weight, block_size=_BLOCK, weight_scale=both.scale, input_scale=scales)
+    return run(input=values, weight=both.weight, block_size=_BLOCK, weight_scale=scale, input_scale=scales)

@@ -5,7 +5,7 @@ host compiler and no build folder. cuda.core wraps the same calls, but its modul
 releases and its launch offers no programmatic dependent launch; tvm-ffi builds through nvcc and a host compiler.
 
 A source is one `.cu` file, free of toolkit headers (NVRTC ships none), whose kernels are `extern "C" __global__`.
-Variants are made with defines, one cubin each. It may include `.cuh` files of its own folder.
+Variants are made with defines, one cubin each. It may include `.cuh` files of its own folder and of this one.
 
     kernels = jit.load(Path(__file__).with_name("decode.cu"), ["decode"], "sm_90", {"HEADS": 16})
     jit.launch(kernels["decode"], grid=(tokens, 1, 1), block=(128, 1, 1), args=(q, out, tokens, scale),
@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 #: Dynamic shared memory that any kernel may use; beyond it the kernel's attribute must be raised first.
 _DEFAULT_SHARED_BYTES = 48 * 1024
 _Defines = tuple[tuple[str, object], ...]
+_SHARED = Path(__file__).parent  # headers of several operations
 
 
 class CompileError(RuntimeError):
@@ -212,13 +213,15 @@ def _target(arch: str) -> str:
 
 def _options(source: Path, arch: str, defines: _Defines) -> list[str]:
     flags = [f"-D{name}={value}" for name, value in defines]
-    return ["--std=c++17", f"--gpu-architecture={_target(arch)}", f"-I{source.parent}", *flags]
+    return ["--std=c++17", f"--gpu-architecture={_target(arch)}", f"-I{source.parent}", f"-I{_SHARED}", *flags]
 
 
 def _cubin(source: Path, arch: str, defines: _Defines) -> bytes:
     """The compiled source, from the disk cache if it is there."""
     text = source.read_bytes()
-    headers = b"".join(path.read_bytes() for path in sorted(source.parent.glob("*.cuh")))
+    headers = b"".join(
+        path.read_bytes() for folder in (source.parent, _SHARED) for path in sorted(folder.glob("*.cuh"))
+    )
     options = _options(source, arch, defines)
     portable = [o for o in options if not o.startswith("-I")]
     key = hashlib.sha256(b"\0".join([text, headers, repr(portable).encode(), _nvrtc_version().encode()])).hexdigest()

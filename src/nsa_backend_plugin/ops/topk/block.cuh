@@ -1,8 +1,10 @@
 // What a block of topk.cu has: sizes, shared memory, its place in a cluster, block-wide sums. Defines: see topk.cu.
 #pragma once
 
-typedef unsigned int u32;
-typedef long long i64;
+#include "ptx.cuh"
+
+using u32 = uint32;
+using i64 = int64;
 
 constexpr int kWarps = THREADS / 32;
 constexpr int kVectors = 4;                       // 16-byte loads that each thread has in flight over a long row
@@ -57,24 +59,8 @@ __device__ __forceinline__ void increment_if(bool condition, u32* shared_counter
 // ---------------------------------------------------------------- thread-block cluster
 
 __device__ __forceinline__ u32 cluster_rank() {
-  u32 rank = 0;
-  if constexpr (CLUSTER > 1) asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-__device__ __forceinline__ void cluster_barrier() {
-  cluster_arrive();
-  cluster_wait();
-}
-
-// The same place in the shared memory of another block of the cluster.
-template <class T>
-__device__ __forceinline__ T* in_block(T* local, u32 rank) {
-  T* remote;
-  asm("mapa.u64 %0, %1, %2;" : "=l"(remote) : "l"(local), "r"(rank));
-  return remote;
+  if constexpr (CLUSTER > 1) return block_of_cluster();
+  return 0;
 }
 
 #if CLUSTER > 1

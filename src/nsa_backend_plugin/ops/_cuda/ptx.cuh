@@ -1,4 +1,4 @@
-// The PTX instructions of the attention kernels, one function each. No toolkit header: NVRTC ships none.
+// The PTX instructions of this package's kernels, one function each. No toolkit header: NVRTC ships none.
 #pragma once
 
 using uint8 = unsigned char;
@@ -73,6 +73,29 @@ DEVICE void let_next_kernel_start() {
 #endif
 }
 
+// ---- Thread-block clusters, from sm_90 on ----
+
+DEVICE uint32 block_of_cluster() {
+  uint32 rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+DEVICE void cluster_barrier() {
+  cluster_arrive();
+  cluster_wait();
+}
+
+// The same place in the shared memory of another block of the cluster.
+template <class T>
+DEVICE T* in_block(T* local, uint32 rank) {
+  T* remote;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(remote) : "l"(local), "r"(rank));
+  return remote;
+}
+
 // ---- Matrix fragments ----
 
 // Four 8x8 matrices of 16-bit elements; lanes 8m..8m+7 give the row addresses of matrix m.
@@ -125,6 +148,13 @@ DEVICE uint32 multiply_f16x2(uint32 a, uint32 b) {
 
 DEVICE float bf16_low(uint32 pair) { return __uint_as_float(pair << 16); }
 DEVICE float bf16_high(uint32 pair) { return __uint_as_float(pair & 0xFFFF0000u); }
+
+// The larger magnitude of each half; a NaN only where both are.
+DEVICE uint32 larger_magnitude_bf16x2(uint32 a, uint32 b) {
+  uint32 larger;
+  asm("{.reg .b32 x, y; abs.bf16x2 x, %1; abs.bf16x2 y, %2; max.bf16x2 %0, x, y;}" : "=r"(larger) : "r"(a), "r"(b));
+  return larger;
+}
 
 DEVICE float exp2_approx(float x) {
   float y;

@@ -1,0 +1,215 @@
+"""Projections in CUDA C++: the weights of a layer stream through the registers of the whole GPU (projection.cu)."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from nsa_backend_plugin.ops._cuda import jit
+from nsa_backend_plugin.ops.arch import core_count, launches_early
+from nsa_backend_plugin.ops.call import Reason
+from nsa_backend_plugin.ops.projection import Linear, PerHead
+
+_SOURCE = Path(__file__).with_name("projection.cu")
+_BLOCK_BYTES = 128  # of a row of the weights
+_TOKEN_TILES = (1, 2, 4)  # of 8 tokens
+MAX_TOKENS = 32
+
+
+class _Kind(NamedTuple):
+    fp8: bool = False
+    norm: bool = False
+    out_f32: bool = False
+
+
+class _Variant(NamedTuple):
+    kind: _Kind
+    token_tiles: int
+    warps_of_depth: int
+    warps_of_rows: int
+    blocks: int
+    cluster: int
+    share: int
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps_of_depth * self.warps_of_rows
+
+    @property
+    def resident(self) -> int:
+        """Blocks of threads on a multiprocessor, by their registers: 128 a thread."""
+        return max(512 // self.threads, 1)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of projection.cu's Shared; tokens are f16 beside fp8 weights."""
+        tokens, bytes_of_one = 8 * self.token_tiles, _BLOCK_BYTES * (2 if self.kind.fp8 else 1)
+        floats = tokens * (self.share + (self.share if self.kind.norm else 1) + 1)
+        sums = 4 * self.threads * self.token_tiles
+        return self.share * tokens * bytes_of_one + 4 * (floats + sums)
+
+
+def available(arch: str) -> Reason:
+    return jit.compiles(_SOURCE, arch, _defines(_Variant(_Kind(), 1, 1, 1, 1, 1, 1)))
+
+
+def declines_linear(call: Linear) -> Reason:
+    if call.weight_scale is not None and int(call.arch[3:]) < 89:
+        return f"{call.arch} does not convert fp8"
+    return _declines(call, _sizes_of_linear(call))
+
+
+def declines_per_head(call: PerHead) -> Reason:
+    return _declines(call, _sizes_of_heads(call))
+
+
+def _declines(call: Linear | PerHead, sizes: _Sizes) -> Reason:
+    if call.x.shape[0] > MAX_TOKENS:
+        return f"{call.x.shape[0]} tokens: at most {MAX_TOKENS}"
+    needed = max(v.shared_bytes for v in _variants(call.arch, sizes, core_count(call.x.device)))
+    if needed > _shared_bytes(call.arch):
+        return f"a depth of {sizes.blocks} x {_BLOCK_BYTES} bytes needs {needed} bytes of shared memory"
+    for name in ("x", "weight", "norm_weight"):
+        value = getattr(call, name, None)
+        if value is None or value.is_meta:
+            continue
+        if value.data_ptr() % 16 or any(stride * value.element_size() % 16 for stride in value.stride() if stride != 1):
+            return f"{name} does not lie on multiples of 16 bytes"
+    return None
+
+
+def _shared_bytes(arch: str) -> int:
+    """That a block may have."""
+    return {"sm_80": 163, "sm_87": 163, "sm_90": 227, "sm_100": 227, "sm_103": 227}.get(arch, 99) << 10
+
+
+class _Sizes(NamedTuple):
+    """What a variant is made for."""
+
+    kind: _Kind
+    heads: int
+    rows: int
+    blocks: int  # of 128 bytes in a row of the weights
+
+
+def _sizes_of_linear(call: Linear) -> _Sizes:
+    rows, depth = call.weight.shape
+    kind = _Kind(call.weight_scale is not None, call.norm_weight is not None, call.out.dtype == torch.float32)
+    return _Sizes(kind, 1, rows, depth * call.weight.element_size() // _BLOCK_BYTES)
+
+
+def _sizes_of_heads(call: PerHead) -> _Sizes:
+    heads, rows, depth = call.weight.shape
+    return _Sizes(_Kind(), heads, rows, 2 * depth // _BLOCK_BYTES)
+
+
+def linear(call: Linear) -> torch.Tensor:
+    _launch(call, _sizes_of_linear(call), (0, call.x.stride(0), 0, call.out.stride(0), 0))
+    return call.out
+
+
+def per_head(call: PerHead) -> torch.Tensor:
+    strides = (2 * call.weight.stride(0), *call.x.stride()[:2], *call.out.stride()[:2])
+    _launch(call, _sizes_of_heads(call), strides)
+    return call.out
+
+
+def _launch(call: Linear | PerHead, sizes: _Sizes, strides: tuple[int, ...]) -> None:
+    tokens, depth, (_, heads, rows, _) = call.x.shape[0], call.x.shape[-1], sizes
+    if tokens == 0 or rows == 0 or heads == 0:
+        return
+    cores = core_count(call.x.device)
+    variant, kernel = _kernels(call.arch, sizes, cores)[next(t for t in _TOKEN_TILES if 8 * t >= tokens)]
+    parts = -(-rows // (16 * variant.warps_of_rows))
+    if heads == 1:
+        # A block takes further rows for the same tokens.
+        parts = min(parts, max(cores * variant.resident // variant.cluster, 1))
+    jit.launch(
+        kernel,
+        grid=(parts * variant.cluster, heads, 1),
+        block=(variant.threads, 1, 1),
+        args=(
+            _Arguments(
+                call.weight.data_ptr(),
+                _pointer(call, "weight_scale"),
+                call.x.data_ptr(),
+                _pointer(call, "norm_weight"),
+                call.out.data_ptr(),
+                *strides,
+                *(tokens, rows, depth),
+                getattr(call, "eps", 0.0),
+            ),
+        ),
+        shared_bytes=variant.shared_bytes,
+        pdl=launches_early(call.arch),
+        device=call.x.device,
+    )
+
+
+class _Arguments(ctypes.Structure):
+    """`Arguments` of projection.cu."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("weight", "weight_scale", "x", "norm_weight", "out")),
+        *((name, ctypes.c_longlong) for name in ("weight_head", "x_token", "x_head", "out_token", "out_head")),
+        *((name, ctypes.c_int) for name in ("tokens", "rows", "depth")),
+        ("eps", ctypes.c_float),
+    )
+
+
+def _pointer(call: Linear | PerHead, name: str) -> int | None:
+    value = getattr(call, name, None)
+    return None if value is None else value.data_ptr()
+
+
+@functools.cache
+def _kernels(arch: str, sizes: _Sizes, cores: int) -> dict[int, tuple[_Variant, jit.Kernel]]:
+    """By tiles of 8 tokens, all at once: the first call loads what any later, captured call may need."""
+    variants = _variants(arch, sizes, cores)
+    with ThreadPoolExecutor() as pool:
+        kernels = pool.map(lambda v: jit.load(_SOURCE, ["projection"], arch, _defines(v))["projection"], variants)
+        return {v.token_tiles: (v, kernel) for v, kernel in zip(variants, kernels, strict=True)}
+
+
+@functools.cache
+def _variants(arch: str, sizes: _Sizes, cores: int) -> tuple[_Variant, ...]:
+    """One for each number of token tiles. Found by `benchmarks/tune_projection.py` on an H200."""
+    kind, heads, rows, blocks = sizes
+    cluster = 1
+    if blocks > 16 and _may_share(arch, kind):
+        while cluster < 8 and 2 * cluster <= blocks:
+            cluster *= 2
+    share = -(-blocks // cluster)
+    if cluster > 1 and heads * rows * cluster > 96 * cores:  # rows enough to share the tokens of a block
+        of_depth, of_rows, at_once = -(-share // 8), 6, min(4, share)
+    else:
+        at_once = 1 if share <= 8 else 2
+        of_depth = min(-(-share // at_once), 16)
+        of_rows = 2 if of_depth <= 8 and cluster == 1 else 1
+    return tuple(_Variant(kind, tiles, of_depth, of_rows, at_once, cluster, share) for tiles in _TOKEN_TILES)
+
+
+def _may_share(arch: str, kind: _Kind) -> bool:
+    """Whether blocks may share the depth. They do not exchange what a norm needs."""
+    return int(arch[3:]) >= 90 and not kind.norm
+
+
+def _defines(variant: _Variant) -> dict[str, int]:
+    return {
+        "FP8": int(variant.kind.fp8),
+        "NORM": int(variant.kind.norm),
+        "OUT_F32": int(variant.kind.out_f32),
+        "TOKEN_TILES": variant.token_tiles,
+        "WARPS_OF_DEPTH": variant.warps_of_depth,
+        "WARPS_OF_ROWS": variant.warps_of_rows,
+        "BLOCKS": variant.blocks,
+        "CLUSTER": variant.cluster,
+        "SHARE": variant.share,
+        "RESIDENT": variant.resident,
+        "SHARED_BYTES": variant.shared_bytes,
+    }

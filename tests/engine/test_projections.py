@@ -1,0 +1,138 @@
+"""Which products of a layer ours takes, and that they are the layer's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("sglang", reason="needs SGLang")
+projections = pytest.importorskip("nsa_backend_plugin.engine.gpu.projections")
+from nsa_backend_plugin.engine import indexer as indexer_path  # noqa: E402
+from nsa_backend_plugin.engine import merging, shapes  # noqa: E402
+from nsa_backend_plugin.engine.gpu import query_projection  # noqa: E402
+from nsa_backend_plugin.runtime import served  # noqa: E402
+from tests.engine.test_fused_decode import linear  # noqa: E402
+from tests.engine.test_merged_weights import APART, Attention, block_fp8, dequantized, lora  # noqa: E402
+from tests.ops.common import assert_close  # noqa: E402
+
+BAR = 5e-6
+CALLED = ("fused_qkv_a_proj_with_mqa", "o_proj")
+
+
+@pytest.fixture
+def on_h200(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device counts as measured; the torch reference runs."""
+    monkeypatch.setattr(projections, "measured", lambda device: True)
+
+
+def attention(make: Any) -> Any:
+    attn = Attention()
+    for name in CALLED:
+        setattr(attn, name, make())
+    return attn
+
+
+def tokens(count: int) -> torch.Tensor:
+    return torch.randn(count, 256).to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("make", [lambda: linear(192, 256), block_fp8], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("name", CALLED)
+def test_few_tokens_are_multiplied_by_ours_and_more_by_the_layer(on_h200, make: Any, name: str) -> None:
+    attn = attention(make)
+    layer, most = getattr(attn, name), projections.MOST_TOKENS[name]
+    called = []
+    own = layer.quant_method.apply
+    layer.quant_method.apply = lambda *args, **kwargs: called.append(args) or own(*args, **kwargs)
+    for _ in range(2):  # the draft's loader may come by again
+        projections.install(attn)
+    for count in (1, most, most + 1):
+        x = tokens(count)
+        out = layer(x)[0]
+        weight = layer.weight.float() if make is not block_fp8 else dequantized(layer.weight, layer.weight_scale_inv)
+        assert_close(out.float(), (x.float() @ weight.t()), BAR)
+        assert len(called) == (count > most)
+
+
+def test_an_update_of_the_weights_is_seen(on_h200) -> None:
+    attn = attention(lambda: linear(192, 256))
+    projections.install(attn)
+    x = tokens(3)
+    before = attn.o_proj(x)[0]
+    attn.o_proj.weight.data.mul_(2)
+    assert torch.equal(attn.o_proj(x)[0], 2 * before)
+
+
+@pytest.mark.parametrize("kind", APART)
+def test_layers_of_another_kind_keep_their_own(on_h200, kind: str) -> None:
+    attn = attention(lambda: APART[kind](256))
+    projections.install(attn)
+    layer = attn.o_proj.base_layer if "LoRA" in kind else attn.o_proj
+    assert getattr(layer.quant_method.apply, "func", None) is not projections._apply
+    assert projections.obstacle(attn.o_proj)
+
+
+def test_an_adapter_that_comes_later_is_added(on_h200) -> None:
+    """SGLang wraps layers for LoRA once they are loaded; the wrapper calls the layer's method."""
+    attn = attention(lambda: linear(256, 256))
+    projections.install(attn)
+    layer = attn.o_proj
+    wrapped = lora(layer)
+    x = tokens(4)
+    assert not torch.equal(wrapped(x)[0], layer(x)[0])
+
+
+@pytest.mark.parametrize("make", [lambda: linear(256, 256), block_fp8], ids=["bf16", "fp8"])
+def test_merged_projections_by_ours_are_those_of_the_layers(on_h200, monkeypatch, make: Any) -> None:
+    attn = Attention(make(), make())
+    attn.q_a_layernorm.weight = attn.q_a_layernorm.weight.to(torch.bfloat16)
+    merging.merge(attn, "cpu")
+    q_lora = torch.randn(5, 300).to(torch.bfloat16)[:, :256]
+    index_query, project_q = query_projection.project(attn, q_lora)
+    key, gate = indexer_path.project(attn.indexer, q_lora)
+    assert key.dtype == gate.dtype == torch.float32
+    with monkeypatch.context() as patched:
+        patched.setattr(projections, "measured", lambda device: False)
+        expected_query, expected_q = query_projection.project(attn, q_lora)
+        expected_key, expected_gate = indexer_path.project(attn.indexer, q_lora)
+    bar = 2e-3 if make is block_fp8 else 2e-5  # SGLang's product quantizes its tokens; both round the norm
+    assert_close(index_query.float(), expected_query.float(), bar, row_dims=2)
+    assert_close(project_q().float(), expected_q().float(), bar, row_dims=2)
+    assert_close(key, expected_key, 1e-9)
+    assert_close(gate, expected_gate, 1e-9)
+
+
+def test_w_uk_of_many_heads_or_of_another_form_is_left_to_torch(on_h200) -> None:
+    for weight, most in [
+        (torch.zeros(16, 512, 128, dtype=torch.bfloat16).transpose(1, 2), 32),
+        (torch.zeros(128, 512, 128, dtype=torch.bfloat16).transpose(1, 2), 0),
+        (torch.zeros(16, 128, 512, dtype=torch.bfloat16), 0),
+        (torch.zeros(16, 512, 128, dtype=torch.float16).transpose(1, 2), 0),
+    ]:
+        assert projections.most_tokens_absorbed(weight, torch.bfloat16) == most
+        assert projections.takes_heads(torch.zeros(1, *weight.shape[:2], dtype=torch.bfloat16), weight) == (most > 0)
+        assert not projections.takes_heads(torch.zeros(33, *weight.shape[:2], dtype=torch.bfloat16), weight)
+
+
+def test_the_report_has_the_products_that_run(on_h200) -> None:
+    attn = attention(lambda: block_fp8())
+    merging.merge(attn, "cpu")
+    found = shapes._projections(torch.nn.Sequential(attn))
+    assert [(p.rows, p.depth, p.fp8, p.norm) for p in found] == [(256, 256, True, False)] * 2 + [
+        (512, 256, False, True),
+        (130, 256, False, False),
+    ]
+    model = served.Model(4, projections=found)
+    for requests in (1, 16, 17, 33):
+        made = [call for op, call in served.calls(model, served.Step(requests, 64), "sm_90") if op.op == "projection"]
+        assert len(made) == sum(p.most_tokens >= requests for p in found)
+
+
+def test_a_device_that_was_not_measured_keeps_its_own() -> None:
+    attn = attention(lambda: linear(192, 256))
+    projections.install(attn)
+    x = tokens(2)
+    assert torch.equal(attn.o_proj(x)[0], torch.nn.functional.linear(x, attn.o_proj.weight))
+    assert shapes._projections(torch.nn.Sequential(attn)) == ()
