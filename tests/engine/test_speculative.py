@@ -256,11 +256,11 @@ def test_drafts_of_models_that_were_not_run_with_them_are_refused() -> None:
     def model(architecture: str) -> Any:
         return SimpleNamespace(hf_config=SimpleNamespace(architectures=[architecture]))
 
-    for architecture in ("DeepseekV3ForCausalLM", "DeepseekV32ForCausalLM"):
+    for architecture in ("DeepseekV3ForCausalLM", "DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM"):
         launch.check_drafts(model(architecture), "NEXTN")
-    launch.check_drafts(model("GlmMoeDsaForCausalLM"), None)
-    with pytest.raises(ValueError, match=r"--speculative-algorithm NEXTN with GlmMoeDsaForCausalLM: .*drafts of this"):
-        launch.check_drafts(model("GlmMoeDsaForCausalLM"), "NEXTN")
+    launch.check_drafts(model("Glm4MoeLiteForCausalLM"), None)
+    with pytest.raises(ValueError, match=r"--speculative-algorithm NEXTN with Glm4MoeLiteForCausalLM: .*drafts"):
+        launch.check_drafts(model("Glm4MoeLiteForCausalLM"), "NEXTN")
 
 
 def test_speculation_is_refused_on_rocm(monkeypatch: pytest.MonkeyPatch) -> None:

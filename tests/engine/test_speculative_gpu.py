@@ -3,7 +3,7 @@
 Greedy verification keeps a draft only where the model itself would have chosen it, so a wrong row of a batch with
 several queries for each request shows as other tokens, and a draft layer whose guesses are partly right
 (`examples/tiny_dsa/draft_layer.py`) exercises every row. NSA_TEST_DRAFT_MODEL names such a model; else one is trained.
-Only the servers of the selected tests are started: `-k mla` has two.
+Only the servers of the selected tests are started: `-k glm` has four.
 """
 
 from __future__ import annotations
@@ -31,6 +31,10 @@ ARMS = {
     "3 steps bf16": Arm(3, kv="bfloat16"),
     "plain mla": Arm(0, kv="auto", kind="mla"),
     "3 steps mla": Arm(3, kv="auto", kind="mla"),
+    "plain glm": Arm(0, kind="glm"),
+    "5 steps glm": Arm(5, kind="glm"),
+    "2 steps glm, eager": Arm(2, kind="glm", args=("--disable-cuda-graph",)),
+    "5 steps glm, stock": Arm(5, kind="glm", backend="dsa"),
 }
 PLAIN = {(arm.kind, arm.kv): name for name, arm in ARMS.items() if not arm.steps}
 BESIDE_STOCK = [name for name in ARMS if f"{name}, stock" in ARMS]

@@ -387,13 +387,14 @@ ARCHITECTURES: Mapping[str, str] = {
         DeepseekV2ForCausalLM DeepseekV3ForCausalLM DeepseekV3ForCausalLMNextN DeepseekV32ForCausalLM
         GlmMoeDsaForCausalLM Glm4MoeLiteForCausalLM LongcatFlashForCausalLM KimiK25ForConditionalGeneration
         KimiVLForConditionalGeneration DotsVLMForCausalLM MistralLarge3ForCausalLM PixtralForConditionalGeneration
+        GlmMoeDsaForCausalLMNextN
         """),
         "",
     ),
     **dict.fromkeys(
         _names("""
-        GlmMoeDsaForCausalLMNextN Glm4MoeLiteForCausalLMNextN LongcatFlashForCausalLMNextN
-        MistralLarge3ForCausalLMEagle Glm5NextForConditionalGenerationNextN
+        Glm4MoeLiteForCausalLMNextN LongcatFlashForCausalLMNextN MistralLarge3ForCausalLMEagle
+        Glm5NextForConditionalGenerationNextN
         """),
         _NEVER_A_DRAFT,
     ),
@@ -415,9 +416,11 @@ ARCHITECTURES: Mapping[str, str] = {
     "MiniCPM3ForCausalLM": "has narrower latents, and was never run with nsa_plugin",
 }
 #: Those that were run with an indexer: SGLang takes one in more of them.
-INDEXED: frozenset[str] = frozenset(_names("DeepseekV32ForCausalLM DeepseekV3ForCausalLMNextN GlmMoeDsaForCausalLM"))
+INDEXED: frozenset[str] = frozenset(
+    _names("DeepseekV32ForCausalLM DeepseekV3ForCausalLMNextN GlmMoeDsaForCausalLM GlmMoeDsaForCausalLMNextN")
+)
 #: Those whose own next-token layer was run as their draft.
-DRAFTED: frozenset[str] = frozenset(_names("DeepseekV3ForCausalLM DeepseekV32ForCausalLM"))
+DRAFTED: frozenset[str] = frozenset(_names("DeepseekV3ForCausalLM DeepseekV32ForCausalLM GlmMoeDsaForCausalLM"))
 
 
 def classified(name: str) -> bool:
