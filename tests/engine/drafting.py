@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,9 @@ class Arm:
             args += ["--speculative-algorithm=NEXTN", f"--speculative-num-steps={self.steps}"]
             args += ["--speculative-eagle-topk=1", f"--speculative-num-draft-tokens={self.steps + 1}"]
         return args
+
+    def on(self, gpu: int) -> Arm:
+        return replace(self, args=(*self.args, f"--base-gpu-id={gpu}"))
 
 
 @dataclass
@@ -166,16 +170,30 @@ def serve(model: Path, log: Path, arm: Arm, texts: list[str], port: int | None =
 
 
 def serve_all(models: Mapping[str, Path], folder: Path, arms: Mapping[str, Arm], texts: list[str]) -> dict[str, Any]:
-    """Outcome or error of every arm, from servers that run at the same time, over the GPUs in turn."""
+    """Outcome or error of every arm."""
 
-    def run(number: int) -> Outcome | Exception:
-        name, arm = list(arms.items())[number]
-        own = Arm(arm.steps, arm.kv, arm.kind, arm.backend, (*arm.args, f"--base-gpu-id={number % gpus}"))
+    def run(name: str, gpu: int) -> Outcome:
+        arm = arms[name]
+        return serve(models[arm.kind], folder / f"{name.replace(' ', '-')}.log", arm.on(gpu), texts)
+
+    return at_once({name: functools.partial(run, name) for name in arms})
+
+
+def at_once(tasks: Mapping[Any, Callable[[int], Any]]) -> dict[Any, Any]:
+    """What each task returns or raises; they get the numbers of the GPUs in turn, and run at the same time."""
+
+    def run(task: Callable[[int], Any], number: int) -> Any:
         try:
-            return serve(models[arm.kind], folder / f"{name.replace(' ', '-')}.log", own, texts)
+            return task(number % max(torch.cuda.device_count(), 1))
         except Exception as error:
             return error
 
-    gpus = max(torch.cuda.device_count(), 1)
-    with ThreadPoolExecutor(len(arms)) as pool:
-        return dict(zip(arms, pool.map(run, range(len(arms))), strict=True))
+    with ThreadPoolExecutor(len(tasks)) as pool:
+        return dict(zip(tasks, pool.map(run, tasks.values(), range(len(tasks))), strict=True))
+
+
+def result(results: Mapping[Any, Any], name: Any) -> Any:
+    """A task's of `at_once`; its error is raised."""
+    if isinstance(results[name], Exception):
+        raise results[name]
+    return results[name]

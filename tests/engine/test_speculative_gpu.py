@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.engine import drafting
-from tests.engine.drafting import LONG, SHORT, Arm, Outcome, same_share
+from tests.engine.drafting import LONG, SHORT, Arm, Outcome, result, same_share
 
 pytestmark = [pytest.mark.gpu, pytest.mark.engine]
 
@@ -51,30 +51,23 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     arms = {name: arm for name, arm in ARMS.items() if name in asked}
     folder = tmp_path_factory.mktemp("drafts")
     found = drafting.serve_all(drafting.write_models(folder), folder, arms, drafting.prompts(folder))
-    for name, result in found.items():
-        said = f"{result.per_step():.2f} tokens a step" if isinstance(result, Outcome) else "failed"
+    for name, one in found.items():
+        said = f"{one.per_step():.2f} tokens a step" if isinstance(one, Outcome) else "failed"
         print(f"{name:20} {said}", file=sys.stderr)
     return found
 
 
-def outcome(outcomes: dict[str, Any], name: str) -> Outcome:
-    if isinstance(outcomes[name], Exception):
-        raise outcomes[name]
-    result: Outcome = outcomes[name]
-    return result
-
-
 @pytest.mark.parametrize("name", [name for name, arm in ARMS.items() if arm.steps])
 def test_tokens_are_those_of_plain_decoding(outcomes: dict[str, Any], name: str) -> None:
-    plain, result = outcome(outcomes, PLAIN[ARMS[name].kind, ARMS[name].kv]), outcome(outcomes, name)
-    assert result.per_step() > 1.3, "the draft layer's guesses are hardly ever right: this shows nothing"
+    plain, drafted = result(outcomes, PLAIN[ARMS[name].kind, ARMS[name].kv]), result(outcomes, name)
+    assert drafted.per_step() > 1.3, "the draft layer's guesses are hardly ever right: this shows nothing"
     # Batches of other widths round differently, and a greedy choice that is nearly a tie then differs, as with stock.
-    assert same_share(plain, result) >= 0.9
+    assert same_share(plain, drafted) >= 0.9
 
 
 @pytest.mark.parametrize("name", BESIDE_STOCK)
 def test_as_many_drafts_are_accepted_as_by_stock(outcomes: dict[str, Any], name: str) -> None:
-    ours, stock = outcome(outcomes, name), outcome(outcomes, f"{name}, stock")
+    ours, stock = result(outcomes, name), result(outcomes, f"{name}, stock")
     assert same_share(stock, ours) >= 0.9
     for part, bar in ((slice(SHORT), ACCEPTANCE_BAR), (slice(SHORT, SHORT + LONG), 2 * ACCEPTANCE_BAR)):
         print(name, "tokens a step", ours.per_step(part), "stock", stock.per_step(part))
