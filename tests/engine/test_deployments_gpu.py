@@ -105,10 +105,10 @@ CACHES = {
 
 def cache_rounds(model: Path, log: Path, arm: Arm, gpu: int) -> list[Round]:
     """The same prompts: first, when their cache has left the GPU, and where there are files from those alone."""
-    store = log.with_suffix("")
+    store, tasks = log.with_suffix(".store"), log.with_suffix(".jsonl")
     store.mkdir()
-    tiny_tasks.write_long(store / "tasks", tiny_tasks.data.RECALL, PROMPTS, PROMPT_TOKENS, seed=3)
-    rows = [json.loads(line) for line in (store / "tasks").read_text().splitlines()]
+    tiny_tasks.write_long(tasks, tiny_tasks.data.RECALL, PROMPTS, PROMPT_TOKENS, seed=3)
+    rows = [json.loads(line) for line in tasks.read_text().splitlines()]
     texts = [row["context"] + row["question"] for row in rows]
     bodies = [drafting.body(text, **({} if arm.steps else {"return_logprob": True})) for text in texts]
     env = {**drafting.ENV, "SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR": str(store)}
