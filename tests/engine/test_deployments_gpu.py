@@ -71,6 +71,10 @@ def leading(one: Round, other: Round) -> list[int]:
     return [next((n for n in range(len(a)) if a[: n + 1] != b[: n + 1]), len(a)) for a, b in pairs]
 
 
+def leading_share(one: Round, other: Round) -> float:
+    return sum(leading(one, other)) / sum(map(len, one.tokens))
+
+
 def same_share(one: Round, other: Round) -> float:
     return sum(a == b for a, b in zip(one.tokens, other.tokens, strict=True)) / len(one.tokens)
 
@@ -238,7 +242,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
 def check_equal(one: Round, other: Round) -> None:
     """Decode has other merged weights than prefill: stale ones differ at the second token already."""
     print("leading tokens that are equal", leading(one, other), "of", NEW_TOKENS)
-    assert sum(leading(one, other)) >= 0.8 * NEW_TOKENS * len(one.tokens)
+    assert leading_share(one, other) >= 0.8
     assert logprob_difference(one, other) < LOGPROB_BAR
 
 
@@ -261,8 +265,9 @@ PROJECTIONS = ("q_a_proj", "kv_a_proj_with_mqa", "q_b_proj", "o_proj", "gate_pro
 #: With kv_b_proj wrapped decode is SGLang's own path, without it is the fused one.
 ADAPTERS = {"every projection": (*PROJECTIONS, "kv_b_proj"), "fused decode": PROJECTIONS}
 RANK = 8
-#: Of an adapter's product beside the weight it is added to, by their norms.
-STRENGTH = 0.1
+#: Of an adapter's product beside the weight it is added to, by their norms: at 0.2 the model answers as without one, at
+#: 0.5 all of it is noise.
+STRENGTH = 0.4
 
 
 def write_adapter(folder: Path, model: Path, projections: Sequence[str]) -> Path:
@@ -291,7 +296,10 @@ def lora_rounds(folder: Path, model: Path, adapter: str, backend: str, gpu: int)
     own = folder / f"{adapter.replace(' ', '-')}-{backend}"
     own.mkdir()
     path = write_adapter(own / "adapter", model, ADAPTERS[adapter])
-    arm = Arm(0, backend=backend, args=("--enable-lora", f"--lora-paths=tuned={path}", f"--max-lora-rank={RANK}"))
+    # Noise is nearly a tie more often, so that the cache does not round as well.
+    arm = Arm(
+        0, "bfloat16", backend=backend, args=("--enable-lora", f"--lora-paths=tuned={path}", f"--max-lora-rank={RANK}")
+    )
     bodies = [drafting.body(text, return_logprob=True) for text in drafting.prompts(own)[::2]]
     with serving.Server(model, arm.on(gpu).arguments, drafting.ENV, log_path=own / "server.log") as server:
         return {"plain": ask(server, bodies), "tuned": ask(server, [{**body, "lora_path": "tuned"} for body in bodies])}
@@ -307,8 +315,10 @@ def tuned(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_lora_answers_as_stock(tuned: dict[Any, Any], adapter: str) -> None:
     ours, theirs = result(tuned, (adapter, "nsa_plugin")), result(tuned, (adapter, "dsa"))
-    for name in ("plain", "tuned"):
-        print(adapter, name, same_share(theirs[name], ours[name]), logprob_difference(theirs[name], ours[name]))
-        assert same_share(theirs[name], ours[name]) >= 0.9
-        assert logprob_difference(theirs[name], ours[name]) < LOGPROB_BAR
-    assert logprob_difference(ours["plain"], ours["tuned"]) > 2 * LOGPROB_BAR, "the adapter does nothing"
+    changed = leading_share(ours["plain"], ours["tuned"])
+    assert changed < 0.5, "the adapter does next to nothing"
+    for name, bar in (("plain", 0.9), ("tuned", 0.75)):
+        same, difference = leading_share(theirs[name], ours[name]), logprob_difference(theirs[name], ours[name])
+        print(adapter, name, "as stock", same, "log-probabilities differ by", difference, "without adapter", changed)
+        assert same >= bar
+        assert difference < LOGPROB_BAR
