@@ -154,13 +154,15 @@ def _layer(c: dict[str, Any], prefix: str, linear: Callable[..., None], norm: Ca
         norm(f"{attention}.indexer.k_norm", c["index_head_dim"], bias=True)
 
 
-def write_model(folder: Path, family: str, heads: int = 16, layers: int = 8, quantized: bool = True) -> Path:
+def write_model(
+    folder: Path, family: str, heads: int = 16, layers: int = 8, quantized: bool = True, seed: int = 0
+) -> Path:
     """Write the folder, weights included (drawn on the GPU if there is one), and return it."""
     from safetensors.torch import save_file
 
     write_config(folder, family, heads, layers, quantized)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tensors = weights(config(family, heads, layers, quantized), device)
+    tensors = weights(config(family, heads, layers, quantized), device, seed)
     save_file({name: t.cpu() for name, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
     return folder
 

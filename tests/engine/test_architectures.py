@@ -19,7 +19,8 @@ pytestmark = pytest.mark.engine
 
 LOGPROB_BAR = 1e-3
 #: tests/engine/test_parity.py and test_speculative_gpu.py show these.
-ELSEWHERE = {"DeepseekV3ForCausalLM", "DeepseekV32ForCausalLM", "DeepseekV3ForCausalLMNextN"}
+ELSEWHERE = {"DeepseekV3ForCausalLM", "DeepseekV32ForCausalLM"}
+ELSEWHERE |= {"DeepseekV3ForCausalLMNextN", "GlmMoeDsaForCausalLMNextN"}
 #: Name -> (the last release that cannot serve it, the error that a launch ends with there).
 REFUSED = {
     "GLM-5.2 by types": ("0.5.19", "ValueError: GlmMoeDsaForCausalLM has indexer_types .* SGLang 0.5.1[789] reads as")

@@ -164,7 +164,12 @@ class Case:
         self.backend.use_mha = False
         self.hidden = torch.randn(self.tokens, HIDDEN).to(torch.bfloat16)
         self.qkv = torch.randn(self.tokens, Q_LORA + 576).to(torch.bfloat16)
-        self.batch = SimpleNamespace(forward_mode=forward_mode(mode), batch_size=len(LENGTHS), out_cache_loc=self.slots)
+        self.batch = SimpleNamespace(
+            forward_mode=forward_mode(mode),
+            batch_size=len(LENGTHS),
+            out_cache_loc=self.slots,
+            reuse_dsa_topk_indices=False,
+        )
         self.capturing = False
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
         monkeypatch.setattr(absorb, "get_attn_backend", lambda: self.backend)
@@ -289,6 +294,20 @@ def test_rows_that_pad_a_batch_have_length_zero(case: Case, monkeypatch: pytest.
     assert first.tolist() == [*case.lengths.clamp_max(TOPK).tolist(), 0, 0]
     assert first is second
     assert not asked[0]["rows_have_keys"]
+
+
+def test_slots_of_an_earlier_draft_step_lead_no_row(case: Case) -> None:
+    """IndexShare: a draft step attends to what was selected for a shorter context, or before the first to nothing."""
+    case.batch.reuse_dsa_topk_indices = True
+    case.attn.should_run_indexer = lambda previous: False
+    earlier = expected(case)["slots"]
+    for row, length in zip(earlier, case.lengths.clamp_max(TOPK).tolist(), strict=True):
+        row[length - 1 :] = -1
+    q_rope, _, q_nope, *_, slots, _, _ = case.prepare(prev_topk_indices=earlier)
+    assert slots is earlier
+    out = case.attend(q_nope, q_rope, slots)  # on a CPU a length that counts more than the slots is an error
+    assert torch.isfinite(out).all()
+    assert out[(earlier < 0).all(1)].eq(0).all()
 
 
 def test_a_batch_with_rows_that_have_no_slot_is_left_to_sglang(case: Case) -> None:

@@ -1,11 +1,15 @@
 """Tensor-parallel and data-parallel attention give the answers of one GPU: run on a host with two GPUs.
 
 python -m pytest -m gpu tests/engine/test_gpu_parallel.py
+
+With `-k tasks` dense layers alone, with `-k experts` layers of experts that are parallel too, and drafts.
 """
 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +18,8 @@ from nsa_backend_plugin.accuracy.ask import Answer, answer_all
 from nsa_backend_plugin.accuracy.compare import compare
 from nsa_backend_plugin.accuracy.questions import load_items
 from nsa_backend_plugin.serving import Server
-from tests.engine import tiny_tasks
+from tests.engine import drafting, tiny_tasks
+from tests.engine.drafting import Arm, at_once, result, same_share
 from tests.engine.test_gpu import COMMON, MODEL_2K, PROMPT_TOKENS
 
 pytestmark = [
@@ -72,7 +77,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Answer]]
 
 
 @pytest.mark.parametrize("arm", ["tp2", "dp2"])
-def test_two_gpus_answer_as_one(arm: str, answers: dict[str, list[Answer]]) -> None:
+def test_two_gpus_answer_tasks_as_one(arm: str, answers: dict[str, list[Answer]]) -> None:
     one = answers["one"]
     versus = compare(one, answers[arm])
     print(arm, sum(a.correct for a in answers[arm]), sum(a.correct for a in one), versus)
@@ -80,3 +85,41 @@ def test_two_gpus_answer_as_one(arm: str, answers: dict[str, list[Answer]]) -> N
     assert versus.agreement >= 0.98
     assert versus.logprob_difference is not None
     assert versus.logprob_difference < 0.05
+
+
+#: Experts and attention over two GPUs, which get prompts of all lengths: one at a time, when a rank idles, and all at
+#: once, unlike numbers to each, in padded graphs and beyond those eagerly.
+DP = ("--tp=2", "--dp=2", "--enable-dp-attention", "--ep-size=2")
+DP += ("--enforce-disable-flashinfer-allreduce-fusion",)
+EXPERTS = {
+    "one": (11000, Arm(0, kind="moe")),
+    "dp2": (12400, Arm(0, kind="moe", args=DP)),
+    "dp2, 1 step": (13800, Arm(1, kind="moe", args=DP)),
+    "dp2, 3 steps": (15200, Arm(3, kind="moe", args=DP)),
+    "dp2, stock": (16600, Arm(0, kind="moe", backend="dsa", args=DP)),
+    "dp2, 1 step, stock": (18000, Arm(1, kind="moe", backend="dsa", args=DP)),
+    "dp2, 3 steps, stock": (19400, Arm(3, kind="moe", backend="dsa", args=DP)),
+}
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
+    folder = tmp_path_factory.mktemp("experts")
+    models, texts = drafting.write_models(folder), drafting.prompts(folder)
+
+    def run(name: str, _gpu: int) -> drafting.Outcome:
+        port, arm = EXPERTS[name]
+        return drafting.serve(models[arm.kind], folder / f"{name.replace(' ', '-')}.log", arm, texts, port)
+
+    return at_once({name: partial(run, name) for name in EXPERTS})
+
+
+@pytest.mark.parametrize("name", [name for name in EXPERTS if f"{name}, stock" in EXPERTS])
+def test_experts_and_drafts_on_two_gpus_answer_as_one(experts: dict[Any, Any], name: str) -> None:
+    ours, stock = result(experts, name), result(experts, f"{name}, stock")
+    print(name, same_share(result(experts, "one"), ours), same_share(stock, ours), ours.per_step(), stock.per_step())
+    assert same_share(result(experts, "one"), ours) >= 0.9
+    assert same_share(stock, ours) >= 0.9
+    if EXPERTS[name][1].steps:
+        assert ours.per_step() > 1.3, "the draft layer's guesses are hardly ever right: this shows nothing"
+        assert ours.per_step() == pytest.approx(stock.per_step(), rel=0.05)

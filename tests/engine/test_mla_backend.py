@@ -153,6 +153,22 @@ def test_every_set_of_metadata_has_a_step_of_its_own(backend: Any, monkeypatch: 
     assert len({id(step) for step in steps}) == 3
 
 
+@pytest.mark.parametrize("sleeps", [True, False])
+def test_a_pool_whose_memory_may_be_given_back_is_not_promised_to_be_finite(
+    sleeps: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mla_backend.FlashAttentionBackend, "__init__", lambda self, runner: None)
+    monkeypatch.setattr(mla_backend, "get_parallel", lambda: SimpleNamespace(attn_tp_size=1))
+    runner = SimpleNamespace(
+        page_size=64,
+        dtype=torch.bfloat16,
+        kv_cache_dtype=torch.bfloat16,
+        model_config=SimpleNamespace(hf_text_config=None, num_attention_heads=HEADS),
+        server_args=SimpleNamespace(enable_memory_saver=sleeps),
+    )
+    assert mla_backend.NsaPluginMLABackend(runner).kv_is_finite is not sleeps
+
+
 @pytest.mark.parametrize("page_size", [1, 64])
 @pytest.mark.parametrize("heads, batch", [(32, 32), (64, 8), (128, 8), (128, 128)])
 def test_many_heads_are_fa3s_on_hopper(heads: int, batch: int, page_size: int) -> None:

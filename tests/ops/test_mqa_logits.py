@@ -73,7 +73,7 @@ def check_paged(impl: str, arguments: dict) -> None:
 
 @pytest.mark.parametrize("impl", PAGED)
 @pytest.mark.parametrize("layout", INDEX_LAYOUTS)
-@pytest.mark.parametrize("heads, next_n", [(64, 1), (32, 2), (12, 3), (1, 4), (128, 4)])
+@pytest.mark.parametrize("heads, next_n", [(64, 1), (32, 2), (12, 3), (1, 4), (128, 4), (64, 6)])
 def test_paged(device, impl, layout, heads, next_n):
     arguments = paged_inputs(device, EDGE_LENGTHS, heads, next_n, layout)
     check_paged(impl, arguments)

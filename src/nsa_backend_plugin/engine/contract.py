@@ -24,6 +24,7 @@ class ForwardBatch(Protocol):
     req_pool_indices: torch.Tensor
     positions: torch.Tensor
     out_cache_loc: torch.Tensor
+    reuse_dsa_topk_indices: bool | None
 
 
 class ModelRunner(Protocol):

@@ -140,7 +140,7 @@ class NsaPluginDSABackend(DeepseekSparseAttnBackend):
         unknown.refuse("the attention backend", keywords)
         if k is not None and save_kv_cache:
             self.token_to_kv_pool.set_mla_kv_buffer(layer, forward_batch.out_cache_loc, k, k_rope)
-        return self._attend(q, q_rope, layer, topk_indices, forward_batch.forward_mode)
+        return self._attend(q, q_rope, layer, topk_indices, forward_batch)
 
     def forward_extend(
         self,
@@ -159,13 +159,13 @@ class NsaPluginDSABackend(DeepseekSparseAttnBackend):
         return forward(q, k, v, layer, forward_batch, save_kv_cache, q_rope, k_rope, topk_indices, **keywords)
 
     def _attend(
-        self, q: torch.Tensor, q_rope: torch.Tensor | None, layer: Any, topk_indices: torch.Tensor | None, mode: Any
+        self, q: torch.Tensor, q_rope: torch.Tensor | None, layer: Any, topk_indices: torch.Tensor | None, batch: Any
     ) -> torch.Tensor:
         q_all = query.absorbed(q, q_rope, layer)
         if topk_indices is None:
             raise ValueError(f"layer {layer.layer_id}: sparse attention was called without top-k indices")
         kv = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
-        lengths = self._selected(q_all.shape[0], mode)
+        lengths = self._selected(q_all.shape[0], batch)
         out = sparse_mla.attend(
             q_all,
             kv,
@@ -174,7 +174,7 @@ class NsaPluginDSABackend(DeepseekSparseAttnBackend):
             kv_scale=plain_fp8_scale(kv),
             value_dim=layer.v_head_dim,
             lengths=lengths,
-            context=self._context(mode),
+            context=self._context(batch.forward_mode),
             rows_have_keys=lengths is self.forward_metadata.dsa_cache_seqlens_int32,
             step=self.step,
             workspace=self._workspace(q_all.shape[0]),
@@ -182,15 +182,16 @@ class NsaPluginDSABackend(DeepseekSparseAttnBackend):
         assert isinstance(out, torch.Tensor)
         return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)
 
-    def _selected(self, tokens: int, mode: Any) -> torch.Tensor | None:
+    def _selected(self, tokens: int, batch: Any) -> torch.Tensor | None:
         """[T] int32, the slots that lead each row of the top-k result: of a token at least one, of a row that pads the
         batch (for a prefill graph, tensor or data parallelism) none.
 
         None where a graph's padding lies between the tokens: draft-extend, whose requests of one token have more rows.
+        And where draft steps take what an earlier step or draft-extend selected, of a shorter context (IndexShare).
         """
         lengths = self.forward_metadata.dsa_cache_seqlens_int32
         padding = tokens - lengths.shape[0]
-        if mode.is_draft_extend_v2() or padding < 0:
+        if batch.forward_mode.is_draft_extend_v2() or batch.reuse_dsa_topk_indices or padding < 0:
             return None
         if padding == 0:
             return lengths

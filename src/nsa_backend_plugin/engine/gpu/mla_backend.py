@@ -25,6 +25,8 @@ class NsaPluginMLABackend(FlashAttentionBackend):
     forward_method_like = "fa3"
     #: Read by the hook `prefill_key`.
     joins_prefill_keys = True
+    #: SGLang's pool starts as zeros, and holds keys of older requests later.
+    kv_is_finite = True
 
     def __init__(self, runner: Any, **speculative: Any):
         """speculative: what SGLang passes to the backends of a draft model (step, number of steps ...)."""
@@ -45,6 +47,8 @@ class NsaPluginMLABackend(FlashAttentionBackend):
             self.pack_prefix_chunk_kv = prefill.pack_chunk
         self.decode_workspace: torch.Tensor | None = None
         self.step = Step()
+        if runner.server_args.enable_memory_saver:  # memory that was given back comes back with anything in it
+            self.kv_is_finite = False
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         super().init_cuda_graph_state(max_bs, max_num_tokens)
@@ -91,7 +95,7 @@ class NsaPluginMLABackend(FlashAttentionBackend):
             page_size=self.page_size,
             value_dim=layer.v_head_dim,
             rows_have_keys=True,  # SGLang pads batches with lengths of 1
-            kv_is_finite=True,  # its pool starts as zeros, and holds keys of older requests later
+            kv_is_finite=self.kv_is_finite,
             workspace=self._workspace(q_all.shape[0]),
             step=self.step,
         )

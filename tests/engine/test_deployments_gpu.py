@@ -1,0 +1,324 @@
+"""Deployments of one GPU beside stock SGLang: a hierarchical cache, weights that change, memory given back, LoRA.
+
+Real servers: those of a part (`-k cache`, `-k weights`, `-k lora`) run at the same time, over the GPUs in turn. Nothing
+is timed, so that the parts may run at the same time too. tests/engine/drafting.py says where the small model is from.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+import torch
+from safetensors.torch import load_file, save_file
+
+from benchmarks.engine.model import VOCAB, write_model
+from nsa_backend_plugin import serving
+from nsa_backend_plugin.engine import release
+from tests.engine import drafting, gpu_probe, tiny_tasks
+from tests.engine.drafting import Arm, at_once, result
+
+pytestmark = [pytest.mark.gpu, pytest.mark.engine]
+
+#: Of the mean difference of log-probabilities, up to the first token that differs.
+LOGPROB_BAR = 0.05
+#: SGLang's way to give memory back; the wheel is not on every host.
+SLEEPS = importlib.util.find_spec("torch_memory_saver") is not None
+
+
+@dataclass
+class Round:
+    """Of the answers to all prompts: tokens, their log-probabilities, cached tokens, verifications of drafts."""
+
+    tokens: list[list[int]]
+    logprobs: list[list[float]]
+    cached: list[int]
+    verified: int
+
+    @property
+    def per_step(self) -> float:
+        return sum(map(len, self.tokens)) / max(self.verified, 1)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return drafting.write_models(tmp_path_factory.mktemp("models"))
+
+
+def ask(server: serving.Server, bodies: Sequence[dict[str, Any]]) -> Round:
+    """One after the other."""
+    answers = [server.post("/generate", body) for body in bodies]
+    said = [answer["meta_info"] for answer in answers]
+    return Round(
+        [answer["output_ids"] for answer in answers],
+        [[row[0] for row in one.get("output_token_logprobs", ())] for one in said],
+        [one["cached_tokens"] for one in said],
+        sum(one.get("spec_verify_ct", 0) for one in said),
+    )
+
+
+def leading(one: Round, other: Round) -> list[int]:
+    """Of each pair of answers, how many tokens are equal before the first that differs."""
+    pairs = zip(one.tokens, other.tokens, strict=True)
+    return [next((n for n in range(len(a)) if a[: n + 1] != b[: n + 1]), len(a)) for a, b in pairs]
+
+
+def leading_share(one: Round, other: Round) -> float:
+    return sum(leading(one, other)) / sum(map(len, one.tokens))
+
+
+def same_share(one: Round, other: Round) -> float:
+    return sum(a == b for a, b in zip(one.tokens, other.tokens, strict=True)) / len(one.tokens)
+
+
+def logprob_difference(one: Round, other: Round) -> float:
+    """Mean over the leading tokens that are equal."""
+    rows = zip(one.logprobs, other.logprobs, leading(one, other), strict=True)
+    found = [abs(a - b) for ours, theirs, count in rows for a, b in zip(ours[:count], theirs[:count], strict=True)]
+    return sum(found) / len(found)
+
+
+def forget(server: serving.Server) -> None:
+    """What the device and the host's memory have of prefixes, once the last answer has left the batch."""
+    requests.post(f"{server.url}/flush_cache?timeout=30", timeout=60).raise_for_status()
+
+
+# A hierarchical cache
+
+#: Fewer tokens than the prompts have, so that each evicts what the next round asks for; the host has room for all.
+DEVICE_TOKENS, HOST_RATIO, PROMPTS, PROMPT_TOKENS = 12288, 6, 8, (3000, 6000)
+HIERARCHICAL = ("--enable-hierarchical-cache", f"--hicache-ratio={HOST_RATIO}", f"--max-total-tokens={DEVICE_TOKENS}")
+FILES = (*HIERARCHICAL, "--hicache-storage-backend=file", "--hicache-storage-prefetch-policy=wait_complete")
+FORGETS_DRAFTS = not release.mentions("sglang.srt.mem_cache.hicache_storage", "DRAFT_INDEXER")
+CACHES = {
+    "memory": Arm(0, args=HIERARCHICAL),
+    "files": Arm(0, args=FILES),
+    "files bf16": Arm(0, kv="bfloat16", args=FILES),
+    "files mla": Arm(0, kv="auto", kind="mla", args=(*FILES, "--page-size=64")),
+    "files, 3 steps": Arm(3, args=FILES),
+}
+
+
+def cache_rounds(model: Path, log: Path, arm: Arm, gpu: int) -> list[Round]:
+    """The same prompts: first, when their cache has left the GPU, and where there are files from those alone."""
+    store, tasks = log.with_suffix(".store"), log.with_suffix(".jsonl")
+    store.mkdir()
+    tiny_tasks.write_long(tasks, tiny_tasks.data.RECALL, PROMPTS, PROMPT_TOKENS, seed=3)
+    rows = [json.loads(line) for line in tasks.read_text().splitlines()]
+    texts = [row["context"] + row["question"] for row in rows]
+    bodies = [drafting.body(text, **({} if arm.steps else {"return_logprob": True})) for text in texts]
+    env = {**drafting.ENV, "SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR": str(store)}
+    with serving.Server(model, arm.on(gpu).arguments, env, log_path=log) as server:
+        rounds = [ask(server, bodies), ask(server, bodies)]
+        if "--hicache-storage-backend=file" in arm.args:
+            time.sleep(5)  # files are written behind the answers
+            forget(server)
+            rounds.append(ask(server, bodies))
+        return rounds
+
+
+def stock(arm: Arm) -> Arm:
+    return replace(arm, backend="fa3" if arm.kind == "mla" else "dsa")
+
+
+@pytest.fixture(scope="module")
+def caches(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
+    folder = tmp_path_factory.mktemp("caches")
+    arms = {(name, which): one for name, arm in CACHES.items() for which, one in (("ours", arm), ("stock", stock(arm)))}
+    return at_once(
+        {
+            key: partial(cache_rounds, models[arm.kind], folder / f"{'-'.join(key).replace(' ', '-')}.log", arm)
+            for key, arm in arms.items()
+            if not (arm.steps and FORGETS_DRAFTS)
+        }
+    )
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_a_cache_that_came_back_answers_as_the_first_time(caches: dict[Any, Any], name: str) -> None:
+    """And as stock's, from as many cached tokens, with as many drafts accepted."""
+    if CACHES[name].steps and FORGETS_DRAFTS:
+        pytest.skip("refused: this SGLang does not keep the index keys of a draft layer")
+    ours, theirs = result(caches, (name, "ours")), result(caches, (name, "stock"))
+    first = ours[0]
+    assert max(first.cached) < 256
+    for number, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
+        print(
+            name,
+            number,
+            "cached",
+            mine.cached,
+            "same as first",
+            same_share(first, mine),
+            "stock",
+            same_share(other, mine),
+        )
+        assert mine.cached == other.cached
+        assert number == 0 or min(mine.cached) > 2048
+        # One of eight answers may turn on a near tie, which a cached prefix rounds differently.
+        assert same_share(first, mine) >= 0.85
+        assert same_share(other, mine) >= 0.85
+        if CACHES[name].steps:
+            assert mine.per_step == pytest.approx(other.per_step, rel=0.1)
+            assert mine.per_step == pytest.approx(first.per_step, rel=0.1)
+        else:
+            assert logprob_difference(first, mine) < LOGPROB_BAR
+            assert logprob_difference(other, mine) < LOGPROB_BAR
+
+
+# Weights that change, memory that is given back
+
+ASLEEP = ("--enable-memory-saver",) if SLEEPS else ()
+NEW_TOKENS = 8
+
+
+def random_bodies() -> list[dict[str, Any]]:
+    """Of prompts longer than index_topk, so that the indexer's merged weights matter too."""
+    sampling = {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
+    prompts = gpu_probe.prompts_of(6, 2200, 4000, VOCAB, seed=5)
+    return [{"input_ids": ids, "sampling_params": sampling, "return_logprob": True} for ids in prompts]
+
+
+def updated(folder: Path, gpu: int) -> dict[str, Round]:
+    """A server whose weights are replaced by those of another checkpoint, and replaced again after it slept."""
+    log, arguments = folder / "updated.log", Arm(0, args=ASLEEP).on(gpu).arguments
+    with serving.Server(folder / "a", arguments, drafting.ENV, log_path=log) as server:
+        rounds = {"a": ask(server, random_bodies())}
+        load(server, folder / "b")
+        rounds["b"] = ask(server, random_bodies())
+        if SLEEPS:
+            sleep(server)
+        load(server, folder / "a")
+        rounds["a again"] = ask(server, random_bodies())
+    assert "nsa_plugin hook in use: weight_updates\n" in log.read_text()
+    return rounds
+
+
+def slept(folder: Path, gpu: int) -> dict[str, Round]:
+    """A server that keeps its weights in the host's memory while it sleeps."""
+    arguments = Arm(0, args=(*ASLEEP, "--enable-weights-cpu-backup")).on(gpu).arguments
+    with serving.Server(folder / "a", arguments, drafting.ENV, log_path=folder / "slept.log") as server:
+        before = ask(server, random_bodies())
+        sleep(server)
+        return {"a": before, "a again": ask(server, random_bodies())}
+
+
+def fresh(folder: Path, gpu: int) -> dict[str, Round]:
+    arguments = Arm(0).on(gpu).arguments
+    with serving.Server(folder / "b", arguments, drafting.ENV, log_path=folder / "fresh.log") as server:
+        return {"b": ask(server, random_bodies())}
+
+
+def load(server: serving.Server, model: Path) -> None:
+    forget(server)
+    assert server.post("/update_weights_from_disk", {"model_path": str(model)})["success"]
+
+
+def sleep(server: serving.Server) -> None:
+    """Give the memory of weights, caches and graphs back, and take it again: what was in it is gone."""
+    forget(server)
+    for path in ("/release_memory_occupation", "/resume_memory_occupation"):
+        server.post(path, {})
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
+    """Of servers of fp8-block checkpoints with real dimensions, whose merged weights are copies and views."""
+    folder = tmp_path_factory.mktemp("weights")
+    for seed, name in enumerate("ab"):
+        write_model(folder / name, "v32", layers=3, seed=seed)
+    servers = {"updated": updated, "fresh": fresh, **({"slept": slept} if SLEEPS else {})}
+    return at_once({name: partial(run, folder) for name, run in servers.items()})
+
+
+def check_equal(one: Round, other: Round) -> None:
+    """Decode has other merged weights than prefill: stale ones differ at the second token already."""
+    print("leading tokens that are equal", leading(one, other), "of", NEW_TOKENS)
+    assert leading_share(one, other) >= 0.8
+    assert logprob_difference(one, other) < LOGPROB_BAR
+
+
+def test_weights_that_were_updated_answer_as_a_fresh_server(weights: dict[Any, Any]) -> None:
+    rounds = result(weights, "updated")
+    check_equal(rounds["b"], result(weights, "fresh")["b"])
+    check_equal(rounds["a"], rounds["a again"])
+    assert same_share(rounds["a"], rounds["b"]) == 0, "the checkpoints are too alike: this shows nothing"
+
+
+@pytest.mark.skipif(not SLEEPS, reason="needs torch_memory_saver")
+def test_weights_that_the_host_kept_answer_as_before(weights: dict[Any, Any]) -> None:
+    rounds = result(weights, "slept")
+    check_equal(rounds["a"], rounds["a again"])
+
+
+# LoRA
+
+PROJECTIONS = ("q_a_proj", "kv_a_proj_with_mqa", "q_b_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+#: With kv_b_proj wrapped decode is SGLang's own path, without it is the fused one.
+ADAPTERS = {"every projection": (*PROJECTIONS, "kv_b_proj"), "fused decode": PROJECTIONS}
+RANK = 8
+#: Of an adapter's product beside the weight it is added to, by their norms: at 0.2 the model answers as without one, at
+#: 0.5 all of it is noise.
+STRENGTH = 0.4
+
+
+def write_adapter(folder: Path, model: Path, projections: Sequence[str]) -> Path:
+    """A random adapter of every layer of a model, in PEFT's format."""
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(1)
+    tensors = {}
+    layers = json.loads((model / "config.json").read_text())["num_hidden_layers"]
+    for name, weight in load_file(model / "model.safetensors").items():
+        parts = name.split(".")
+        if parts[-2] not in projections or int(parts[2]) >= layers:
+            continue
+        rows, columns = weight.shape
+        a, b = torch.randn(RANK, columns, generator=generator), torch.randn(rows, RANK, generator=generator)
+        b *= STRENGTH * weight.float().norm() / (b @ a).norm()
+        for part, tensor in (("A", a), ("B", b)):
+            tensors[f"base_model.model.{name.removesuffix('.weight')}.lora_{part}.weight"] = tensor.to(torch.bfloat16)
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": list(projections), "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def lora_rounds(folder: Path, model: Path, adapter: str, backend: str, gpu: int) -> dict[str, Round]:
+    """Answers with the adapter and without it."""
+    own = folder / f"{adapter.replace(' ', '-')}-{backend}"
+    own.mkdir()
+    path = write_adapter(own / "adapter", model, ADAPTERS[adapter])
+    # Noise is nearly a tie more often, so that the cache does not round as well.
+    arm = Arm(
+        0, "bfloat16", backend=backend, args=("--enable-lora", f"--lora-paths=tuned={path}", f"--max-lora-rank={RANK}")
+    )
+    bodies = [drafting.body(text, return_logprob=True) for text in drafting.prompts(own)[::2]]
+    with serving.Server(model, arm.on(gpu).arguments, drafting.ENV, log_path=own / "server.log") as server:
+        return {"plain": ask(server, bodies), "tuned": ask(server, [{**body, "lora_path": "tuned"} for body in bodies])}
+
+
+@pytest.fixture(scope="module")
+def tuned(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
+    folder = tmp_path_factory.mktemp("lora")
+    keys = [(adapter, backend) for adapter in ADAPTERS for backend in ("nsa_plugin", "dsa")]
+    return at_once({key: partial(lora_rounds, folder, models["dsa"], *key) for key in keys})
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_lora_answers_as_stock(tuned: dict[Any, Any], adapter: str) -> None:
+    ours, theirs = result(tuned, (adapter, "nsa_plugin")), result(tuned, (adapter, "dsa"))
+    changed = leading_share(ours["plain"], ours["tuned"])
+    assert changed < 0.5, "the adapter does next to nothing"
+    for name, bar in (("plain", 0.9), ("tuned", 0.75)):
+        same, difference = leading_share(theirs[name], ours[name]), logprob_difference(theirs[name], ours[name])
+        print(adapter, name, "as stock", same, "log-probabilities differ by", difference, "without adapter", changed)
+        assert same >= bar
+        assert difference < LOGPROB_BAR
