@@ -87,7 +87,7 @@ def test_an_adapter_that_comes_later_is_added(on_h200) -> None:
 @pytest.mark.parametrize("make", [lambda: linear(256, 256), block_fp8], ids=["bf16", "fp8"])
 def test_merged_projections_by_ours_are_those_of_the_layers(on_h200, monkeypatch, make: Any) -> None:
     attn = Attention(make(), make())
-    attn.q_a_layernorm.weight = attn.q_a_layernorm.weight.to(torch.bfloat16)
+    attn.q_a_layernorm.to(torch.bfloat16)
     merging.merge(attn, "cpu")
     q_lora = torch.randn(5, 300).to(torch.bfloat16)[:, :256]
     index_query, project_q = query_projection.project(attn, q_lora)
