@@ -37,13 +37,14 @@ _TILELANG = (
 )
 _PACKS = (lambda p: p["kv"] == "packed" and not p["rope"], "packs to fp8, and rotates in a kernel of its own")
 _TWO_BYTES = (lambda p: p["dtype"] == "bf16", "copies 2-byte values only")
+_BF16 = (lambda p: p["kv"] == "bf16", "takes bf16 rows")
 _ONE_QUERY = (lambda p: all(r.q_len == 1 for r in parse_batch_spec(p["batch_spec"])), "takes one query per request")
 
 PEERS = {
     (p.workload, p.name): p
     for p in (
         Peer("sparse_decode", "sglang_tilelang", sglang.tilelang, ("sglang", "tilelang"), needs=_TILELANG),
-        Peer("dense_decode", "sglang_triton", sglang.triton_decode, ("sglang",)),
+        Peer("dense_decode", "sglang_triton", sglang.triton_decode, ("sglang",), needs=_BF16),
         Peer("indexer_prep", "sglang_kernels", sglang.prep, ("sglang",)),
         Peer("index_store", "sglang_fused_store", sglang.index_store, ("sglang",), needs=_ROW_MAJOR),
         Peer("latent_store", "sglang_two_kernels", sglang.latent_store, ("sglang",), needs=_PACKS),

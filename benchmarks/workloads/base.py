@@ -27,7 +27,7 @@ from nsa_backend_plugin.ops.witness import row_distance
 VALUE_DIM = LATENT_DIM
 HEAD_DIM = LATENT_DIM + ROPE_DIM
 #: Bytes of a latent row by cache format, and of an index key with its scale.
-ROW_BYTES = {"bf16": 2 * HEAD_DIM, "packed": packed_latent_bytes(HEAD_DIM)}
+ROW_BYTES = {"bf16": 2 * HEAD_DIM, "packed": packed_latent_bytes(HEAD_DIM), "fp8": HEAD_DIM}
 INDEX_TOKEN_BYTES = index_page_bytes() // INDEX_PAGE_SIZE
 #: 1 / sqrt(128 + 64): MLA's scale before absorption.
 SOFTMAX_SCALE = 192**-0.5
@@ -69,6 +69,8 @@ class Problem:
 
 Layout = Literal["row_major", "preshuffled"]
 CacheFormat = Literal["packed", "bf16"]
+#: Of a cache that is read whole.
+DenseFormat = Literal["bf16", "fp8"]
 
 
 class Params(Model):
@@ -148,7 +150,7 @@ def poisoned(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Ten
 
 @functools.lru_cache(maxsize=3)
 def latent_pool(kind: str, slots: int, device: torch.device) -> torch.Tensor:
-    """A latent cache of random rows: "bf16" [slots, 1, 576], or "packed" uint8 [slots, 1, row bytes].
+    """A latent cache of random rows: "bf16" or "fp8" [slots, 1, 576], or "packed" uint8 [slots, 1, row bytes].
 
     The cache is shared by all input sets of a shape, which differ in the slots they read.
     """
@@ -156,8 +158,11 @@ def latent_pool(kind: str, slots: int, device: torch.device) -> torch.Tensor:
     pool = torch.empty(slots, 1, width, dtype=torch.bfloat16 if kind == "bf16" else torch.uint8, device=device)
     for chunk in pool.split(100_000):
         rows = torch.randn(chunk.shape[0], HEAD_DIM, device=device).to(torch.bfloat16)
-        chunk[:, 0] = rows if kind == "bf16" else latent_reference.pack(rows, VALUE_DIM)
-    return pool
+        if kind == "fp8":
+            chunk[:, 0] = rows.to(fp8_dtype(device)).view(torch.uint8)
+        else:
+            chunk[:, 0] = rows if kind == "bf16" else latent_reference.pack(rows, VALUE_DIM)
+    return pool.view(fp8_dtype(device)) if kind == "fp8" else pool
 
 
 @functools.lru_cache(maxsize=2)

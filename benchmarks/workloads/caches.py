@@ -264,7 +264,7 @@ def build_dequantize(params: Mapping[str, Any], device: torch.device) -> Problem
 
 def _rows_problem(params: Mapping[str, Any], device: torch.device, run, check, bar: float, packed: bool) -> Problem:
     tokens = params["tokens"]
-    touched = tokens * sum(base.ROW_BYTES.values())
+    touched = tokens * (base.ROW_BYTES["bf16"] + base.ROW_BYTES["packed"])
     sets = input_sets(touched, tokens * base.ROW_BYTES["bf16"], device, at_least=params["min_sets"])
     rows = [_bf16(tokens, base.HEAD_DIM, device=device) for _ in range(sets)]
     return Problem(

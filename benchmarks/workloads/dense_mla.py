@@ -16,7 +16,7 @@ from benchmarks.batch_spec import parse_batch_spec
 from benchmarks.checked import BatchSpec, Count, Heads
 from benchmarks.timing.clock import input_sets
 from benchmarks.workloads import base
-from benchmarks.workloads.base import Params, Problem, Workload
+from benchmarks.workloads.base import DenseFormat, Params, Problem, Workload
 from nsa_backend_plugin.ops import dense_mla
 from nsa_backend_plugin.ops.call import Step
 
@@ -26,7 +26,8 @@ def build(params: Mapping[str, Any], device: torch.device) -> Problem:
     requests = parse_batch_spec(params["batch_spec"])
     counts = [-(-r.kv_len // page) for r in requests]
     pages = max(params["pool_slots"] // page, sum(counts))
-    pool = base.latent_pool("bf16", pages * page, device)
+    kv = params["kv"]
+    pool = base.latent_pool(kv, pages * page, device)
     lengths = [r.context_len + j + 1 for r in requests for j in range(r.q_len)]
     rows = len(lengths)
     per_request = torch.tensor([r.q_len for r in requests], device=device)
@@ -34,7 +35,7 @@ def build(params: Mapping[str, Any], device: torch.device) -> Problem:
 
     q_bytes = rows * heads * base.HEAD_DIM * 2
     table_bytes = rows * max(counts) * 4
-    kv_bytes = sum(r.kv_len for r in requests) * base.HEAD_DIM * 2
+    kv_bytes = sum(r.kv_len for r in requests) * base.ROW_BYTES[kv]
     touched = kv_bytes + q_bytes + table_bytes + rows * heads * base.VALUE_DIM * 2
     sets = input_sets(touched, q_bytes + table_bytes, device, at_least=params["min_sets"])
     inputs = [
@@ -58,6 +59,7 @@ def build(params: Mapping[str, Any], device: torch.device) -> Problem:
             seq_lens,
             base.SOFTMAX_SCALE,
             page_size=page,
+            kv_scale=1.0 if kv == "fp8" else None,
             num_kv_splits=params["num_kv_splits"],
             rows_have_keys=True,
             kv_is_finite=True,
@@ -72,7 +74,8 @@ def build(params: Mapping[str, Any], device: torch.device) -> Problem:
         q, table = item
         picked = base.some_rows(rows, device)
         slots = [row_slots(table[r], lengths[r], page) for r in picked.tolist()]
-        expected = [reference_row(q[r], pool[slot, 0].float()) for r, slot in zip(picked.tolist(), slots, strict=True)]
+        latents = [pool.view(torch.uint8)[slot, 0].view(pool.dtype).float() for slot in slots]
+        expected = [reference_row(q[r], latent) for r, latent in zip(picked.tolist(), latents, strict=True)]
         return base.cosine_distance(out[picked].float(), torch.stack(expected))
 
     return Problem(
@@ -109,6 +112,7 @@ class Dense(Params):
     batch_spec: BatchSpec = Field("8q1s1k", description="requests; each new token of one is a row")
     heads: Heads = Field(128, description="query heads")
     page_size: Count = Field(64, description="tokens per page")
+    kv: DenseFormat = Field("bf16", description="format of the latent cache")
     num_kv_splits: Count | None = Field(None, description="splits of each context (null: the kernel's choice)")
     pool_slots: Count = Field(1_200_000, description="slots of the latent cache, at least")
 
@@ -118,5 +122,6 @@ WORKLOAD = Workload(
     ("dense_mla.decode",),
     build,
     Dense,
+    same_job=("kv",),
     batch=lambda params: len(parse_batch_spec(params["batch_spec"])),
 )

@@ -1,21 +1,48 @@
-"""Log-probabilities of given texts by transformers in float32: `python score_reference.py MODEL TEXTS.json OUT.json`.
+"""Log-probabilities of given texts by transformers in float32.
+
+    python score_reference.py MODEL TEXTS.json OUT.json [fp8]
 
 TEXTS: list of token lists. OUT: for each, the log-probability of every token after the first, given those before it.
+With "fp8" attention sees the latent rows and the rotated keys as an e4m3 cache keeps them.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
 
+def round_rows(model: torch.nn.Module) -> None:
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        return x.clamp(-448, 448).to(torch.float8_e4m3fn).to(x.dtype)
+
+    def rounding(rotate: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            query, key = rotate(*args, **kwargs)
+            return query, rounded(key)
+
+        return run
+
+    code = sys.modules[type(model).__module__]
+    for name in ("apply_rotary_pos_emb", "apply_rotary_pos_emb_interleave"):
+        setattr(code, name, rounding(getattr(code, name)))
+    norms = [module for name, module in model.named_modules() if name.endswith("kv_a_layernorm")]
+    assert len(norms) == model.config.num_hidden_layers
+    for norm in norms:
+        norm.register_forward_hook(lambda module, inputs, output: rounded(output))
+
+
 def main() -> None:
-    folder, texts, out = sys.argv[1:]
+    folder, texts, out, *rows = sys.argv[1:]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    if rows == ["fp8"]:
+        round_rows(model)
     results = []
     with torch.inference_mode():
         for tokens in json.loads(Path(texts).read_text()):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from nsa_backend_plugin.engine import query
+from nsa_backend_plugin.engine import latent_rows, launch, query
 from nsa_backend_plugin.ops import dense_mla, preferences
 from nsa_backend_plugin.ops.arch import pretended
 from nsa_backend_plugin.ops.call import Step
@@ -28,13 +28,14 @@ else:
 
 HEADS, PAGE = 3, 16
 LENGTHS = [40, 1, 17]
+LENGTH = list(enumerate(LENGTHS))
 
 
 @pytest.fixture
 def backend(monkeypatch: pytest.MonkeyPatch) -> Any:
     made = object.__new__(mla_backend.NsaPluginMLABackend)
     made.device, made.page_size, made.num_q_heads = torch.device("cpu"), PAGE, HEADS
-    made.decode_workspace, made.step = None, Step()
+    made.decode_workspace, made.step, made.rows_are_fp8 = None, Step(), False
     made.position_scaling = query.PositionScaling(SimpleNamespace(hf_text_config=None))
     made.latent = torch.randn(8 * PAGE, 1, 576)
 
@@ -120,6 +121,142 @@ def test_captured_steps_take_the_scratch_that_is_large_enough(backend: Any, monk
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert backend._workspace(3) is backend.decode_workspace
     assert backend._workspace(4) is None
+
+
+@pytest.fixture
+def fp8_backend(backend: Any) -> Any:
+    """As `backend`, with rows that SGLang's pool keeps as bytes and hands out as fp8."""
+    raw = torch.randn(8 * PAGE, 1, 576).to(torch.float8_e4m3fn).view(torch.uint8)
+
+    def set_mla_kv_buffer(layer: Any, slots: torch.Tensor, k: torch.Tensor, k_rope: torch.Tensor) -> None:
+        raw[slots] = torch.cat([k, k_rope], -1).to(torch.float8_e4m3fn).view(torch.uint8)
+
+    backend.latent, backend.rows_are_fp8 = raw.view(torch.float8_e4m3fn), True
+    backend.token_to_kv_pool.set_mla_kv_buffer = set_mla_kv_buffer
+    return backend
+
+
+def attention(backend: Any, q: torch.Tensor, request: int, length: int) -> torch.Tensor:
+    """q [heads, 576] over the first rows of a request, as they lie in the pool."""
+    table = backend.forward_metadata.page_table
+    rows = [int(table[request, i // PAGE]) * PAGE + i % PAGE for i in range(length)]
+    keys = backend.latent.double()[rows, 0]
+    return (torch.softmax(q.double() @ keys.T * LAYER.scaling, -1) @ keys[:, :512]).flatten().float()
+
+
+def test_decode_over_fp8_rows(fp8_backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = len(LENGTHS)
+    q, q_rope = torch.randn(requests, HEADS * 512), torch.randn(requests, HEADS, 64)
+    k, k_rope = torch.randn(requests, 1, 512), torch.randn(requests, 1, 64)
+    table = fp8_backend.forward_metadata.page_table
+    ends = [int(table[b, (n - 1) // PAGE]) * PAGE + (n - 1) % PAGE for b, n in LENGTH]
+    batch = SimpleNamespace(out_cache_loc=torch.tensor(ends), positions=torch.tensor(LENGTHS) - 1)
+    promised = {}
+    operation = mla_backend.dense_mla.decode
+    monkeypatch.setattr(mla_backend.dense_mla, "decode", lambda *a, **kw: promised.update(kw) or operation(*a, **kw))
+    out = fp8_backend.forward_decode(q, k, k, LAYER, batch, q_rope=q_rope, k_rope=k_rope)
+    assert not promised["kv_is_finite"], "SGLang's conversion makes NaN of what is too large"
+    whole = torch.cat([q.view(requests, HEADS, 512), q_rope], -1)
+    want = torch.stack([attention(fp8_backend, whole[b], b, n) for b, n in LENGTH])
+    torch.testing.assert_close(out, want, atol=1e-4, rtol=1e-4)
+    written = fp8_backend.latent.float()[ends, 0]
+    assert torch.equal(written, torch.cat([k, k_rope], -1)[:, 0].to(torch.float8_e4m3fn).float())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_absorbed_prefill_reads_its_own_pages_widened(
+    fp8_backend: Any, fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SGLang widens all rows that it is given: it gets those of the batch only, and never the pool's."""
+    pool, metadata = fp8_backend.token_to_kv_pool, fp8_backend.forward_metadata
+    k, k_rope = torch.randn(2, 1, 512), torch.randn(2, 1, 64)
+    slots = torch.tensor([4 * PAGE + 6, 4 * PAGE + 7])  # the last two tokens of the first request
+    batch = SimpleNamespace(
+        out_cache_loc=slots, positions=torch.tensor([38, 39]), seq_lens_cpu=torch.tensor(LENGTHS, dtype=torch.int64)
+    )
+    q, q_rope = torch.randn(2, HEADS * 512), torch.randn(2, HEADS, 64)
+    whole = torch.cat([q.view(2, HEADS, 512), q_rope], -1)
+    copies = []
+
+    def forward_extend(self: Any, q: Any, k: Any, v: Any, layer: Any, batch: Any, save: bool, **rest: Any) -> Any:
+        assert not save, "it would write to the copy"
+        if fails:
+            raise RuntimeError("out of memory")
+        rows, table = self.token_to_kv_pool.get_key_buffer(layer.layer_id), self.forward_metadata.page_table
+        copies.append(rows)
+        assert rows.dtype == torch.float32
+        assert rows.shape == (6 * PAGE, 1, 576), "pages of 40, 1 and 17 tokens"
+        assert self.forward_metadata.cache_seqlens_int32 is metadata.cache_seqlens_int32
+        out = []
+        for position, heads in zip(batch.positions.tolist(), whole, strict=True):
+            used = [int(table[0, i // PAGE]) * PAGE + i % PAGE for i in range(position + 1)]
+            keys = rows[used, 0]
+            out.append((torch.softmax(heads @ keys.T * layer.scaling, -1) @ keys[:, :512]).flatten())
+        for row, (_, length) in enumerate(LENGTH):
+            used = [int(table[row, i // PAGE]) * PAGE + i % PAGE for i in range(length)]
+            there = [int(metadata.page_table[row, i // PAGE]) * PAGE + i % PAGE for i in range(length)]
+            assert torch.equal(rows[used], fp8_backend.latent.float()[there])
+        return torch.stack(out)
+
+    monkeypatch.setattr(mla_backend.FlashAttentionBackend, "forward_extend", forward_extend)
+    arguments = (q, k, k, LAYER, batch)
+    if fails:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            fp8_backend.forward_extend(*arguments, q_rope=q_rope, k_rope=k_rope)
+    else:
+        for _ in range(2):  # layers of one step, which share the pages
+            out = fp8_backend.forward_extend(*arguments, q_rope=q_rope, k_rope=k_rope)
+        want = torch.stack([attention(fp8_backend, whole[i], 0, 39 + i) for i in range(2)])
+        torch.testing.assert_close(out, want, atol=1e-4, rtol=1e-4)
+        assert len(copies) == 2
+    assert fp8_backend.token_to_kv_pool is pool
+    assert fp8_backend.forward_metadata is metadata
+
+
+def test_dense_prefill_over_fp8_rows_is_stocks(fp8_backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(
+        mla_backend.FlashAttentionBackend,
+        "forward_extend",
+        lambda self, *arguments, **keywords: seen.append((self.token_to_kv_pool, arguments, keywords)),
+    )
+    q, batch = torch.randn(3, HEADS * 192), SimpleNamespace(positions=torch.tensor([0, 1, 2]))
+    fp8_backend.forward_extend(q, q, q, LAYER, batch, False)
+    [(pool, arguments, keywords)] = seen
+    assert pool is fp8_backend.token_to_kv_pool
+    assert arguments[0] is q
+    assert keywords == {}
+
+
+@pytest.mark.parametrize(
+    "kv, model, device, message",
+    [
+        (torch.bfloat16, torch.bfloat16, "cuda", None),
+        (torch.float8_e4m3fn, torch.bfloat16, "cuda", None),
+        (torch.float8_e4m3fn, torch.float16, "cuda", None),
+        (torch.float8_e4m3fn, torch.float32, "cpu", None),
+        (torch.float8_e4m3fn, torch.float32, "cuda", "fp8_e4m3 with --dtype torch.float32: .* bfloat16 or float16"),
+        (torch.float8_e5m2, torch.bfloat16, "cuda", "--kv-cache-dtype torch.float8_e5m2: .* or in fp8_e4m3"),
+        (torch.bfloat16, torch.float16, "cuda", "--kv-cache-dtype torch.bfloat16: .* torch.float16, or in fp8_e4m3"),
+    ],
+)
+def test_rows_that_are_kept(kv: torch.dtype, model: torch.dtype, device: str, message: str | None) -> None:
+    if message is None:
+        latent_rows.check_plain(kv, model, device)
+    else:
+        with pytest.raises(ValueError, match=message):
+            latent_rows.check_plain(kv, model, device)
+
+
+def test_drafts_over_fp8_rows_are_refused() -> None:
+    """Those of a model with an indexer are other rows."""
+    plain = SimpleNamespace(hf_config=SimpleNamespace(architectures=["DeepseekV3ForCausalLM"]))
+    launch.check_kv_cache(plain, "fp8_e4m3", None)
+    launch.check_kv_cache(plain, "auto", "EAGLE")
+    with pytest.raises(ValueError, match=r"EAGLE with --kv-cache-dtype fp8_e4m3: .* never run"):
+        launch.check_kv_cache(plain, "fp8_e4m3", "EAGLE")
+    indexed = SimpleNamespace(hf_config=SimpleNamespace(architectures=["DeepseekV32ForCausalLM"], index_topk=2048))
+    launch.check_kv_cache(indexed, "fp8_e4m3", "EAGLE")
 
 
 def test_unknown_keywords_are_refused(backend: Any) -> None:

@@ -147,6 +147,14 @@ CASES: dict[str, tuple[str, list[str], dict[str, str], str | None, str | None]] 
         None,
         "MiniCPM3ForCausalLM has narrower latents, and was never run with nsa_plugin: nsa_plugin does not serve it",
     ),
+    "mla with fp8 rows is served": ("mla", ["--kv-cache-dtype=fp8_e4m3"], {}, None, None),
+    "rows of mla": (
+        "mla",
+        ["--kv-cache-dtype=fp8_e5m2"],
+        {},
+        None,
+        "--kv-cache-dtype fp8_e5m2 with DeepseekV3ForCausalLM: nsa_plugin serves auto, .*fp8_e4m3 for models without",
+    ),
     "sinks": (
         "mla-sink",
         [],

@@ -28,6 +28,11 @@ def ints(*shape: int, value: int = 0) -> torch.Tensor:
     return torch.full(shape, value, dtype=torch.int32)
 
 
+def each(count: int) -> torch.Tensor:
+    """Places of rows to write: two in one place would be written in either order."""
+    return torch.arange(count, dtype=torch.int32)
+
+
 def bytes_(*shape: int) -> torch.Tensor:
     return torch.zeros(shape, dtype=torch.uint8)
 
@@ -38,7 +43,7 @@ def fp8(*shape: int) -> torch.Tensor:
 
 #: Valid keyword arguments of every public function, by name.
 VALID = {
-    index_key_cache.store: lambda: dict(key=torch.zeros(2, 128), cache=bytes_(3, 8448), slots=ints(2)),
+    index_key_cache.store: lambda: dict(key=torch.zeros(2, 128), cache=bytes_(3, 8448), slots=each(2)),
     index_key_cache.gather: lambda: dict(cache=bytes_(3, 8448), block_table=ints(2, 1), seq_lens=ints(2, value=5)),
     mqa_logits.paged: lambda: dict(
         q=fp8(2, 1, 4, 128),
@@ -74,7 +79,7 @@ VALID = {
         k_nope=torch.zeros(2, 512),
         k_rope=torch.zeros(2, 64),
         cache=torch.zeros(6, 1, 576),
-        slots=ints(2),
+        slots=each(2),
         positions=ints(2),
         cos_sin_cache=torch.zeros(9, 64),
         k_rope_out=torch.zeros(2, 64),
@@ -110,7 +115,7 @@ VALID = {
         positions=ints(2),
         cos_sin_cache=torch.zeros(9, 64),
         cache=bytes_(3, 8448),
-        slots=ints(2),
+        slots=each(2),
         is_neox=True,
     ),
 }
@@ -135,25 +140,39 @@ OPTIONAL: dict[Any, Callable[[], dict[str, Any]]] = {
 }
 
 
-def valid(function: Any) -> dict[str, Any]:
+#: Changes to the valid calls that make others of them, which other code computes.
+VARIANTS: dict[Any, dict[str, Callable[[], dict[str, Any]]]] = {
+    sparse_mla.attend: {
+        "fp8 rows": lambda: dict(kv=fp8(6, 1, 576), kv_scale=0.5),
+        "packed rows": lambda: dict(kv=latent_cache.quantize(torch.randn(6, 1, 576).to(torch.bfloat16))),
+    },
+    projection.linear: {
+        "bf16 weights": lambda: dict(weight=torch.zeros(3, 256, dtype=torch.bfloat16), weight_scale=None),
+    },
+    dense_mla.decode: {"fp8 rows": lambda: dict(kv=fp8(32, 1, 576), kv_scale=0.5)},
+}
+
+
+def valid(function: Any, variant: str = "") -> dict[str, Any]:
     """Keyword arguments by name, every tensor argument among them."""
-    return {**VALID[function](), **OPTIONAL.get(function, dict)()}
+    changes = VARIANTS[function][variant]() if variant else {}
+    return {**VALID[function](), **OPTIONAL.get(function, dict)(), **changes}
 
 
 #: Attention's kernels take no float32, which matrix units would round.
 HALF = {sparse_mla.attend, dense_mla.decode}
 
 
-def filled(function: Any) -> dict[str, Any]:
+def filled(function: Any, variant: str = "") -> dict[str, Any]:
     """The valid call on the device, with random values where any value will do."""
     arguments = {
         name: _random(value, function in HALF).to(DEVICE) if isinstance(value, torch.Tensor) else value
-        for name, value in valid(function).items()
+        for name, value in valid(function, variant).items()
     }
     return {**arguments, "deterministic": True} if function is topk.select else arguments
 
 
 def _random(value: torch.Tensor, half: bool) -> torch.Tensor:
     if not value.is_floating_point():
-        return torch.zeros_like(value) if value.dtype == torch.uint8 else value
-    return torch.randn(value.shape).to(torch.bfloat16 if half else value.dtype)
+        return value
+    return torch.randn(value.shape).to(torch.bfloat16 if half and value.dtype != FP8 else value.dtype)

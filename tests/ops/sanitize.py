@@ -172,9 +172,13 @@ def attention_calls() -> Iterator[Call]:
                         given = " ".join(slots)
                         yield f"sparse {impl} {kind} {heads} heads {tokens} x {keys} {given}", call
     table, lengths = ints(2, 0, 1, 3, 1, 2).view(2, 3), ints(170, 0)
+    plain = {"kv_scale": None}, kv
+    fp8_rows = {"kv_scale": 0.5}, caches["fp8"]
     for heads in (12, 128):
-        call = partial(dense_mla.decode, randn(2, heads, 576), kv, table, lengths, SCALE, page_size=64, impl="triton")
-        yield f"dense {heads} heads", call
+        for impl, (scale, rows) in (("triton", plain), ("triton", fp8_rows), ("cuda", fp8_rows)):
+            queries = randn(2, heads, 576)
+            call = partial(dense_mla.decode, queries, rows, table, lengths, SCALE, page_size=64, impl=impl, **scale)
+            yield f"dense {impl} {rows.dtype} {heads} heads", call
 
 
 def main(wanted: list[str]) -> int:

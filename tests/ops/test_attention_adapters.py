@@ -634,6 +634,22 @@ def test_aiter_fp8(dtype: torch.dtype) -> None:
         assert_close(out, expected, 5e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e4m3fnuz])
+@pytest.mark.usefixtures("aiter")
+def test_aiter_dense_fp8(dtype: torch.dtype) -> None:
+    q, kv, _ = sparse_inputs("bf16", 12)
+    kv8, kv_scale, step = kv.nan_to_num().to(dtype), 0.25, Step()
+    table = torch.stack([torch.randperm(len(kv8))[:128] for _ in q]).int()
+    lengths = torch.tensor([128, 0, 1, 70], dtype=torch.int32)
+    latents = [kv8.float()[row[:n].long(), 0] * kv_scale for row, n in zip(table, lengths.tolist(), strict=True)]
+    expected, _ = attend_rows(q, latents)
+    arguments = dict(q=q, kv=kv8, block_table=table, seq_lens=lengths, softmax_scale=SCALE, page_size=1)
+    [out] = run_adapter(
+        "dense_mla", "aiter", "gfx942", {**arguments, "kv_scale": kv_scale, "step": step}, want_lse=False
+    )
+    assert_close(out, expected, 5e-6)
+
+
 @pytest.mark.parametrize("dtype, rows", [(torch.bfloat16, 3728270), (torch.float8_e4m3fnuz, 7456540)])
 @pytest.mark.usefixtures("aiter")
 def test_aiter_is_kept_off_caches_whose_offsets_wrap(dtype: torch.dtype, rows: int) -> None:
@@ -661,6 +677,7 @@ def test_aiter_is_kept_off_caches_whose_offsets_wrap(dtype: torch.dtype, rows: i
         ("sparse_mla", "fa3", "sm_100", "not sm_100"),
         ("sparse_mla", "cuda", "sm_80", "not sm_80"),
         ("sparse_mla", "cuda", "gfx942", "not gfx942"),
+        ("dense_mla", "cuda", "sm_80", "not sm_80"),
         ("sparse_mla", "tilelang", "gfx1201", "not gfx1201"),
         ("sparse_mla", "aiter", "sm_90", "not sm_90"),
         ("dense_mla", "flash_mla", "sm_100", "not sm_100"),
@@ -720,6 +737,17 @@ def test_every_vendor_declines_a_scale_that_is_not_positive(name: str) -> None:
             call = dense_mla.decode.call(q, kv, table, lengths, scale, page_size=page_size)
             reason = adapter(op, impl).declines_decode(call)
         assert reason is None if ok else "softmax_scale 0.0" in reason
+
+
+@pytest.mark.parametrize("impl", ["flash_mla", "fa3", "cutlass", "flashinfer"])
+def test_vendors_decline_fp8_rows_of_whole_contexts(impl: str) -> None:
+    """Theirs want an fp8 query beside them."""
+    kv = torch.zeros(128, 1, DIM).to(torch.float8_e4m3fn)
+    q, table = torch.zeros(2, 16, DIM, dtype=torch.bfloat16), torch.zeros(2, 2, dtype=torch.int32)
+    call = dense_mla.decode.call(
+        q, kv, table, torch.ones(2).int(), SCALE, page_size=64, kv_scale=1.0, kv_is_finite=True
+    )
+    assert "float8_e4m3fn but q is torch.bfloat16" in adapter("dense_mla", impl).declines_decode(call)
 
 
 def test_public_functions_reach_an_adapter(monkeypatch: pytest.MonkeyPatch) -> None:

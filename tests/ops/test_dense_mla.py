@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 
+from nsa_backend_plugin.layouts import FP8_DTYPES
 from nsa_backend_plugin.ops import dense_mla
+from nsa_backend_plugin.ops.arch import fp8_dtype
 from nsa_backend_plugin.ops.call import Step
 from nsa_backend_plugin.ops.dense_mla import reference
 from nsa_backend_plugin.ops.dense_mla import triton as dense_triton
 from tests.conftest import HAS_GPU
+from tests.ops import implementations
 from tests.ops.common import assert_close, permuted_block_table, poison, slots_of
-from tests.ops.implementations import run as or_skip
 from tests.ops.implementations import runnable
 
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 QUERY_DIM = 576
 SCALE = 192**-0.5
+KINDS = ["bf16", "fp16", "fp8"]
+PAGES = [*((size, "bf16") for size in dense_mla.PAGE_SIZES), (1, "fp8"), (64, "fp8")]
 BAR = 5e-6
 LSE_BAR = 1e-4
 EDGE_LENGTHS = [0, 1, 63, 64, 65, 130]
@@ -26,6 +31,12 @@ LONG_LENGTHS = [2047, 2048, 2049, 0, 1, 8192, 63, 64, 65]
 
 
 IMPLS = runnable(dense_mla.decode)
+#: What our own say when they decline a call of these tests: rows of another dtype.
+NOT_THEIRS = ("only torch.float8_e4m3fn rows", "converts to")
+
+
+def or_skip(impl: str, **arguments: Any) -> Any:
+    return implementations.run(dense_mla.decode, impl, may_decline=NOT_THEIRS, **arguments)
 
 
 @pytest.fixture(autouse=True)
@@ -39,19 +50,24 @@ def inputs(
     lengths: list[int],
     heads: int,
     page_size: int = 64,
-    dtype: torch.dtype = torch.bfloat16,
+    kind: str = "bf16",
     q_size: float = 1.0,
     kv_size: float = 1.0,
 ) -> dict:
-    """Arguments of `decode`: permuted pages, NaN in every slot that no request owns."""
+    """Arguments of `decode`: permuted pages, NaN in every slot that no request owns. kind: of KINDS."""
     table, pages = permuted_block_table(lengths, page_size, DEVICE)
-    kv = poison(pages * page_size, 1, QUERY_DIM, dtype=dtype, device=DEVICE)
+    dtype = torch.float16 if kind == "fp16" else torch.bfloat16
+    row_dtype, kv_scale = (fp8_dtype(DEVICE), 0.03 * kv_size) if kind == "fp8" else (dtype, 1.0)
+    kv = torch.full((pages * page_size, QUERY_DIM), float("nan"), device=DEVICE).to(row_dtype)
+    raw = kv.view(torch.uint8)  # torch does not index fp8 everywhere
     for row, length in enumerate(lengths):
         slots = slots_of(table, length, row, page_size)
-        kv[slots, 0] = (torch.randn(length, QUERY_DIM, device=DEVICE) * kv_size).to(dtype)
+        rows = torch.randn(length, QUERY_DIM, device=DEVICE) * kv_size / kv_scale
+        raw[slots] = rows.to(row_dtype).view(torch.uint8)
     return {
         "q": (torch.randn(len(lengths), heads, QUERY_DIM, device=DEVICE) * q_size).to(dtype),
-        "kv": kv,
+        "kv": kv[:, None],
+        "kv_scale": kv_scale if kind == "fp8" else None,
         "block_table": table,
         "seq_lens": torch.tensor(lengths, dtype=torch.int32, device=DEVICE),
         "softmax_scale": SCALE,
@@ -74,7 +90,7 @@ def run(impl: str, arguments: dict, num_kv_splits: int | None = None) -> tuple[t
     workspace = torch.full((size,), 0xFF, dtype=torch.uint8, device=q.device)
     out = poison(batch, heads, 512, dtype=q.dtype, device=q.device)
     options = {"num_kv_splits": num_kv_splits, "out": out, "workspace": workspace}
-    got, lse = or_skip(dense_mla.decode, impl, **arguments, **options, return_lse=True)
+    got, lse = or_skip(impl, **arguments, **options, return_lse=True)
     assert got is out
     return got, lse
 
@@ -90,42 +106,56 @@ def check(impl: str, arguments: dict, num_kv_splits: int | None = None) -> None:
     compare(run(impl, arguments, num_kv_splits), expected(arguments))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("heads", [1, 8, 12, 16, 24, 32, 64, 128] if HAS_GPU else [1, 12, 24, 65])
 @pytest.mark.parametrize("impl", IMPLS)
-def test_heads(impl: str, heads: int, dtype: torch.dtype) -> None:
-    check(impl, inputs(LONG_LENGTHS if HAS_GPU else [70], heads, dtype=dtype))
+def test_heads(impl: str, heads: int, kind: str) -> None:
+    check(impl, inputs(LONG_LENGTHS if HAS_GPU else [70], heads, kind=kind))
 
 
-@pytest.mark.parametrize("page_size", dense_mla.PAGE_SIZES)
+@pytest.mark.parametrize(
+    "page_size, kind", [*((size, "bf16") for size in dense_mla.PAGE_SIZES), (1, "fp8"), (64, "fp8")]
+)
 @pytest.mark.parametrize("impl", IMPLS)
-def test_page_sizes_and_edge_lengths(impl: str, page_size: int) -> None:
-    out, lse = run(impl, arguments := inputs(EDGE_LENGTHS, 8, page_size))
+def test_page_sizes_and_edge_lengths(impl: str, page_size: int, kind: str) -> None:
+    out, lse = run(impl, arguments := inputs(EDGE_LENGTHS, 8, page_size, kind))
     compare((out, lse), expected(arguments))
     assert not out[0].any()
     assert torch.isneginf(lse[0]).all()
 
 
-@pytest.mark.parametrize("num_kv_splits", [1, 2, 3, 17, 64])
+@pytest.mark.parametrize("num_kv_splits, kind", [*((n, "bf16") for n in (1, 2, 3, 17, 64)), (1, "fp8"), (17, "fp8")])
 @pytest.mark.parametrize("impl", IMPLS)
-def test_forced_splits(impl: str, num_kv_splits: int) -> None:
-    check(impl, inputs(LONG_LENGTHS if HAS_GPU else [130, 65], 16), num_kv_splits)
+def test_forced_splits(impl: str, num_kv_splits: int, kind: str) -> None:
+    check(impl, inputs(LONG_LENGTHS if HAS_GPU else [130, 65], 16, kind=kind), num_kv_splits)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["bf16", "fp8"])
 @pytest.mark.parametrize("batch", [1, 2, 7, 33, 64, 128, 300])
 @pytest.mark.parametrize("heads", [16, 64, 128])
 @pytest.mark.parametrize("impl", IMPLS)
-def test_batches(impl: str, heads: int, batch: int) -> None:
+def test_batches(impl: str, heads: int, batch: int, kind: str) -> None:
     lengths = torch.randint(0, 1200, (batch,)).tolist()
-    check(impl, inputs(lengths, heads))
+    check(impl, inputs(lengths, heads, kind=kind))
 
 
+@pytest.mark.parametrize("kind", ["bf16", "fp8"])
 @pytest.mark.parametrize("kv_size", [1e-4, 1.0, 1e4])
 @pytest.mark.parametrize("q_size", [1e-4, 1.0, 1e4])
 @pytest.mark.parametrize("impl", IMPLS)
-def test_magnitudes(impl: str, q_size: float, kv_size: float) -> None:
-    check(impl, inputs([70], 8, q_size=q_size, kv_size=kv_size))
+def test_magnitudes(impl: str, q_size: float, kv_size: float, kind: str) -> None:
+    check(impl, inputs([70], 8, kind=kind, q_size=q_size, kv_size=kv_size))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_every_fp8_number(impl: str) -> None:
+    """All bytes that are numbers, the subnormal ones too, as keys and as values."""
+    arguments = inputs([300], 8, kind="fp8")
+    numbers = torch.arange(256, dtype=torch.uint8, device=DEVICE)
+    numbers = numbers[torch.isfinite(numbers.view(arguments["kv"].dtype).float())]
+    rows = numbers[torch.randint(len(numbers), (arguments["kv"].shape[0], 1, QUERY_DIM), device=DEVICE)]
+    check(impl, {**arguments, "kv": rows.view(arguments["kv"].dtype), "kv_scale": 0.02})
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -147,16 +177,17 @@ def test_empty_batch(impl: str) -> None:
     check(impl, {**arguments, **none})
 
 
-@pytest.mark.parametrize("page_size", [1, 64])
+@pytest.mark.parametrize("page_size, kind", [(1, "bf16"), (64, "bf16"), (64, "fp8")])
 @pytest.mark.parametrize("heads", [8, 64, 128] if HAS_GPU else [3])
 @pytest.mark.parametrize("impl", IMPLS)
-def test_promises_and_results_of_the_implementations_own(impl: str, heads: int, page_size: int) -> None:
+def test_promises_and_results_of_the_implementations_own(impl: str, heads: int, page_size: int, kind: str) -> None:
     """No length of 0, finite numbers past each length; nowhere to write given."""
-    arguments = inputs([65, 1, 700 if HAS_GPU else 70], heads, page_size)
+    arguments = inputs([65, 1, 700 if HAS_GPU else 70], heads, page_size, kind)
     want = expected(arguments)
-    finite = {"kv": arguments["kv"].nan_to_num(3.0), "kv_is_finite": True}
+    kv = arguments["kv"]
+    finite = {"kv": kv.float().nan_to_num(3.0).to(kv.dtype), "kv_is_finite": True}
     for promises in ({}, {"rows_have_keys": True}, finite, {**finite, "rows_have_keys": True}):
-        compare(or_skip(dense_mla.decode, impl, **{**arguments, **promises}, return_lse=True), want)
+        compare(or_skip(impl, **{**arguments, **promises}, return_lse=True), want)
         compare(run(impl, {**arguments, **promises}), want)
 
 
@@ -184,7 +215,7 @@ def test_layers_of_one_step(impl: str, heads: int) -> None:
     for _ in range(3):
         shared = {name: first[name] for name in ("block_table", "seq_lens")}
         layer = {**first, **shared, "q": torch.randn_like(first["q"]), "kv": first["kv"] + torch.randn(()).item()}
-        compare(or_skip(dense_mla.decode, impl, **layer, step=step, return_lse=True), expected(layer))
+        compare(or_skip(impl, **layer, step=step, return_lse=True), expected(layer))
 
 
 @pytest.mark.gpu
@@ -194,10 +225,10 @@ def test_graph_of_layers_that_share_a_step(impl: str, heads: int) -> None:
     """Schedules are made inside the graph: a replay makes them anew from the lengths that it finds."""
     first = inputs([4096] * 4, heads)
     layers = [{**first, "q": torch.randn_like(first["q"])} for _ in range(4)]
-    or_skip(dense_mla.decode, impl, **first)  # compiles, or skips
+    or_skip(impl, **first)  # compiles, or skips
     step, graph = Step(), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        results = [or_skip(dense_mla.decode, impl, **layer, step=step, return_lse=True) for layer in layers]
+        results = [or_skip(impl, **layer, step=step, return_lse=True) for layer in layers]
     for lengths in ([4096, 1, 2048, 77], [64, 65, 0, 4095], [0, 0, 0, 0]):
         first["seq_lens"].copy_(torch.tensor(lengths))
         graph.replay()
@@ -205,9 +236,28 @@ def test_graph_of_layers_that_share_a_step(impl: str, heads: int) -> None:
             compare(got, expected(layer))
 
 
+@pytest.mark.parametrize("kind", ["bf16", "fp8"] if HAS_GPU else ["fp8"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_rows_apart_from_each_other(impl: str, kind: str) -> None:
+    arguments = inputs([130, 3], 8, kind=kind)
+    raw = arguments["kv"].view(torch.uint8)
+    wide = torch.cat([raw, torch.full_like(raw, 0xFF)], dim=-1).view(arguments["kv"].dtype)
+    check(impl, {**arguments, "kv": wide[..., :QUERY_DIM]})
+
+
+@pytest.mark.parametrize("flavour", FP8_DTYPES)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_foreign_flavour_of_fp8_is_declined_or_read(impl: str, flavour: torch.dtype) -> None:
+    """Bytes of the two are not interchangeable: never read as the other."""
+    arguments = inputs([70], 8, kind="fp8")
+    kv = arguments["kv"].float().clamp(-200, 200).to(flavour)
+    check(impl, {**arguments, "kv": kv})
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp8"])
 @pytest.mark.parametrize("page_size", [1, 64])
-def test_some_rows_of_a_call_are_a_call(page_size: int) -> None:
-    call = dense_mla.decode.call(**inputs([65, 0, 3, 130], 3, page_size), return_lse=True)
+def test_some_rows_of_a_call_are_a_call(page_size: int, kind: str) -> None:
+    call = dense_mla.decode.call(**inputs([65, 0, 3, 130], 3, page_size, kind), return_lse=True)
     some = torch.tensor([2, 1, 3], device=DEVICE)
     assert call.row_count() == 4
     for got, whole in zip(reference.decode(call.of_rows(some)), reference.decode(call), strict=True):
@@ -220,24 +270,26 @@ def test_triton_declines_too_many_splits() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["bf16", "fp8"])
 @pytest.mark.parametrize("impl", IMPLS)
-def test_cache_past_two_gigabytes_and_two_billion_elements(impl: str) -> None:
+def test_cache_past_two_gigabytes_and_two_billion_elements(impl: str, kind: str) -> None:
     """The pages in use lie at the end of a cache whose element offsets do not fit 32 bits."""
-    arguments = inputs([2049, 700], 16)
+    arguments = inputs([2049, 700], 16, kind=kind)
     small, want = arguments["kv"], expected(arguments)
     pages = (2**31 // QUERY_DIM + 2 * small.shape[0]) // 64
     big = torch.empty(pages * 64, 1, QUERY_DIM, dtype=small.dtype, device=DEVICE)
     assert big.numel() > 2**31
-    big[-small.shape[0] :] = small
+    big.view(torch.uint8)[-small.shape[0] :] = small.view(torch.uint8)
     table = arguments["block_table"] + (big.shape[0] - small.shape[0]) // 64
     compare(run(impl, {**arguments, "kv": big, "block_table": table}), want)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["bf16", "fp8"])
 @pytest.mark.parametrize("heads", [16, 64])
 @pytest.mark.parametrize("impl", IMPLS)
-def test_reruns_are_bitwise_equal(impl: str, heads: int) -> None:
-    arguments = inputs(LONG_LENGTHS, heads)
+def test_reruns_are_bitwise_equal(impl: str, heads: int, kind: str) -> None:
+    arguments = inputs(LONG_LENGTHS, heads, kind=kind)
     first = run(impl, arguments)
     for _ in range(20):
         again = run(impl, arguments)
@@ -246,9 +298,10 @@ def test_reruns_are_bitwise_equal(impl: str, heads: int) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["bf16", "fp8"])
 @pytest.mark.parametrize("impl", IMPLS)
-def test_graph_replay_with_other_lengths(impl: str) -> None:
-    arguments = inputs([4096] * 4, 16)
+def test_graph_replay_with_other_lengths(impl: str, kind: str) -> None:
+    arguments = inputs([4096] * 4, 16, kind=kind)
     run(impl, arguments)  # compiles, or skips
     size = dense_mla.workspace_bytes(4, 16, DEVICE)
     workspace = torch.empty(size, dtype=torch.uint8, device=DEVICE)
@@ -256,7 +309,7 @@ def test_graph_replay_with_other_lengths(impl: str) -> None:
     graph = torch.cuda.CUDAGraph()
     buffers = {"out": out, "workspace": workspace, "return_lse": True}
     with torch.cuda.graph(graph):
-        _, lse = or_skip(dense_mla.decode, impl, **arguments, **buffers)
+        _, lse = or_skip(impl, **arguments, **buffers)
     for lengths in ([4096, 1, 2048, 77], [64, 65, 0, 4095], [0, 0, 0, 0]):
         arguments["seq_lens"].copy_(torch.tensor(lengths))
         out.fill_(float("nan"))

@@ -28,13 +28,13 @@ from nsa_backend_plugin.ops import (
     topk,
 )
 from nsa_backend_plugin.ops.call import Declined
-from tests.ops.cases import filled, valid
+from tests.ops.cases import VARIANTS, filled, valid
 from tests.ops.implementations import DEVICE, run
 
 #: Arguments that are no tensors: their values are walked in test_bad_input.
 PLAIN = {
     concat.mla_k: {"dtype"},
-    dense_mla.decode: {"value_dim", "num_kv_splits", "rows_have_keys", "kv_is_finite", "return_lse"},
+    dense_mla.decode: {"kv_scale", "value_dim", "num_kv_splits", "rows_have_keys", "kv_is_finite", "return_lse"},
     index_key_cache.store: {"layout", "scale_format", "page_size", "fp8_dtype"},
     index_key_cache.gather: {"layout", "page_size", "total_tokens", "fp8_dtype"},
     indexer_prep.query: {"hadamard", "scale_format", "fp8_dtype"},
@@ -49,6 +49,8 @@ PLAIN = {
     sparse_mla.attend: {"kv_scale", "value_dim", "rows_have_keys", "return_lse"},
     topk.select: {"page_size", "deterministic"},
 }
+#: What our own say when they decline a plain call: rows of another kind.
+NOT_THEIRS = ("only packed fp8 rows", "only torch.float8_e4m3fn rows", "only bfloat16")
 OUTPUTS = {"out", "k_rope_out", "cache", "q_all"}  # written in place
 SCRATCH = {"workspace"}
 
@@ -137,23 +139,26 @@ def copies(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 @functools.cache
-def computed(function: Any, impl: str) -> tuple[dict[str, Any], list[torch.Tensor]]:
+def computed(function: Any, variant: str, impl: str) -> tuple[dict[str, Any], list[torch.Tensor]]:
     """A call in plain layout, which every implementation of ours must take, and what came of it."""
-    arguments = filled(function)
-    return arguments, run(functools.partial(observed, function, copies(arguments)), impl)
+    arguments = filled(function, variant)
+    call = functools.partial(observed, function, copies(arguments))
+    return arguments, run(call, impl, may_decline=NOT_THEIRS)
 
 
-def runs() -> Iterator[tuple[Any, str, str]]:
-    """(function, tensor argument, implementation that can run here)."""
+def runs() -> Iterator[tuple[Any, str, str, str]]:
+    """(function, variant of its call, tensor argument, implementation that can run here)."""
     for function, name in tensor_arguments():
-        if name not in SCRATCH:
-            yield from ((function, name, impl) for impl in function.available(DEVICE))
+        if name in SCRATCH:
+            continue
+        for variant in ("", *VARIANTS.get(function, ())):
+            yield from ((function, variant, name, impl) for impl in function.available(DEVICE))
 
 
 @pytest.mark.parametrize("layout", [strided, apart, shifted])
-@pytest.mark.parametrize("function, name, impl", list(runs()), ids=_ids)
-def test_any_layout_is_honoured_or_refused(function: Any, name: str, impl: str, layout: Any) -> None:
-    plain, want = computed(function, impl)
+@pytest.mark.parametrize("function, variant, name, impl", list(runs()), ids=_ids)
+def test_any_layout_is_honoured_or_refused(function: Any, variant: str, name: str, impl: str, layout: Any) -> None:
+    plain, want = computed(function, variant, impl)
     arguments = {**copies(plain), name: layout(plain[name])}
     refused = None
     try:

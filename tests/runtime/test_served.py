@@ -32,6 +32,8 @@ MODELS = {
     "GLM": served.Model(8, GLM, kv="packed"),
     "V3": served.Model(128),
     "V3, pages of one token": served.Model(16, page_size=1),
+    "V3, fp8 rows": served.Model(16, kv="fp8"),
+    "V3, fp8 rows, 128 heads": served.Model(128, kv="fp8"),
 }
 
 

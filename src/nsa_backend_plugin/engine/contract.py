@@ -20,6 +20,7 @@ class ForwardBatch(Protocol):
 
     forward_mode: Any
     seq_lens: torch.Tensor
+    seq_lens_cpu: torch.Tensor
     extend_seq_lens: torch.Tensor
     req_pool_indices: torch.Tensor
     positions: torch.Tensor

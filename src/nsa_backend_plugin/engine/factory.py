@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from nsa_backend_plugin import __version__, settings
-from nsa_backend_plugin.engine import contract, hooks, index_cache, launch, release, shapes
+from nsa_backend_plugin.engine import contract, hooks, index_cache, latent_rows, launch, release, shapes
 from nsa_backend_plugin.engine.gpu import rocm
 from nsa_backend_plugin.ops import dispatch
 from nsa_backend_plugin.ops.arch import device_arch, is_cuda
@@ -35,10 +35,14 @@ def create_backend(runner: contract.ModelRunner) -> Any:
 
 
 def _cpu_backend(runner: Any) -> Any:
+    from sglang.srt.configs.model_config import is_deepseek_dsa
+
     from nsa_backend_plugin.engine.cpu import bridges
     from nsa_backend_plugin.engine.cpu.backend import NsaPluginCpuBackend
 
-    if not runner.kv_cache_dtype.is_floating_point or runner.kv_cache_dtype.itemsize < 2:
+    if not is_deepseek_dsa(runner.model_config.hf_config):
+        latent_rows.check_plain(runner.kv_cache_dtype, runner.dtype, "cpu")
+    elif not runner.kv_cache_dtype.is_floating_point or runner.kv_cache_dtype.itemsize < 2:
         raise ValueError(
             f"--kv-cache-dtype {runner.kv_cache_dtype}: on cpu nsa_plugin keeps the latent cache in the model's dtype. "
             "Use --kv-cache-dtype auto"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from nsa_backend_plugin import BACKEND_NAME, settings
-from nsa_backend_plugin.engine import arguments, contract, hooks, inspection, kernels, release
+from nsa_backend_plugin.engine import arguments, contract, hooks, inspection, kernels, latent_rows, release
 from nsa_backend_plugin.engine.gpu import rocm
 from nsa_backend_plugin.layouts import INDEX_DIM, INDEX_PAGE_SIZE, LATENT_DIM, ROPE_DIM
 from nsa_backend_plugin.ops import dense_mla, dispatch
@@ -56,6 +56,7 @@ def checked_resolution(resolve: Callable[..., Any], server_args: Any, *args: Any
         model = release.model_config(server_args)
         check_model(model, page_size)
         check_drafts(model, server_args.speculative_algorithm)
+        check_kv_cache(model, server_args.kv_cache_dtype, server_args.speculative_algorithm)
         check_stages(model, server_args.pp_size)
         check_hierarchical_cache(model, server_args)
     return result
@@ -207,6 +208,16 @@ def check_hierarchical_cache(model: contract.ModelConfig, server_args: Any) -> N
             "not keep the index keys of the draft layer (sglang issue 32176), which then guesses wrong. Start without "
             "one of the two, or use a newer SGLang"
         )
+
+
+def check_kv_cache(model: contract.ModelConfig, name: str, algorithm: str | None) -> None:
+    """Raise ValueError for a --kv-cache-dtype that a model without an indexer, or its drafts, are not served with."""
+    from sglang.srt.configs.model_config import is_deepseek_dsa
+
+    if is_deepseek_dsa(model.hf_config):
+        return
+    latent_rows.check_name(name, ", ".join(model.hf_config.architectures))
+    latent_rows.check_drafts(name == "fp8_e4m3", algorithm)
 
 
 def check_stages(model: contract.ModelConfig, stages: int) -> None:

@@ -25,7 +25,7 @@ from nsa_backend_plugin.layouts import INDEX_DIM, LATENT_DIM, packed_latent_byte
 WARMUP_STEPS, TIMED_STEPS, PROFILED_STEPS = 4, 24, 3
 #: The residual norms are the borders: input norm | attention | post-attention norm | MLP | next input norm.
 BORDER = re.compile(r"FusedAddRMSNorm|fused_add_rmsnorm|add_rmsnorm", re.IGNORECASE)
-ATTENTION = re.compile(r"mla|attend|attention|packed_decode|packed_merge|FlashAttn|flash_fwd|mqa_logits", re.IGNORECASE)
+ATTENTION = re.compile(r"mla|attend|attention|FlashAttn|flash_fwd|mqa_logits", re.IGNORECASE)
 SHORT_US = 3.0
 
 

@@ -20,7 +20,8 @@ def model(runner: Any) -> served.Model:
     pool = runner.token_to_kv_pool
     heads = runner.model_config.num_attention_heads // get_parallel().attn_tp_size
     if not is_deepseek_dsa(config):
-        return served.Model(heads, page_size=pool.page_size, projections=_projections(runner.model))
+        kv = _kind(pool.get_key_buffer(pool.start_layer))
+        return served.Model(heads, kv=kv, page_size=pool.page_size, projections=_projections(runner.model))
     layers = list(merging.layers(runner.model))
     return served.Model(
         heads,
@@ -55,6 +56,7 @@ def _projections(model: torch.nn.Module) -> tuple[served.Projection, ...]:
             dtype=dtype,
         )
         for name, module, norm, dtype in found
+        if projections.readable(module.weight, getattr(module, "scale", None))
     )
 
 

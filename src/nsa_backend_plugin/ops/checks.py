@@ -102,6 +102,14 @@ def kv_kind(kv: torch.Tensor, query_dim: int, value_dim: int, name: str = "kv") 
     )
 
 
+def scale_of_fp8(name: str, scale: float | None, plain_fp8: bool) -> None:
+    """The scale of plain fp8 rows, which other rows carry or need none."""
+    if (scale is not None) != plain_fp8:
+        raise ValueError(f"{name}={scale!r}: expected a float with plain fp8 kv, else None")
+    if scale is not None:
+        finite(name, scale)
+
+
 def scratch(workspace: torch.Tensor | None, device: torch.device) -> None:
     """The form of a caller's workspace; `workspace` checks its size, which only the implementation knows."""
     if workspace is not None:

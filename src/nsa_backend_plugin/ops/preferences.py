@@ -65,6 +65,13 @@ TABLE: tuple[Preference, ...] = (
     Preference("sparse_mla.attend", "sm_90", ("cuda", "triton"), _RUN, {"kv": "packed"}),
     Preference("mqa_logits.ragged", "sm_90", ("deep_gemm", "triton"), _RUN),
     Preference("topk.select", "sm_90", ("cuda", "triton"), _RUN),
+    Preference(
+        "dense_mla.decode",
+        "cuda",
+        ("cuda", "triton"),
+        "rule: as over packed rows; with more heads each row would be converted for every 16. Not measured yet",
+        {"dtype": "torch.float8_e4m3fn", "heads": (1, 32)},
+    ),
     Preference("dense_mla.decode", "sm_90", ("fa3", "triton"), _RUN, {"heads": (17, 32), "batch": (32, _ANY_MORE)}),
     # With more than 64 heads, fa3 takes calls with the promise `kv_is_finite` only: serving gives it.
     Preference(

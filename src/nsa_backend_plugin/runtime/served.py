@@ -72,7 +72,7 @@ class Projection:
 class Model:
     """What decides the shapes of a model's calls on one GPU.
 
-    heads: query heads. kv: "bf16", "packed", or "fp8" (ROCm).
+    heads: query heads. kv: "bf16", "packed" (with an indexer), or "fp8" (without one, and on ROCm).
     quantized_q_lora: width of q_lora where one call normalizes and quantizes it (merged fp8 projections), else 0.
     projections: of a layer, those that read few tokens; absorbs: the most tokens whose queries `projection.per_head`
     absorbs.
@@ -112,7 +112,7 @@ def examples(arch: str) -> dict[str, Model]:
     v32 = Model(16, Indexer(64), kv=kv, layout=layout, quantized_q_lora=1536 if is_cuda(arch) else 0)
     if arch == "sm_90":
         q_b = Projection(11264, 1536, 16, fp8=True, norm=True)
-        v32 = replace(v32, projections=(Projection(2112, 7168, 32, fp8=True), q_b), absorbs=32)
+        v32 = replace(v32, projections=(Projection(2112, 7168, 16, fp8=True), q_b), absorbs=32)
     return {
         "DeepSeek-V3.2, 16 heads": v32,
         "DeepSeek-V3.2, 128 heads": replace(v32, heads=128),
@@ -338,6 +338,7 @@ def _dense(model: Model, step: Step, arch: str, device: torch.device) -> Iterato
             make(tokens, dtype=torch.int32),
             1.0,
             page_size=model.page_size,
+            kv_scale=1.0 if model.kv == "fp8" else None,
         ),
     )
 

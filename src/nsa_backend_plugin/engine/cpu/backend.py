@@ -13,6 +13,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from nsa_backend_plugin.engine import contract, query, unknown
 from nsa_backend_plugin.engine.cpu.metadata import token_rows
 from nsa_backend_plugin.engine.indexer import Rows
+from nsa_backend_plugin.engine.latent_rows import plain_fp8_scale
 from nsa_backend_plugin.ops import dense_mla, latent_cache, sparse_mla
 
 
@@ -79,18 +80,22 @@ class NsaPluginCpuBackend(AttentionBackend):
     def _save(self, k: torch.Tensor, k_rope: torch.Tensor, layer: Any, slots: torch.Tensor) -> None:
         tokens = slots.shape[0]
         cache = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
-        latent_cache.store(k.view(tokens, -1), k_rope.reshape(tokens, -1), cache, slots)
+        latent_cache.store(
+            k.view(tokens, -1), k_rope.reshape(tokens, -1), cache, slots, kv_scale=plain_fp8_scale(cache)
+        )
 
     def _dense(self, q_all: torch.Tensor, layer: Any) -> torch.Tensor:
         assert self._rows is not None
         out = q_all.new_empty(*q_all.shape[:2], layer.v_head_dim)
+        kv = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
         dense_mla.decode(
             q_all,
-            self.token_to_kv_pool.get_key_buffer(layer.layer_id),
+            kv,
             self._rows.block_table(),
             self._rows.lengths,
             layer.scaling,
             page_size=self.page_size,
+            kv_scale=plain_fp8_scale(kv),
             value_dim=layer.v_head_dim,
             out=out,
         )

@@ -38,8 +38,9 @@ from sglang.srt.models.deepseek_common.attention_forward_methods.forward_mla imp
 from nsa_backend_plugin.engine import hooks
 from nsa_backend_plugin.engine import indexer as indexer_path
 from nsa_backend_plugin.engine.gpu import projections, query_projection, rocm
-from nsa_backend_plugin.engine.gpu.dsa_backend import NsaPluginDSABackend, plain_fp8_scale
+from nsa_backend_plugin.engine.gpu.dsa_backend import NsaPluginDSABackend
 from nsa_backend_plugin.engine.gpu.dual_stream import side_lane
+from nsa_backend_plugin.engine.latent_rows import plain_fp8_scale
 from nsa_backend_plugin.ops import latent_cache, projection
 
 logger = logging.getLogger(__name__)

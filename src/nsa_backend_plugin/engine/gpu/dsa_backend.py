@@ -17,14 +17,9 @@ from nsa_backend_plugin import BACKEND_NAME
 from nsa_backend_plugin.engine import index_cache, query, unknown
 from nsa_backend_plugin.engine.gpu import rocm, scratch
 from nsa_backend_plugin.engine.indexer import Rows
-from nsa_backend_plugin.layouts import FP8_DTYPES, LATENT_DIM, ROPE_DIM
+from nsa_backend_plugin.engine.latent_rows import plain_fp8_scale
 from nsa_backend_plugin.ops import mqa_logits, sparse_mla
 from nsa_backend_plugin.ops.call import Step
-
-
-def plain_fp8_scale(cache: torch.Tensor) -> float | None:
-    """Scale of the latent rows: SGLang writes plain fp8 rows (ROCm) unscaled, other rows carry or need none."""
-    return 1.0 if cache.dtype in FP8_DTYPES and cache.shape[-1] == LATENT_DIM + ROPE_DIM else None
 
 
 class NsaPluginDSABackend(DeepseekSparseAttnBackend):

@@ -2,17 +2,24 @@
 
 Prefill, the verification of drafts, metadata and graph capture are SGLang's FlashAttention-3 backend; decode runs
 `ops.dense_mla`, which takes any head count without padding.
+
+Over fp8 rows prefill computes in the model's dtype: dense prefill reads what it needs of the cache widened, and
+absorbed prefill (a short cached prefix) a widened copy of the batch's own pages.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from sglang.srt.layers.attention.flashattention_backend import FlashAttentionBackend, FlashAttentionMultiStepBackend
 from sglang.srt.runtime_context import get_parallel
 
-from nsa_backend_plugin.engine import query, unknown
+from nsa_backend_plugin.engine import latent_rows, query, unknown
 from nsa_backend_plugin.engine.gpu import prefill, scratch
 from nsa_backend_plugin.ops import dense_mla
 from nsa_backend_plugin.ops.call import Step
@@ -25,8 +32,11 @@ class NsaPluginMLABackend(FlashAttentionBackend):
     forward_method_like = "fa3"
     #: Read by the hook `prefill_key`.
     joins_prefill_keys = True
-    #: SGLang's pool starts as zeros, and holds keys of older requests later.
+    #: SGLang's pool starts as zeros, and holds keys of older requests later: in fp8 NaN for what was too large.
     kv_is_finite = True
+    #: SGLang's; exchanged while it prefills over fp8 rows.
+    token_to_kv_pool: Any
+    forward_metadata: Any
 
     def __init__(self, runner: Any, **speculative: Any):
         """speculative: what SGLang passes to the backends of a draft model (step, number of steps ...)."""
@@ -36,11 +46,11 @@ class NsaPluginMLABackend(FlashAttentionBackend):
                 f"--page-size {runner.page_size}: nsa_plugin serves MLA models with page size "
                 f"{', '.join(map(str, dense_mla.PAGE_SIZES))}"
             )
-        if runner.kv_cache_dtype != runner.dtype:
-            raise ValueError(
-                f"--kv-cache-dtype {runner.kv_cache_dtype}: nsa_plugin keeps the latent cache of MLA models without an "
-                f"indexer in the model's dtype, {runner.dtype}. Use --kv-cache-dtype auto"
-            )
+        latent_rows.check_plain(runner.kv_cache_dtype, runner.dtype, "cuda")
+        self.rows_are_fp8 = runner.kv_cache_dtype != runner.dtype
+        latent_rows.check_drafts(self.rows_are_fp8, runner.server_args.speculative_algorithm)
+        # SGLang reads it in prefill alone, where any other value quantizes queries and new keys to fp8 too.
+        self.kv_cache_dtype_str = "auto"
         self.position_scaling = query.PositionScaling(runner.model_config)
         self.num_q_heads = runner.model_config.num_attention_heads // get_parallel().attn_tp_size
         if runner.dtype == torch.bfloat16:  # what SGLang reads the cached prefix as when it finds this attribute
@@ -86,16 +96,19 @@ class NsaPluginMLABackend(FlashAttentionBackend):
         if k is not None and save_kv_cache:
             self.token_to_kv_pool.set_mla_kv_buffer(layer, forward_batch.out_cache_loc, k, k_rope)
         q_all = self.position_scaling(query.absorbed(q, q_rope, layer), forward_batch.positions)
+        kv = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
+        kv_scale = latent_rows.plain_fp8_scale(kv)
         out = dense_mla.decode(
             q_all,
-            self.token_to_kv_pool.get_key_buffer(layer.layer_id),
+            kv,
             metadata.page_table,
             metadata.cache_seqlens_int32,
             layer.scaling,
             page_size=self.page_size,
+            kv_scale=kv_scale,
             value_dim=layer.v_head_dim,
             rows_have_keys=True,  # SGLang pads batches with lengths of 1
-            kv_is_finite=self.kv_is_finite,
+            kv_is_finite=self.kv_is_finite and kv_scale is None,
             workspace=self._workspace(q_all.shape[0]),
             step=self.step,
         )
@@ -115,9 +128,33 @@ class NsaPluginMLABackend(FlashAttentionBackend):
     ) -> Any:
         """SGLang's own, of scaled queries: dense multi-head prefill, or absorbed where q_rope is given."""
         q = self.position_scaling(q, forward_batch.positions)
-        if q_rope is not None:
-            q_rope = self.position_scaling(q_rope, forward_batch.positions)
-        return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache, q_rope=q_rope, **keywords)
+        if q_rope is None:
+            return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **keywords)
+        q_rope = self.position_scaling(q_rope, forward_batch.positions)
+        if not self.rows_are_fp8:
+            return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache, q_rope=q_rope, **keywords)
+        if save_kv_cache:
+            self.token_to_kv_pool.set_mla_kv_buffer(layer, forward_batch.out_cache_loc, k, keywords["k_rope"])
+        with self._widened(layer, forward_batch, q.dtype):
+            return super().forward_extend(q, k, v, layer, forward_batch, False, q_rope=q_rope, **keywords)
+
+    @contextlib.contextmanager
+    def _widened(self, layer: Any, forward_batch: Any, dtype: torch.dtype) -> Iterator[None]:
+        """Within it, SGLang's absorbed prefill reads a copy of the batch's own pages: it widens all that it gets."""
+        pool, metadata = self.token_to_kv_pool, self.forward_metadata
+        table = metadata.page_table
+        find = functools.partial(_own_pages, table, forward_batch.seq_lens_cpu, self.page_size)
+        pages, renumbered = self.step.once("pages of the context", find, table)
+        kv = pool.get_key_buffer(layer.layer_id)
+        # As bytes: torch does not index fp8 on every device.
+        rows = kv.view(torch.uint8).view(-1, self.page_size * kv.shape[-1])[pages]
+        self.token_to_kv_pool = _Rows(rows.view(kv.dtype).view(-1, *kv.shape[1:]).to(dtype))
+        self.forward_metadata = copy.copy(metadata)
+        self.forward_metadata.page_table = renumbered
+        try:
+            yield
+        finally:
+            self.token_to_kv_pool, self.forward_metadata = pool, metadata
 
     def _workspace(self, batch: int) -> torch.Tensor | None:
         """None lets the operation allocate: eager steps."""
@@ -127,6 +164,30 @@ class NsaPluginMLABackend(FlashAttentionBackend):
 
     def _workspace_bytes(self, batch: int) -> int:
         return dense_mla.workspace_bytes(batch, self.num_q_heads, self.device)
+
+
+class _Rows:
+    """What SGLang's absorbed prefill reads of a pool."""
+
+    def __init__(self, rows: torch.Tensor):
+        self._rows = rows
+
+    def get_key_buffer(self, layer_id: int) -> torch.Tensor:
+        return self._rows
+
+
+def _own_pages(table: torch.Tensor, lengths: torch.Tensor, page_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(pages [N] int64 that requests of these lengths use, block table of the same requests over a copy of those).
+
+    lengths: [B], on the host, or the device would be waited for. The copy has the pages in the order of the requests.
+    """
+    counts = -(-lengths // page_size)
+    width = int(counts.max())
+    used = (torch.arange(width) < counts[:, None]).flatten().nonzero()[:, 0].to(table.device)
+    pages = table[:, :width].reshape(-1)[used].long()
+    renumbered = table.new_zeros(table.shape[0] * width)
+    renumbered[used] = torch.arange(len(used), dtype=table.dtype, device=table.device)
+    return pages, renumbered.view(-1, width)
 
 
 class NsaPluginMLADraftSteps(FlashAttentionMultiStepBackend):

@@ -1,10 +1,8 @@
 """A layer's projections of few tokens by `ops.projection`, and by SGLang's own GEMMs of more.
 
-    fused_qkv_a_proj_with_mqa, q_b_proj, o_proj, wk_weights_proj   called by SGLang: `install` puts ours before the
-                                                                   `apply` of the layer's own method
-    q_b_proj | wq_b, wk | weights_proj, merged; W_UK               called by the fused decode path
-
-Ours does not quantize tokens, so its results are closer to the checkpoint's than a block-fp8 GEMM's.
+fused_qkv_a_proj_with_mqa, q_b_proj, o_proj, wk_weights_proj   called by SGLang: `install` puts ours before the
+                                                               `apply` of the layer's own method
+q_b_proj | wq_b, wk | weights_proj, merged; W_UK               called by the fused decode path
 """
 
 from __future__ import annotations
@@ -20,16 +18,16 @@ from nsa_backend_plugin.ops import projection
 from nsa_backend_plugin.ops.arch import device_arch
 
 #: Most tokens that a projection takes by ours: SGLang's GEMMs, which read their tokens once for more rows, are faster
-#: with more. `projection` in benchmarks/RESULTS.md has both.
+#: with more. benchmarks/configs/projection.yaml, H200, 2026-11-27.
 MOST_TOKENS = {
-    "fused_qkv_a_proj_with_mqa": 32,
+    "fused_qkv_a_proj_with_mqa": 16,
     "q_b_proj": 16,
     "wk_weights_proj": 32,
     "w_uk": 32,
-    "o_proj": 32,
+    "o_proj": 16,
 }
-#: W_UK of more heads is large enough for cuBLAS.
-_MOST_HEADS = 64
+#: There too: of longer rows (o_proj of 128 heads has 16384), and of more heads, the others are faster with any number.
+_MOST_DEPTH, _MOST_HEADS = 8192, 64
 
 
 def measured(device: torch.device) -> bool:
@@ -37,13 +35,21 @@ def measured(device: torch.device) -> bool:
     return device_arch(device) == "sm_90"
 
 
-def takes(name: str, x: torch.Tensor, *weights: torch.Tensor | None) -> bool:
-    """Whether ours multiplies tokens [T, ...] with the weights of a projection."""
+def readable(weight: torch.Tensor, scale: torch.Tensor | None = None) -> bool:
+    """Whether `ops.projection` reads weights [N, K] or [heads, N, K], and is faster with few tokens."""
+    multiple = projection.DEPTH_OF.get(weight.dtype)
     return (
-        x.shape[0] <= MOST_TOKENS[name]
-        and x.dtype == torch.bfloat16
-        and measured(x.device)
-        and all(weight is None or weight.is_contiguous() for weight in weights)
+        multiple is not None
+        and 0 < weight.shape[-1] <= _MOST_DEPTH
+        and weight.shape[-1] % multiple == 0
+        and all(part is None or part.is_contiguous() for part in (weight, scale))
+    )
+
+
+def takes(name: str, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None = None) -> bool:
+    """Whether ours multiplies tokens [T, K] with the weights of a projection."""
+    return (
+        x.shape[0] <= MOST_TOKENS[name] and x.dtype == torch.bfloat16 and measured(x.device) and readable(weight, scale)
     )
 
 
@@ -54,8 +60,8 @@ def takes_heads(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 def most_tokens_absorbed(weight: torch.Tensor, dtype: torch.dtype) -> int:
     """The most tokens whose queries ours multiplies with W_UK [heads, K, N]; 0 if none."""
-    readable = weight.dtype == dtype == torch.bfloat16 and weight.transpose(1, 2).is_contiguous()
-    return MOST_TOKENS["w_uk"] if readable and len(weight) <= _MOST_HEADS and measured(weight.device) else 0
+    fits = weight.dtype == dtype == torch.bfloat16 and len(weight) <= _MOST_HEADS and readable(weight.transpose(1, 2))
+    return MOST_TOKENS["w_uk"] if fits and measured(weight.device) else 0
 
 
 def install(attn: Any) -> None:
@@ -74,11 +80,13 @@ def called_by_sglang(attn: Any) -> dict[str, Any]:
 
 
 def obstacle(layer: Any) -> str | None:
-    """Why a layer's own product stays; None if ours can read its weights."""
+    """Why a layer's own product stays; None if ours can take it."""
     if reason := linear.obstacle(layer, row_parallel=True):
         return reason
     if linear.is_fp8_blocks(layer) and list(layer.quant_method.weight_block_size) != [projection.GROUP] * 2:
         return f"its blocks are {layer.quant_method.weight_block_size}"
+    if not readable(layer.weight, getattr(layer, "weight_scale_inv", None)):
+        return f"its weight is {layer.weight.dtype} {list(layer.weight.shape)}"
     return None
 
 

@@ -8,6 +8,7 @@ using uint64 = unsigned long long;
 using int64 = long long;
 
 #define DEVICE __device__ __forceinline__
+#define MINUS_INFINITY __int_as_float(0xFF800000)
 
 DEVICE uint32 shared_address(const void* pointer) {
   return static_cast<uint32>(__cvta_generic_to_shared(pointer));
@@ -126,6 +127,14 @@ DEVICE void mma_bf16(float (&c)[4], const uint32 (&a)[4], uint32 b0, uint32 b1) 
 DEVICE void e4m3x4_to_f16(uint32 bytes, uint32& low, uint32& high) {
   asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.rn.f16x2.e4m3x2 %0, l; cvt.rn.f16x2.e4m3x2 %1, h;}"
       : "=r"(low), "=r"(high) : "r"(bytes));
+}
+
+// Four floats to e4m3 bytes, saturated, rounded to nearest even. From sm_89 on.
+DEVICE uint32 pack_e4m3x4(float x0, float x1, float x2, float x3) {
+  uint32 packed;
+  asm("{.reg .b16 l, h; cvt.rn.satfinite.e4m3x2.f32 l, %2, %1; cvt.rn.satfinite.e4m3x2.f32 h, %4, %3; mov.b32 %0, {l, h};}"
+      : "=r"(packed) : "f"(x0), "f"(x1), "f"(x2), "f"(x3));
+  return packed;
 }
 
 DEVICE uint32 pack_f16x2(float low, float high) {

@@ -61,11 +61,17 @@ def _load_tile(
 
 @triton.jit
 def _widen(value, dtype: tl.constexpr):
-    """fp8 to the compute type, exactly; by way of fp32 because sm_89 has no direct conversion to bf16."""
-    if value.dtype == dtype:
-        return value
+    """fp8 to the compute type, exactly; to bf16 by way of fp32 because sm_89 has no direct conversion."""
+    if value.dtype == dtype or dtype == tl.float16:
+        return value.to(dtype)
     else:
         return value.to(tl.float32).to(dtype)
+
+
+@triton.jit
+def _peak(values):
+    """Largest magnitude of each row, in fp32."""
+    return tl.max(tl.abs(values.to(tl.float32)), 1)
 
 
 @triton.jit
@@ -129,7 +135,10 @@ def attend_kernel(
     HEAD_BLOCKS: tl.constexpr = (HEADS + HEAD_TILE - 1) // HEAD_TILE
     KEY_AXIS: tl.constexpr = 0 if SWAP else 1
     HEAD_AXIS: tl.constexpr = 1 - KEY_AXIS
-    compute: tl.constexpr = q.dtype.element_ty
+    # Plain fp8 rows are multiplied in fp16: it holds every fp8 number, hardware converts to it in half of a step, and
+    # probabilities keep three bits more than in bf16. Rows with scales of their own need bf16's range.
+    FP8: tl.constexpr = (not PACKED) and kv.dtype.element_ty.primitive_bitwidth == 8
+    compute: tl.constexpr = tl.float16 if FP8 else q.dtype.element_ty
 
     # Head blocks of the same keys run next to each other and share them through L2.
     program = tl.program_id(0)
@@ -157,6 +166,18 @@ def attend_kernel(
         queries += (tl.load(q_row + (c * CHUNK + dim)[None, :], mask=head_exists[:, None], other=0.0),)
         accumulators += (_zeros(HEAD_TILE, CHUNK, SWAP),)
     query_rope = tl.load(q_row + VALUE_DIM + rope_dim[None, :], mask=head_exists[:, None], other=0.0)
+    if FP8:  # each head's query divided by a power of two, which leaves values below 2
+        peak = _peak(query_rope)
+        for c in tl.static_range(CHUNKS):
+            peak = tl.maximum(peak, _peak(queries[c]))
+        unit = (tl.maximum(peak, 1e-30).to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        inverse_unit = (1.0 / unit)[:, None]
+        scaled = ()
+        for c in tl.static_range(CHUNKS):
+            scaled += ((queries[c].to(tl.float32) * inverse_unit).to(compute),)
+        queries = scaled
+        query_rope = (query_rope.to(tl.float32) * inverse_unit).to(compute)
+        score_scale = tl.expand_dims(unit * score_scale, KEY_AXIS)
 
     # Running softmax in base 2.
     highest = tl.full([HEAD_TILE], _LOWEST, tl.float32)

@@ -26,6 +26,13 @@ def limits(call: MlaCall, page_size: int = 1) -> Reason:
     return shape_limits(call, page_size)
 
 
+def unquantized_limits(call: MlaCall, page_size: int = 1) -> Reason:
+    """`limits`, and rows that are not q's dtype. Vendors' dense kernels over fp8 rows want an fp8 query too."""
+    if call.kv.dtype != call.q.dtype:
+        return f"kv is {call.kv.dtype} but q is {call.q.dtype}: only the same"
+    return limits(call, page_size)
+
+
 def shape_limits(call: MlaCall, page_size: int = 1) -> Reason:
     """Bf16 queries of DeepSeek's dimensions over a contiguous cache of whole pages, on 16-byte boundaries."""
     q, kv = call.q, call.kv

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from nsa_backend_plugin.layouts import LATENT_DIM
+from nsa_backend_plugin.layouts import FP8_DTYPES, LATENT_DIM
 from nsa_backend_plugin.ops import checks
 from nsa_backend_plugin.ops._torch import mla
 from nsa_backend_plugin.ops.arch import device_arch
@@ -19,10 +19,11 @@ PAGE_SIZES = (1, 16, 32, 64, 128)
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Decode(mla.MlaCall):
-    """The arguments of `decode`; seq_lens is contiguous."""
+    """The arguments of `decode`; seq_lens is contiguous. kv_scale: None unless the rows are fp8."""
 
     block_table: torch.Tensor
     seq_lens: torch.Tensor
+    kv_scale: float | None
     page_size: int
     num_kv_splits: int | None
     kv_is_finite: bool
@@ -49,10 +50,11 @@ class Decode(mla.MlaCall):
         renumbered = torch.zeros_like(table)
         renumbered[used] = places.to(torch.int32)
         slots = pages[:, None] * page_size + torch.arange(page_size, device=table.device)
+        kv = self.kv.view(torch.uint8)  # of bytes: not every operator of torch takes fp8
         return replace(
             self,
             q=self.q[rows],
-            kv=self.kv[slots.flatten()],
+            kv=kv[slots.flatten()].view(self.kv.dtype),
             block_table=renumbered,
             seq_lens=lengths,
             out=None,
@@ -70,6 +72,7 @@ def decode(
     softmax_scale: float,
     *,
     page_size: int,
+    kv_scale: float | None = None,
     value_dim: int = LATENT_DIM,
     num_kv_splits: int | None = None,
     rows_have_keys: bool = False,
@@ -82,7 +85,8 @@ def decode(
 ) -> Decode:
     """Softmax attention of one query per request over the first seq_lens[b] tokens of its pages.
 
-    q: [B, H, 576] bf16, fp16 or fp32, contiguous. kv: [slots, 1, 576], q's dtype; slot = page * page_size + offset.
+    q: [B, H, 576] bf16, fp16 or fp32, contiguous. kv: [slots, 1, 576], q's dtype, or fp8 with one scalar kv_scale
+    (value = byte * kv_scale); slot = page * page_size + offset.
     block_table: [B, max_pages] int32, any row stride; entries past a length may be anything. seq_lens: [B] int32, any
     stride. page_size: 1, 16, 32, 64 or 128. num_kv_splits: parts each context is cut into (None = from the shape).
     rows_have_keys: the caller's promise that no length is 0. Vendors' results then need no pass that looks for such
@@ -98,8 +102,9 @@ def decode(
     """
     batch, _, query_dim = mla.check(q, value_dim, softmax_scale, out, workspace)
     checks.choice("page_size", page_size, PAGE_SIZES)
-    checks.tensor("kv", kv, (None, 1, query_dim), q.dtype, q.device)
+    checks.tensor("kv", kv, (None, 1, query_dim), (q.dtype, *FP8_DTYPES), q.device)
     checks.inner_contiguous("kv", kv)
+    checks.scale_of_fp8("kv_scale", kv_scale, kv.dtype in FP8_DTYPES)
     checks.tensor("block_table", block_table, (batch, None), torch.int32, q.device)
     checks.inner_contiguous("block_table", block_table)
     checks.tensor("seq_lens", seq_lens, (batch,), torch.int32, q.device)
@@ -117,6 +122,7 @@ def decode(
         block_table=block_table,
         seq_lens=seq_lens.contiguous(),
         softmax_scale=softmax_scale,
+        kv_scale=kv_scale,
         page_size=page_size,
         value_dim=value_dim,
         num_kv_splits=num_kv_splits,

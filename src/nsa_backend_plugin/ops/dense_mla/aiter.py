@@ -1,4 +1,4 @@
-"""AITER's MLA decode over whole contexts, bf16, page size 1. Checked against a fake, not run on AMD."""
+"""AITER's MLA decode over whole contexts, bf16 or fp8 rows, page size 1. Checked against a fake, not run on AMD."""
 
 from __future__ import annotations
 
@@ -32,4 +32,4 @@ def decode(call: Decode) -> Result:
         starts = aiter_mla.starts(lengths)
         return aiter_mla.entries(table, used, starts), starts
 
-    return aiter_mla.decode(call, *call.step.once("aiter ragged", ragged, table, lengths), kv_scale=None)
+    return aiter_mla.decode(call, *call.step.once("aiter ragged", ragged, table, lengths), kv_scale=call.kv_scale)

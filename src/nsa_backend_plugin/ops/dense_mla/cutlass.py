@@ -27,7 +27,7 @@ def declines_decode(call: Decode) -> Reason:
         return f"block_table of {pages} pages of {call.page_size}: only whole tiles of {_TILE} tokens"
     if not call.block_table.is_contiguous():
         return f"block_table has strides {call.block_table.stride()}: only contiguous"
-    return mla.limits(call, call.page_size)
+    return mla.unquantized_limits(call, call.page_size)
 
 
 def decode(call: Decode) -> Result:

@@ -22,7 +22,7 @@ def declines_decode(call: Decode) -> Reason:
         return f"{heads} heads: with more than {_MAX_HEADS} it reads the last page past its length, see kv_is_finite"
     if call.block_table.shape[1] == 0:
         return "block_table has no pages"
-    return mla.limits(call, call.page_size)
+    return mla.unquantized_limits(call, call.page_size)
 
 
 def decode(call: Decode) -> Result:

@@ -21,7 +21,7 @@ def declines_decode(call: Decode) -> Reason:
         return "block_table has no pages"
     if not call.block_table.is_contiguous():
         return f"block_table has strides {call.block_table.stride()}: only contiguous"
-    return mla.limits(call, flash_mla.PAGE)
+    return mla.unquantized_limits(call, flash_mla.PAGE)
 
 
 def decode(call: Decode) -> Result:

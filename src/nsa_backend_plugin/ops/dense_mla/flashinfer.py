@@ -34,7 +34,7 @@ def declines_decode(call: Decode) -> Reason:
         return "plan reads the lengths on the host, which a CUDA graph cannot capture"
     if call.num_kv_splits is not None:
         return "num_kv_splits is given: its plan chooses the splits"
-    return mla.limits(call, call.page_size)
+    return mla.unquantized_limits(call, call.page_size)
 
 
 def decode(call: Decode) -> Result:

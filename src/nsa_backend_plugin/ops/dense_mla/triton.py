@@ -18,7 +18,11 @@ available = support.available_for_large_tiles
 def declines_decode(call: Decode) -> Reason:
     if call.num_kv_splits is not None and call.num_kv_splits > mla_launch.MAX_FORCED_SPLITS:
         return f"num_kv_splits={call.num_kv_splits}: at most {mla_launch.MAX_FORCED_SPLITS}"
-    return mla_launch.declines(call, "bf16")
+    return mla_launch.declines(call, _kind(call))
+
+
+def _kind(call: Decode) -> str:
+    return "bf16" if call.kv_scale is None else "fp8"
 
 
 def workspace_bytes_decode(
@@ -29,15 +33,16 @@ def workspace_bytes_decode(
 
 def decode(call: Decode) -> Result:
     batch, heads, _ = call.q.shape
-    config = mla_launch.tile(call.arch, "pages", heads)
+    kind = _kind(call)
+    config = mla_launch.tile(call.arch, "pages" if kind == "bf16" else kind, heads)
     context = call.block_table.shape[1] * call.page_size
     splits = call.num_kv_splits or mla_launch.split_count(core_count(call.q.device), batch, heads, context, config)
     return mla_launch.attend(
         call,
         call.block_table,
         call.seq_lens,
-        kind="bf16",
-        kv_scale=None,
+        kind=kind,
+        kv_scale=call.kv_scale,
         page_size=call.page_size,
         config=config,
         splits=splits,
@@ -45,4 +50,5 @@ def decode(call: Decode) -> Result:
 
 
 def compile_cases(arch: str) -> Iterator[support.CompileCase]:
-    return mla_launch.compile_cases(arch, ["pages"], [1, 64])
+    kinds = ["pages", "fp8"] if support.has_e4m3(arch) else ["pages"]
+    return mla_launch.compile_cases(arch, kinds, [1, 64])

@@ -14,7 +14,8 @@ from nsa_backend_plugin.ops.dispatch import operation
 
 GROUP = 128  # rows, and values of each, that share a scale
 _OUT_DTYPES = (torch.bfloat16, torch.float32)
-_DEPTH = {torch.float8_e4m3fn: GROUP, torch.bfloat16: GROUP // 2}  # multiples of 128 bytes
+#: What the depth is a multiple of, by the weights' dtype: 128 bytes.
+DEPTH_OF = {torch.float8_e4m3fn: GROUP, torch.bfloat16: GROUP // 2}
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -68,19 +69,18 @@ def linear(
     """[T, N] `dtype` (bf16 or fp32) = x @ weight.T, of x [T, K] bf16, its rows strided freely.
 
     weight: [N, K] contiguous, bf16 with K a multiple of 64; or e4m3fn with K a multiple of 128 and weight_scale
-    [ceil(N / 128), K / 128] fp32 contiguous, one for each block of 128 x 128 values. x is not quantized: its products
-    with fp8 values are exact, and sums are float32.
+    [ceil(N / 128), K / 128] fp32 contiguous, one for each block of 128 x 128 values. x is then quantized to e4m3 too,
+    128 values to a scale of max(amax, 1e-4) / 448; products and sums are float32.
     norm_weight: [K] bf16, contiguous; x is first RMS normalized with `eps`.
     out: [T, N] `dtype`, its rows strided freely.
-    Raises ValueError for bad shapes, dtypes, strides or devices. Source: the weights of DeepSeek-V3 (DeepGEMM), without
-    the quantization of activations that a faster product of many tokens needs.
+    Raises ValueError for bad shapes, dtypes, strides or devices. Source: the block-wise fp8 of DeepSeek-V3 (DeepGEMM).
     """
     checks.tensor("x", x, (None, None), torch.bfloat16)
     checks.inner_contiguous("x", x)
     tokens, depth = x.shape
-    checks.tensor("weight", weight, (None, depth), tuple(_DEPTH), x.device)
+    checks.tensor("weight", weight, (None, depth), tuple(DEPTH_OF), x.device)
     checks.contiguous("weight", weight)
-    multiple = _DEPTH[weight.dtype]
+    multiple = DEPTH_OF[weight.dtype]
     checks.require(depth > 0 and depth % multiple == 0, "x.shape[1]", depth, f"a multiple of {multiple}")
     rows = weight.shape[0]
     if (weight.dtype == torch.float8_e4m3fn) != (weight_scale is not None):
@@ -124,7 +124,8 @@ def per_head(
     checks.tensor("x", x, (None, None, None), torch.bfloat16)
     checks.inner_contiguous("x", x)
     tokens, heads, depth = x.shape
-    checks.require(depth > 0 and depth % 64 == 0, "x.shape[2]", depth, "a multiple of 64")
+    multiple = DEPTH_OF[torch.bfloat16]
+    checks.require(depth > 0 and depth % multiple == 0, "x.shape[2]", depth, f"a multiple of {multiple}")
     checks.tensor("weight", weight, (heads, None, depth), torch.bfloat16, x.device)
     checks.contiguous("weight", weight)
     rows = weight.shape[1]

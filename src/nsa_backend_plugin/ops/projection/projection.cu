@@ -13,10 +13,9 @@
 // The order of the depth within a matrix product is free. Lane (g, t) takes 16 consecutive bytes of row g, the t-th of
 // 64: their values are its places in one instruction after the other, of weights and tokens alike.
 //
-// FP8: weights are e4m3 with one scale for 128 rows x 128 values. Hopper's tensor cores take fp8 from shared memory
-// alone, so weights become f16 in registers, exactly. Tokens become f16 times a power of two per 128 values, exactly but
-// for what is 2^-28 of the largest of them: they are not quantized, which costs nothing here.
-// NORM: a token's inverse RMS is a factor of its result, so only the norm's weights are multiplied before.
+// FP8: weights are e4m3 with one scale for 128 rows x 128 values, and tokens are quantized here, 128 values to a scale.
+// Hopper's tensor cores take fp8 from shared memory alone, so both become f16, exactly.
+// NORM: a token's inverse RMS is a factor of its scales, so only the norm's weights are multiplied before.
 //
 // Defines: FP8, NORM, OUT_F32 (else bf16), TOKEN_TILES (of 8 tokens), WARPS_OF_DEPTH, WARPS_OF_ROWS, BLOCKS,
 // CLUSTER, SHARE (blocks of the depth for each block of a cluster), RESIDENT (blocks on a multiprocessor).
@@ -30,7 +29,8 @@ constexpr int PASSES = (SHARE + WARPS_OF_DEPTH * BLOCKS - 1) / (WARPS_OF_DEPTH *
 constexpr int SUMS = TOKEN_TILES * 4;  // of a lane
 constexpr int ELEMENTS = 32 * SUMS;                // of a warp's result
 constexpr int VECTORS = FP8 ? 2 : 1;               // of tokens, for one of weights
-constexpr float LARGEST = 0x1p14f;                 // f16 values of tokens lie below twice this
+// With a norm the scales are those of tokens before it, which may be small; its result is not.
+constexpr float FP8_MAX = 448.0f, MIN_AMAX = NORM ? 1e-30f : 1e-4f;
 
 struct Shared {
   uint4 tokens[SHARE][TOKEN_TILES][2][VECTORS][32];  // [block of the depth][tile][half of its 128 bytes][vector][lane]
@@ -129,11 +129,15 @@ DEVICE void store_tokens(Shared& s, const Arguments& a, const Place& p) {
 #pragma unroll
       for (int apart = 1; apart < CHUNKS; apart *= 2)
         largest = larger_magnitude_bf16x2(largest, __shfl_xor_sync(~0u, largest, apart));
-      const float unit = power_of_two_below(fmaxf(bf16_low(largest), bf16_high(largest)));
-      const float factor = LARGEST * inverse_power_of_two(unit);
+      const float amax = fmaxf(fmaxf(bf16_low(largest), bf16_high(largest)), MIN_AMAX);
+      const float scale = __fdiv_rn(amax, FP8_MAX), inverse = __fdiv_rn(1.0f, scale);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) pairs[i] = pack_f16x2(bf16_low(pairs[i]) * factor, bf16_high(pairs[i]) * factor);
-      if (chunk == 0 && exists) s.scale[block][token] = unit / LARGEST;
+      for (int i = 0; i < 8; i += 2) {
+        const uint32 bytes = pack_e4m3x4(bf16_low(pairs[i]) * inverse, bf16_high(pairs[i]) * inverse,
+                                         bf16_low(pairs[i + 1]) * inverse, bf16_high(pairs[i + 1]) * inverse);
+        e4m3x4_to_f16(bytes, pairs[i], pairs[i + 1]);
+      }
+      if (chunk == 0 && exists) s.scale[block][token] = scale;
     }
     if constexpr (NORM) {
 #pragma unroll

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from nsa_backend_plugin.ops._torch.norm import normalize
+from nsa_backend_plugin.ops._torch.quant import quantize_rows
 from nsa_backend_plugin.ops.call import Reason
 from nsa_backend_plugin.ops.projection import GROUP, Linear, PerHead
 
@@ -14,10 +15,13 @@ def available(arch: str) -> Reason:
 
 
 def linear(call: Linear) -> torch.Tensor:
-    x, weight = call.x.float(), call.weight.float()
+    x, weight = call.x, call.weight.float()
     if call.norm_weight is not None:
-        x = normalize(x, call.norm_weight, None, "rms", call.eps)
+        x = normalize(x, call.norm_weight, None, "rms", call.eps).to(x.dtype)
+    x = x.float()
     if call.weight_scale is not None:
+        values, scale = quantize_rows(x.unflatten(1, (-1, GROUP)), "fp32", call.weight.dtype)
+        x = (values.float() * scale[..., None]).flatten(1)
         of_rows = call.weight_scale.repeat_interleave(GROUP, 0)[: weight.shape[0]]
         weight = weight * of_rows.repeat_interleave(GROUP, 1)
     return call.out.copy_(x @ weight.t())

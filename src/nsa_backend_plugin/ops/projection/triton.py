@@ -11,8 +11,8 @@ import triton.language as tl
 from nsa_backend_plugin.ops._triton import early_launch, support
 from nsa_backend_plugin.ops._triton.early_launch import await_predecessor
 from nsa_backend_plugin.ops._triton.launch import launch
-from nsa_backend_plugin.ops._triton.quant import declines_fp8
-from nsa_backend_plugin.ops.arch import launches_early
+from nsa_backend_plugin.ops._triton.quant import declines_fp8, fp8_constants, scale_from_amax
+from nsa_backend_plugin.ops.arch import arch_fp8_dtype, launches_early
 from nsa_backend_plugin.ops.call import Reason
 from nsa_backend_plugin.ops.projection import GROUP, Linear, PerHead
 
@@ -54,6 +54,8 @@ def _projection_kernel(
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     QUANTIZED: tl.constexpr,
+    FP8: tl.constexpr,
+    FP8_MAX: tl.constexpr,
     NORM: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -80,7 +82,10 @@ def _projection_kernel(
         if QUANTIZED:
             # ROWS divides GROUP: the program's rows share their scale.
             scale = tl.load(scale_ptr + (first_row // GROUP) * (DEPTH // GROUP) + start // GROUP)
-            sums += tl.dot(x, tl.trans(weight.to(x.dtype))) * scale
+            wide = x.to(tl.float32)
+            token_scale = scale_from_amax(tl.max(tl.abs(wide), axis=1), FP8_MAX, False)
+            values = tl.clamp(wide * (1.0 / token_scale)[:, None], -FP8_MAX, FP8_MAX).to(FP8)
+            sums += tl.dot(values, tl.trans(weight)) * (token_scale * scale)[:, None]
         else:
             sums = tl.dot(x, tl.trans(weight), sums)
     out = out_ptr + token.to(tl.int64)[:, None] * out_token + head * out_head + row[None, :]
@@ -128,7 +133,7 @@ def _launch(
         (triton.cdiv(rows, _ROWS), heads, triton.cdiv(tokens, tile)),
         *(call.x, call.weight, weight_scale, norm_weight, call.out),
         *(tokens, rows, eps, *strides),
-        **_constants(depth, tile, weight_scale is not None, norm_weight is not None),
+        **_constants(call.arch, depth, tile, weight_scale is not None, norm_weight is not None),
         num_warps=_WARPS,
         num_stages=_STAGES,
         **early_launch.options(call.arch),
@@ -139,7 +144,7 @@ def _tile(tokens: int) -> int:
     return min(max(triton.next_power_of_2(tokens), _TOKENS), _MOST_TOKENS)
 
 
-def _constants(depth: int, tile: int, quantized: bool, norm: bool) -> dict[str, object]:
+def _constants(arch: str, depth: int, tile: int, quantized: bool, norm: bool) -> dict[str, object]:
     return dict(
         DEPTH=depth,
         GROUP=GROUP,
@@ -148,6 +153,7 @@ def _constants(depth: int, tile: int, quantized: bool, norm: bool) -> dict[str, 
         ROWS=_ROWS,
         QUANTIZED=quantized,
         NORM=norm,
+        **fp8_constants(arch_fp8_dtype(arch)),
     )
 
 
@@ -169,7 +175,7 @@ def compile_cases(arch: str) -> Iterator[support.CompileCase]:
                 f"{name}.{tile}",
                 _projection_kernel,
                 pointers | dict(tokens="i32", rows="i32", eps="fp32") | strides,
-                _constants(depth, tile, quantized, norm) | {"EARLY": launches_early(arch)},
+                _constants(arch, depth, tile, quantized, norm) | {"EARLY": launches_early(arch)},
                 num_warps=_WARPS,
                 num_stages=_STAGES,
                 divisible=(*pointers, *strides),

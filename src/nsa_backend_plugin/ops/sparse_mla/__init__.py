@@ -105,10 +105,7 @@ def attend(
     kind = kv_kind(kv, query_dim, value_dim)
     checks.on_device("kv", kv, q.device)
     checks.inner_contiguous("kv", kv)
-    if (kv_scale is not None) != (kind == "fp8"):
-        raise ValueError(f"kv_scale={kv_scale!r}: expected a float with plain fp8 kv, else None")
-    if kv_scale is not None:
-        checks.finite("kv_scale", kv_scale)
+    checks.scale_of_fp8("kv_scale", kv_scale, kind == "fp8")
     checks.tensor("indices", indices, (tokens, None), torch.int32, q.device)
     checks.contiguous("indices", indices)
     checks.index_range("indices", indices, -1, kv.shape[0])

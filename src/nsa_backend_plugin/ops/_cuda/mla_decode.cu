@@ -1,29 +1,29 @@
-// Sparse MLA decode over packed fp8 rows for few heads: one gather of every selected row per 16 heads.
+// MLA decode over fp8 rows for few heads: one gather of every row per 16 heads.
 //
-//   row    656 bytes: 512 e4m3 values | 4 fp32 scales, one per 128 values | 64 bf16 RoPE values
-//   block  16 heads of one token over one split of its selected rows: four warps
-//   warp   owns 128 of the 512 values (one scale per row) for both products, and 16 of the 64 RoPE values
+//   packed row  656 bytes: 512 e4m3 values | 4 fp32 scales, one per 128 values | 64 bf16 RoPE values. Selected by slot.
+//   PLAIN row   576 bytes: 512 e4m3 values | 64 e4m3 RoPE values, one scale for all rows. Found by a page table.
+//   block       16 heads of one token over one split of its rows: four warps
+//   warp        owns 128 of the 512 values (of a packed row, one scale) for both products, and 16 of the 64 RoPE values
 //
 // Stages of a step, over a tile of 32 rows in shared memory:
 //   gather_tile        rows by 16-byte asynchronous copies, STAGES tiles in flight
 //   score_tile         the warp's share of q.k: e4m3 -> f16 in registers, f32 sums; store_scores puts it in shared memory
 //   accumulate_values  the PREVIOUS tile's p.v, so that its matrix products overlap this tile's scores
 //   softmax_tile       adds up the four warps' shares, online softmax, probabilities back to shared memory
-// then write_result: the answer of an unsplit token, else a partial result that packed_merge.cu combines.
+// then write_result: the answer of an unsplit token, else a partial result that mla_merge.cu combines.
 //
 // Range: nothing overflows f16. q is scaled by a power of two per (head, 128 values), probabilities by a constant and
 // the rows' scales by a running power of two per 128 values; the factors come back in f32.
 //
-// Compile-time parameters: STAGES, BLOCKS_PER_SM, SHARED_BYTES, ROW_BYTES.
+// Compile-time parameters: STAGES, BLOCKS_PER_SM, SHARED_BYTES, ROW_BYTES, PITCH, PLAIN.
 
 #include "ptx.cuh"
 
-#define MINUS_INFINITY __int_as_float(0xFF800000)
-
 constexpr int VALUE_DIM = 512, ROPE_DIM = 64, QUERY_DIM = VALUE_DIM + ROPE_DIM;
-constexpr int SCALE_OFFSET = VALUE_DIM, ROPE_OFFSET = VALUE_DIM + 16;
-// ROW_BYTES is also the pitch in shared memory: 656 put eight consecutive rows on distinct banks for ldmatrix.
-static_assert(ROW_BYTES == ROPE_OFFSET + 2 * ROPE_DIM, "rows of another layout");
+constexpr int SCALE_OFFSET = VALUE_DIM, ROPE_OFFSET = PLAIN ? VALUE_DIM : VALUE_DIM + 16;
+static_assert(ROW_BYTES == ROPE_OFFSET + (PLAIN ? 1 : 2) * ROPE_DIM, "rows of another layout");
+// PITCH of rows in shared memory: an odd number of 16 bytes puts eight consecutive rows on distinct banks for ldmatrix.
+static_assert(PITCH >= ROW_BYTES && PITCH % 32 == 16, "a pitch with bank conflicts");
 
 constexpr int TILE = 32;
 constexpr int HEADS = 16;  // of a block: M of the matrix instruction
@@ -38,7 +38,7 @@ constexpr float ROW_SCALE = 0x1p6f;            // ... f16 row scales below 2^7: 
 constexpr float NO_SCORE = -1e30f;             // start of the running maximum: finite, so that -inf - max is -inf
 
 struct Shared {
-  uint8 tiles[STAGES][TILE][ROW_BYTES];
+  uint8 tiles[STAGES][TILE][PITCH];
   float scores[WARPS][HEADS][SCORE_PITCH];
   uint16 probabilities[HEADS][PROBABILITY_PITCH];
   float rescale[HEADS];  // of the accumulators, per step; at the end 1 / sum
@@ -49,15 +49,18 @@ static_assert(sizeof(Shared) == SHARED_BYTES, "the launcher asks for another siz
 struct Arguments {
   const uint16* __restrict__ q;     // [tokens, heads, 576] bf16
   const uint8* __restrict__ kv;     // [slots, row_stride]
-  const int* __restrict__ indices;  // [tokens, topk], -1 = none
+  const int* __restrict__ table;    // [tokens, table_stride]: slots, -1 = none; with PLAIN pages
+  const int* __restrict__ lengths;  // [tokens] rows of each token, with PLAIN
   uint16* __restrict__ out;         // [tokens, splits, heads, 512] bf16
   float* __restrict__ lse;          // [tokens, heads, splits] or null
-  int64 row_stride;
-  float scale_log2;  // softmax scale * log2(e)
-  float lse_unit;    // `lse` is a base-2 logarithm times this: 1 to be merged, ln(2) for the caller
+  int64 row_stride, table_stride;
+  float scale_log2;   // softmax scale * log2(e), times the scale of plain rows
+  float value_scale;  // of plain rows, else 1
+  float lse_unit;     // `lse` is a base-2 logarithm times this: 1 to be merged, ln(2) for the caller
   int heads, topk, splits;
+  int page_bits;    // a page has 1 << page_bits tokens
   int merge_waits;  // whether the merge is launched at once, and waits
-  int leading;      // whether a token's slots lead its indices: behind a tile without one there is none
+  int leading;      // whether a token's rows lead: behind a tile without one there is none
 };
 
 // Where a thread stands: its warp (and thereby its chunk of the values), its row and column in a matrix fragment.
@@ -83,10 +86,12 @@ struct Pending {
   float growth;                 // of the accumulators' unit: old peak / new peak
 };
 
-// The tile's slots, one per lane; -1 past the split's last tile and past the top-k.
-DEVICE int load_slots(const int* indices, int tile, int tile_end, int topk, int lane) {
+// The tile's slots, one per lane; -1 past the split's last tile and past the token's `count` rows.
+DEVICE int load_slots(const Arguments& a, const int* table, int tile, int tile_end, int count, int lane) {
   const int position = tile * TILE + lane;
-  return tile < tile_end && position < topk ? indices[position] : -1;
+  if (tile >= tile_end || position >= count) return -1;
+  if (!PLAIN) return table[position];
+  return table[position >> a.page_bits] << a.page_bits | position & (1 << a.page_bits) - 1;
 }
 
 // Every warp copies its rows. Missing rows become zeros: their scores are masked, and 0 * 0 stays 0 in p.v.
@@ -97,35 +102,38 @@ DEVICE void gather_tile(const Arguments& a, int slots, uint32 tile, uint32 full,
   for (int r = 0; r < ROWS; r++) {
     const int slot = __shfl_sync(~0u, slots, first + r);
     const uint8* row = a.kv + max(slot, 0) * a.row_stride;
-    copy_async_16(tile + (first + r) * ROW_BYTES + at.lane * 16, row + at.lane * 16, slot >= 0);
+    copy_async_16(tile + (first + r) * PITCH + at.lane * 16, row + at.lane * 16, slot >= 0);
   }
 #pragma unroll
   for (int start = 0; start < ROWS * TAIL; start += 32) {
     const int piece = start + at.lane, r = first + piece / TAIL, offset = (32 + piece % TAIL) * 16;
     const int slot = __shfl_sync(~0u, slots, min(r, TILE - 1));
     const uint8* row = a.kv + max(slot, 0) * a.row_stride;
-    if (piece < ROWS * TAIL) copy_async_16(tile + r * ROW_BYTES + offset, row + offset, slot >= 0);
+    if (piece < ROWS * TAIL) copy_async_16(tile + r * PITCH + offset, row + offset, slot >= 0);
   }
   barrier_arrive_after_copies(full);
 }
 
 DEVICE float row_scale(uint32 tile, int row, int warp) {
-  return load_shared(tile + row * ROW_BYTES + SCALE_OFFSET + 4 * warp);
+  return load_shared(tile + row * PITCH + SCALE_OFFSET + 4 * warp);
 }
 
 // q to f16, scaled so that the warp's largest value per head lies in [2^14, 2^15). The order of the 16 values of a
-// fragment follows score_tile's: a lane holds values 4*column .. 4*column + 3, in pairs.
+// fragment follows score_tile's: a lane holds values 4*column .. 4*column + 3, in pairs. The RoPE part of PLAIN rows is
+// like 16 more of them; of packed rows it stays bf16, in the order of the matrix instruction.
 DEVICE void load_queries(const Arguments& a, int token, int first_head, const Position& at, Queries& q) {
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     const int head = first_head + at.row + 8 * half;
     const bool present = head < a.heads;
     const uint16* source = a.q + (int64(token) * a.heads + (present ? head : 0)) * QUERY_DIM;
-    uint2 raw[WARP_DIM / 16];
+    constexpr int STEPS = WARP_DIM / 16 + PLAIN;
+    uint2 raw[STEPS];
     float peak = 0.f;
 #pragma unroll
-    for (int s = 0; s < WARP_DIM / 16; s++) {
-      const uint2* at_values = reinterpret_cast<const uint2*>(source + at.warp * WARP_DIM + 16 * s + 4 * at.column);
+    for (int s = 0; s < STEPS; s++) {
+      const int first = s < WARP_DIM / 16 ? at.warp * WARP_DIM + 16 * s : VALUE_DIM + at.warp * 16;
+      const uint2* at_values = reinterpret_cast<const uint2*>(source + first + 4 * at.column);
       raw[s] = present ? *at_values : make_uint2(0, 0);
       peak = fmaxf(peak, fmaxf(fabsf(bf16_low(raw[s].x)), fabsf(bf16_high(raw[s].x))));
       peak = fmaxf(peak, fmaxf(fabsf(bf16_low(raw[s].y)), fabsf(bf16_high(raw[s].y))));
@@ -135,10 +143,12 @@ DEVICE void load_queries(const Arguments& a, int token, int first_head, const Po
     const float unit = power_of_two_below(peak), factor = inverse_power_of_two(unit) * QUERY_SCALE;
     q.unscale[half] = unit * (1.f / QUERY_SCALE);
 #pragma unroll
-    for (int s = 0; s < WARP_DIM / 16; s++) {
-      q.values[s][half] = pack_f16x2(bf16_low(raw[s].x) * factor, bf16_high(raw[s].x) * factor);
-      q.values[s][2 + half] = pack_f16x2(bf16_low(raw[s].y) * factor, bf16_high(raw[s].y) * factor);
+    for (int s = 0; s < STEPS; s++) {
+      uint32(&fragment)[4] = s < WARP_DIM / 16 ? q.values[s] : q.rope;
+      fragment[half] = pack_f16x2(bf16_low(raw[s].x) * factor, bf16_high(raw[s].x) * factor);
+      fragment[2 + half] = pack_f16x2(bf16_low(raw[s].y) * factor, bf16_high(raw[s].y) * factor);
     }
+    if (PLAIN) continue;
     const uint32* at_rope = reinterpret_cast<const uint32*>(source + VALUE_DIM + at.warp * 16 + 2 * at.column);
     q.rope[half] = present ? at_rope[0] : 0;
     q.rope[2 + half] = present ? at_rope[4] : 0;
@@ -155,7 +165,7 @@ DEVICE void score_tile(uint32 tile, const Position& at, const Queries& q, float 
     uint32 keys[TILE / 8][4];
 #pragma unroll
     for (int n = 0; n < TILE / 8; n++)
-      load_matrices(keys[n], tile + (8 * n + at.lane % 8) * ROW_BYTES + at.warp * WARP_DIM + block * 64 + at.lane / 8 * 16);
+      load_matrices(keys[n], tile + (8 * n + at.lane % 8) * PITCH + at.warp * WARP_DIM + block * 64 + at.lane / 8 * 16);
 #pragma unroll
     for (int s = 0; s < 4; s++)
 #pragma unroll
@@ -166,21 +176,33 @@ DEVICE void score_tile(uint32 tile, const Position& at, const Queries& q, float 
       }
   }
 
+  if (PLAIN) {  // the RoPE part: 16 values of each of the 32 rows in one load
+    uint32 keys[TILE / 8];
+    load_matrices(keys, tile + at.lane * PITCH + ROPE_OFFSET + at.warp * 16);
+#pragma unroll
+    for (int n = 0; n < TILE / 8; n++) {
+      uint32 low, high;
+      e4m3x4_to_f16(keys[n], low, high);
+      mma_f16(scores[n], q.rope, low, high);
+    }
+  }
+
 #pragma unroll
   for (int n = 0; n < TILE / 8; n++)
 #pragma unroll
     for (int e = 0; e < 2; e++) {
-      const float scale = row_scale(tile, 8 * n + 2 * at.column + e, at.warp);
+      const float scale = PLAIN ? 1.f : row_scale(tile, 8 * n + 2 * at.column + e, at.warp);
       scores[n][e] *= scale * q.unscale[0];
       scores[n][2 + e] *= scale * q.unscale[1];
     }
 
+  if (PLAIN) return;
   // RoPE part: bf16 on both sides, unscaled, hence after the row scales.
 #pragma unroll
   for (int pair = 0; pair < TILE / 16; pair++) {
     uint32 keys[4];
     const int row = 16 * pair + at.lane % 8 + at.lane / 16 * 8;
-    load_matrices(keys, tile + row * ROW_BYTES + ROPE_OFFSET + at.warp * 32 + at.lane / 8 % 2 * 16);
+    load_matrices(keys, tile + row * PITCH + ROPE_OFFSET + at.warp * 32 + at.lane / 8 % 2 * 16);
     mma_bf16(scores[2 * pair], q.rope, keys[0], keys[1]);
     mma_bf16(scores[2 * pair + 1], q.rope, keys[2], keys[3]);
   }
@@ -199,6 +221,7 @@ DEVICE void store_scores(Shared& shared, const Position& at, const float (&score
 // The unit of the value accumulators only grows: the largest row scale so far, rounded down to a power of two.
 // Called between the barriers of a step, where its latency hides behind the softmax.
 DEVICE Pending scale_values(uint32 tile, const Position& at, float& value_peak) {
+  if (PLAIN) return {tile, {}, 1.f};
   const uint32 peak = __reduce_max_sync(~0u, __float_as_uint(fmaxf(row_scale(tile, at.lane, at.warp), 0.f)));
   const float new_peak = fmaxf(value_peak, power_of_two_below(__uint_as_float(peak)));
   const float inverse = inverse_power_of_two(new_peak), factor = inverse * ROW_SCALE;
@@ -228,11 +251,13 @@ DEVICE void accumulate_values(Shared& shared, const Position& at, const Pending&
   for (int step = 0; step < TILE / 16; step++) {
     uint32 p[4];
     load_matrices(p, shared_address(&shared.probabilities[at.lane % 16][16 * step + at.lane / 16 * 8]));
-    p[0] = multiply_f16x2(p[0], pending.row_scales[2 * step]);
-    p[1] = multiply_f16x2(p[1], pending.row_scales[2 * step]);
-    p[2] = multiply_f16x2(p[2], pending.row_scales[2 * step + 1]);
-    p[3] = multiply_f16x2(p[3], pending.row_scales[2 * step + 1]);
-    const uint32 rows = pending.tile + (16 * step + at.lane % 16) * ROW_BYTES + at.warp * WARP_DIM + at.lane / 16 * 16;
+    if (!PLAIN) {
+      p[0] = multiply_f16x2(p[0], pending.row_scales[2 * step]);
+      p[1] = multiply_f16x2(p[1], pending.row_scales[2 * step]);
+      p[2] = multiply_f16x2(p[2], pending.row_scales[2 * step + 1]);
+      p[3] = multiply_f16x2(p[3], pending.row_scales[2 * step + 1]);
+    }
+    const uint32 rows = pending.tile + (16 * step + at.lane % 16) * PITCH + at.warp * WARP_DIM + at.lane / 16 * 16;
 #pragma unroll
     for (int b = 0; b < WARP_DIM / 32; b++) {
       uint32 pairs[4];
@@ -309,7 +334,7 @@ DEVICE void write_result(Shared& shared, const Arguments& a, int token, int spli
       a.lse[(int64(token) * a.heads + head) * a.splits + split] = (row.maximum + log2f(sum)) * a.lse_unit;
   }
   __syncthreads();
-  const float unit = value_peak * (1.f / (PROBABILITY_SCALE * ROW_SCALE));
+  const float unit = PLAIN ? a.value_scale * (1.f / PROBABILITY_SCALE) : value_peak * (1.f / (PROBABILITY_SCALE * ROW_SCALE));
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     const int head = first_head + at.row + 8 * half;
@@ -326,34 +351,35 @@ DEVICE void write_result(Shared& shared, const Arguments& a, int token, int spli
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) packed_decode(const Arguments a) {
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) mla_decode(const Arguments a) {
   extern __shared__ __align__(128) uint8 shared_bytes[];
   Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
   const Position at;
   // In launch order the heads come first: the blocks that gather the same rows run together, and all but one of them
   // find the rows in L2.
   const int first_head = blockIdx.x * HEADS, split = blockIdx.y, token = blockIdx.z;
-  const int tiles = (a.topk + TILE - 1) / TILE;
-  const int begin = int(int64(tiles) * split / a.splits), end = int(int64(tiles) * (split + 1) / a.splits);
-  int steps = end - begin;  // less once a short context has ended
-  const int* indices = a.indices + int64(token) * a.topk;
+  const int* table = a.table + token * a.table_stride;
   const uint32 full = shared_address(shared.full), tile_base = shared_address(shared.tiles);
 
   if (threadIdx.x == 0)
     for (int stage = 0; stage < STAGES; stage++) barrier_init(full + 8 * stage, THREADS);
   wait_for_previous_kernel();
+  const int count = PLAIN ? a.lengths[token] : a.topk;
+  const int tiles = (count + TILE - 1) / TILE;
+  const int begin = int(int64(tiles) * split / a.splits), end = int(int64(tiles) * (split + 1) / a.splits);
+  int steps = end - begin;  // less once the slots of a short context have ended
   int first_slots[STAGES];  // loaded together, before the barriers are ready
 #pragma unroll
   for (int stage = 0; stage < STAGES; stage++)
-    first_slots[stage] = load_slots(indices, begin + stage, end, a.topk, at.lane);
-  int refill_slots = load_slots(indices, begin + STAGES, end, a.topk, at.lane);
+    first_slots[stage] = load_slots(a, table, begin + stage, end, count, at.lane);
+  int refill_slots = load_slots(a, table, begin + STAGES, end, count, at.lane);
   __syncthreads();
   uint32 present[STAGES];  // which rows exist, a bit each, of the tiles in flight from the current one on
 #pragma unroll
   for (int stage = 0; stage < STAGES; stage++) {
     present[stage] = __ballot_sync(~0u, first_slots[stage] >= 0);
     if (a.leading && !present[stage]) steps = min(steps, stage);
-    if (stage < steps) gather_tile(a, first_slots[stage], tile_base + stage * TILE * ROW_BYTES, full + 8 * stage, at);
+    if (stage < steps) gather_tile(a, first_slots[stage], tile_base + stage * TILE * PITCH, full + 8 * stage, at);
   }
 
   if (a.merge_waits) let_next_kernel_start();
@@ -369,7 +395,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) packed_deco
   uint32 stage = 0, parity = 0, scored = 0;
   auto score_next = [&]() {
     barrier_wait(full + 8 * stage, parity);
-    scored = tile_base + stage * TILE * ROW_BYTES;
+    scored = tile_base + stage * TILE * PITCH;
     score_tile(scored, at, q, scores);
     store_scores(shared, at, scores);
     if (++stage == STAGES) stage = 0, parity ^= 1;
@@ -395,7 +421,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) packed_deco
       present[STAGES - 1] = __ballot_sync(~0u, refill_slots >= 0);
       if (a.leading && !present[STAGES - 1]) steps = min(steps, step - 1 + STAGES);
       if (step - 1 + STAGES < steps) gather_tile(a, refill_slots, pending.tile, full + 8 * freed, at);
-      refill_slots = load_slots(indices, begin + step + STAGES, end, a.topk, at.lane);
+      refill_slots = load_slots(a, table, begin + step + STAGES, end, count, at.lane);
       softmax_next();
     }
     accumulate_values(shared, at, pending, sums);

@@ -1,4 +1,4 @@
-"""What only the CUDA C++ sparse decode has to prove: splits and their merge, ranges, odd top-k, declines.
+"""What only the CUDA C++ decode has to prove: splits and their merge, ranges, odd top-k, declines.
 
 Shapes shared by all implementations are in test_sparse_mla.py.
 """
@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from nsa_backend_plugin.ops import sparse_mla
-from nsa_backend_plugin.ops._cuda import jit
+from nsa_backend_plugin.ops._cuda import jit, mla
 from nsa_backend_plugin.ops._torch.packed_rows import pack
 from nsa_backend_plugin.ops.arch import device_arch
+from nsa_backend_plugin.ops.dense_mla import cuda as dense
 from nsa_backend_plugin.ops.sparse_mla import cuda
 from tests.ops.common import assert_close, poison
 
@@ -19,7 +20,7 @@ SCALE = 192**-0.5
 FP8_BAR, LSE_BAR = 2e-4, 1e-4
 
 
-@pytest.mark.parametrize("arch", sorted(cuda._CONFIGS))
+@pytest.mark.parametrize("arch", sorted(cuda.CONFIGS))
 def test_compiles(arch: str) -> None:
     missing = jit.available(arch)
     if missing:
@@ -32,31 +33,35 @@ def test_compiles(arch: str) -> None:
 def test_split_count(topk: int, blocks: int) -> None:
     tiles = -(-topk // 32)
     for token_groups in (1, 8, 32, 33, 64, 128, 131, 132, 133, 300, 397, 5000):
-        splits = cuda._split_count(token_groups, topk, blocks)
-        assert 1 <= splits <= max(1, min(cuda._MAX_SPLITS, tiles))
-        assert splits == 1 or token_groups * splits <= cuda._MAX_WAVES * blocks
+        splits = mla.split_count(token_groups, topk, blocks, 32)
+        assert 1 <= splits <= max(1, min(32, tiles))
+        assert splits == 1 or token_groups * splits <= mla._MAX_WAVES * blocks
 
 
 def test_few_tokens_fill_the_gpu() -> None:
     for token_groups, splits in ((1, 32), (8, 32), (16, 16), (32, 8), (64, 4), (132, 2), (264, 1)):
-        assert cuda._split_count(token_groups, 2048, 264) == splits
-    assert cuda._split_count(256, 2048, 396) == 3  # two nearly full waves of short blocks, not one with gaps
-    assert cuda._split_count(4000, 2048, 396) == 1
+        assert mla.split_count(token_groups, 2048, 264, 32) == splits
+    assert mla.split_count(256, 2048, 396, 32) == 3  # two nearly full waves of short blocks, not one with gaps
+    assert mla.split_count(4000, 2048, 396, 32) == 1
 
 
 @pytest.mark.parametrize("arch", ["sm_90", "sm_89"])
 @pytest.mark.parametrize("heads", [1, 16, 17, 128])
-def test_workspace_suffices_for_every_smaller_call(monkeypatch: pytest.MonkeyPatch, arch: str, heads: int) -> None:
-    monkeypatch.setattr(cuda, "device_arch", lambda device: arch)
-    monkeypatch.setattr(cuda, "_resident_blocks", lambda device, config: 132 * config.blocks_per_sm)
+@pytest.mark.parametrize("keys, configs", [(2048, cuda.CONFIGS), (2048, dense.CONFIGS), (163840, dense.CONFIGS)])
+def test_workspace_suffices_for_every_smaller_call(
+    monkeypatch: pytest.MonkeyPatch, keys: int, configs: mla.Configs, heads: int, arch: str
+) -> None:
+    monkeypatch.setattr(mla, "device_arch", lambda device: arch)
+    monkeypatch.setattr(mla, "core_count", lambda device: 132)
     device = torch.device("cuda")
-    groups = cuda._groups(heads)
+    groups = mla.groups(heads)
     for max_tokens in (1, 5, 64, 300, 2000):
-        size = cuda.workspace_bytes_attend(device, max_tokens, heads, 2048, 512)
+        size = mla.workspace_bytes(device, configs, max_tokens, heads, 512)
         for tokens in range(1, max_tokens + 1):
-            blocks = cuda._resident_blocks(device, cuda._config(arch, tokens * groups))
-            splits = cuda._split_count(tokens * groups, 2048, blocks)
-            assert splits == 1 or sum(cuda._layout(tokens * splits, heads, 512)) <= size
+            config = mla._config(configs[arch], tokens * groups)
+            blocks = mla.resident_blocks(device, config)
+            splits = mla.split_count(tokens * groups, keys, blocks, config.rows.max_splits)
+            assert splits == 1 or sum(mla.layout(tokens * splits, heads, 512)) <= size
 
 
 def make(
@@ -94,7 +99,7 @@ def test_heads_and_tokens(heads: int, tokens: int) -> None:
 @pytest.mark.parametrize("heads", [12, 32])
 @pytest.mark.parametrize("splits", range(1, 33))
 def test_any_number_of_splits(monkeypatch: pytest.MonkeyPatch, heads: int, splits: int) -> None:
-    monkeypatch.setattr(cuda, "_split_count", lambda token_groups, topk, blocks: splits)
+    monkeypatch.setattr(mla, "split_count", lambda *shape: splits)
     check(*make(3, heads, 1100))
 
 
