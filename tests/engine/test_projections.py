@@ -87,6 +87,16 @@ def attention_of(attn: Any) -> Any:
     return attn
 
 
+def test_rounded_scales_of_tokens_are_left_to_the_layer(on_h200) -> None:
+    attn = attention(lambda: block_fp8(256, "ue8m0"))
+    projections.install(attn)
+    assert projections.obstacle(attn.o_proj) == "it rounds the scales of its tokens"
+    both = Attention(block_fp8(256, "ue8m0"), block_fp8(256, "ue8m0"))
+    both.q_a_layernorm.to(torch.bfloat16)
+    query_projection.merge(both)
+    query_projection.project(both, torch.randn(3, 256).to(torch.bfloat16))  # its stand-in checks the scales
+
+
 @pytest.mark.parametrize("kind", APART)
 def test_layers_of_another_kind_keep_their_own(on_h200, kind: str) -> None:
     attn = attention(lambda: APART[kind](256))

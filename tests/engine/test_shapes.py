@@ -28,7 +28,9 @@ def runner(monkeypatch: pytest.MonkeyPatch, attn: Attention, q_lora_rank: int | 
     monkeypatch.setattr(shapes, "is_deepseek_dsa", lambda config: True)
     monkeypatch.setattr(shapes, "get_parallel", lambda: SimpleNamespace(attn_tp_size=2))
     model_config = SimpleNamespace(hf_config=config, num_attention_heads=8)
-    return SimpleNamespace(model_config=model_config, token_to_kv_pool=pool, model=torch.nn.Sequential(attn))
+    return SimpleNamespace(
+        model_config=model_config, token_to_kv_pool=pool, model=torch.nn.Sequential(attn), dtype=torch.bfloat16
+    )
 
 
 @pytest.mark.parametrize("q_lora_rank", [None, 64, 256])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -45,6 +46,12 @@ def is_fp8_blocks(layer: Any) -> bool:
         and block is not None
         and tuple(scale.shape) == tuple(-(-size // each) for size, each in zip(weight.shape, block, strict=True))
     )
+
+
+def rounds_token_scales(layer: Any) -> bool:
+    """Whether a layer with fp8 blocks rounds the scales of its tokens up to powers of two, as some checkpoints ask."""
+    run = getattr(layer.quant_method, "w8a8_block_fp8_linear", None)
+    return isinstance(run, functools.partial) and bool(run.keywords.get("act_scale_ue8m0"))
 
 
 def bf16_weight(layer: Any) -> torch.Tensor:

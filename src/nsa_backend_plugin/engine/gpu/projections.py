@@ -58,8 +58,10 @@ def takes_heads(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return x.shape[0] <= most_tokens_absorbed(weight, x.dtype)
 
 
-def most_tokens_absorbed(weight: torch.Tensor, dtype: torch.dtype) -> int:
+def most_tokens_absorbed(weight: torch.Tensor | None, dtype: torch.dtype) -> int:
     """The most tokens whose queries ours multiplies with W_UK [heads, K, N]; 0 if none."""
+    if weight is None:  # SGLang has not absorbed it
+        return 0
     fits = weight.dtype == dtype == torch.bfloat16 and len(weight) <= _MOST_HEADS and readable(weight.transpose(1, 2))
     return MOST_TOKENS["w_uk"] if fits and measured(weight.device) else 0
 
@@ -85,6 +87,8 @@ def obstacle(layer: Any) -> str | None:
         return reason
     if linear.is_fp8_blocks(layer) and list(layer.quant_method.weight_block_size) != [projection.GROUP] * 2:
         return f"its blocks are {layer.quant_method.weight_block_size}"
+    if linear.rounds_token_scales(layer):
+        return "it rounds the scales of its tokens"
     if not readable(layer.weight, getattr(layer, "weight_scale_inv", None)):
         return f"its weight is {layer.weight.dtype} {list(layer.weight.shape)}"
     return None

@@ -103,17 +103,16 @@ def project(attn: Any, q_lora: torch.Tensor) -> tuple[torch.Tensor, Callable[[],
 def _multiply(attn: Any, both: MergedWeights, q_lora: torch.Tensor) -> torch.Tensor:
     """[T, rows of both] of q_lora before its norm."""
     norm, scale = attn.q_a_layernorm, getattr(both, "scale", None)
-    if norm.weight.dtype == torch.bfloat16 and projections.takes("q_b_proj", q_lora, both.weight, scale):
+    plain = norm.weight.dtype == torch.bfloat16 and not linear.rounds_token_scales(attn.q_b_proj)
+    if plain and projections.takes("q_b_proj", q_lora, both.weight, scale):
         return projection.linear(q_lora, both.weight, scale, norm_weight=norm.weight, eps=norm.variance_epsilon)
     if scale is None:
         return norm(q_lora) @ both.weight.t()
     run = attn.q_b_proj.quant_method.w8a8_block_fp8_linear
-    # Later releases bind the rounding of activation scales that a checkpoint asks for.
-    bound = run.keywords if isinstance(run, functools.partial) else {}
     values, scales = norm_quant.rms(
         q_lora,
         norm.weight,
         eps=norm.variance_epsilon,
-        scale_format="ue8m0" if bound.get("act_scale_ue8m0") else "fp32",
+        scale_format="ue8m0" if linear.rounds_token_scales(attn.q_b_proj) else "fp32",
     )
     return run(input=values, weight=both.weight, block_size=_BLOCK, weight_scale=scale, input_scale=scales)
