@@ -1,6 +1,6 @@
-"""Deployments of one GPU beside stock SGLang: a hierarchical cache, weights that change, memory given back, LoRA.
+"""Deployments of one GPU beside stock SGLang: weights that change, memory given back, LoRA.
 
-Real servers: those of a part (`-k cache`, `-k weights`, `-k lora`) run at the same time, over the GPUs in turn. Nothing
+Real servers: those of a part (`-k weights`, `-k lora`) run at the same time, over the GPUs in turn. Nothing
 is timed, so that the parts may run at the same time too. tests/engine/drafting.py says where the small model is from.
 """
 
@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.engine.model import VOCAB, write_model
 from nsa_backend_plugin import serving
-from nsa_backend_plugin.engine import release
-from tests.engine import drafting, gpu_probe, tiny_tasks
+from tests.engine import drafting, gpu_probe
 from tests.engine.drafting import Arm, at_once, result
 
 pytestmark = [pytest.mark.gpu, pytest.mark.engine]
@@ -91,89 +89,6 @@ def forget(server: serving.Server) -> None:
     requests.post(f"{server.url}/flush_cache?timeout=30", timeout=60).raise_for_status()
 
 
-# A hierarchical cache
-
-#: Fewer tokens than the prompts have, so that each evicts what the next round asks for; the host has room for all.
-DEVICE_TOKENS, HOST_RATIO, PROMPTS, PROMPT_TOKENS = 12288, 6, 8, (3000, 6000)
-HIERARCHICAL = ("--enable-hierarchical-cache", f"--hicache-ratio={HOST_RATIO}", f"--max-total-tokens={DEVICE_TOKENS}")
-FILES = (*HIERARCHICAL, "--hicache-storage-backend=file", "--hicache-storage-prefetch-policy=wait_complete")
-FORGETS_DRAFTS = not release.mentions("sglang.srt.mem_cache.hicache_storage", "DRAFT_INDEXER")
-CACHES = {
-    "memory": Arm(0, args=HIERARCHICAL),
-    "files": Arm(0, args=FILES),
-    "files bf16": Arm(0, kv="bfloat16", args=FILES),
-    "files mla": Arm(0, kv="auto", kind="mla", args=(*FILES, "--page-size=64")),
-    "files, 3 steps": Arm(3, args=FILES),
-}
-
-
-def cache_rounds(model: Path, log: Path, arm: Arm, gpu: int) -> list[Round]:
-    """The same prompts: first, when their cache has left the GPU, and where there are files from those alone."""
-    store, tasks = log.with_suffix(".store"), log.with_suffix(".jsonl")
-    store.mkdir()
-    tiny_tasks.write_long(tasks, tiny_tasks.data.RECALL, PROMPTS, PROMPT_TOKENS, seed=3)
-    rows = [json.loads(line) for line in tasks.read_text().splitlines()]
-    texts = [row["context"] + row["question"] for row in rows]
-    bodies = [drafting.body(text, **({} if arm.steps else {"return_logprob": True})) for text in texts]
-    env = {**drafting.ENV, "SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR": str(store)}
-    with serving.Server(model, arm.on(gpu).arguments, env, log_path=log) as server:
-        rounds = [ask(server, bodies), ask(server, bodies)]
-        if "--hicache-storage-backend=file" in arm.args:
-            time.sleep(5)  # files are written behind the answers
-            forget(server)
-            rounds.append(ask(server, bodies))
-        return rounds
-
-
-def stock(arm: Arm) -> Arm:
-    return replace(arm, backend="fa3" if arm.kind == "mla" else "dsa")
-
-
-@pytest.fixture(scope="module")
-def caches(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
-    folder = tmp_path_factory.mktemp("caches")
-    arms = {(name, which): one for name, arm in CACHES.items() for which, one in (("ours", arm), ("stock", stock(arm)))}
-    return at_once(
-        {
-            key: partial(cache_rounds, models[arm.kind], folder / f"{'-'.join(key).replace(' ', '-')}.log", arm)
-            for key, arm in arms.items()
-            if not (arm.steps and FORGETS_DRAFTS)
-        }
-    )
-
-
-@pytest.mark.parametrize("name", CACHES)
-def test_a_cache_that_came_back_answers_as_the_first_time(caches: dict[Any, Any], name: str) -> None:
-    """And as stock's, from as many cached tokens, with as many drafts accepted."""
-    if CACHES[name].steps and FORGETS_DRAFTS:
-        pytest.skip("refused: this SGLang does not keep the index keys of a draft layer")
-    ours, theirs = result(caches, (name, "ours")), result(caches, (name, "stock"))
-    first = ours[0]
-    assert max(first.cached) < 256
-    for number, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
-        print(
-            name,
-            number,
-            "cached",
-            mine.cached,
-            "same as first",
-            same_share(first, mine),
-            "stock",
-            same_share(other, mine),
-        )
-        assert mine.cached == other.cached
-        assert number == 0 or min(mine.cached) > 2048
-        # One of eight answers may turn on a near tie, which a cached prefix rounds differently.
-        assert same_share(first, mine) >= 0.85
-        assert same_share(other, mine) >= 0.85
-        if CACHES[name].steps:
-            assert mine.per_step == pytest.approx(other.per_step, rel=0.1)
-            assert mine.per_step == pytest.approx(first.per_step, rel=0.1)
-        else:
-            assert logprob_difference(first, mine) < LOGPROB_BAR
-            assert logprob_difference(other, mine) < LOGPROB_BAR
-
-
 # Weights that change, memory that is given back
 
 ASLEEP = ("--enable-memory-saver",) if SLEEPS else ()
@@ -187,15 +102,20 @@ def random_bodies() -> list[dict[str, Any]]:
     return [{"input_ids": ids, "sampling_params": sampling, "return_logprob": True} for ids in prompts]
 
 
+def asked_twice(server: serving.Server) -> dict[str, Round]:
+    """What random weights answer, and answer again when nothing but the cache of prefixes has changed."""
+    first = ask(server, random_bodies())
+    forget(server)
+    return {"a": first, "a at once": ask(server, random_bodies())}
+
+
 def updated(folder: Path, gpu: int) -> dict[str, Round]:
-    """A server whose weights are replaced by those of another checkpoint, and replaced again after it slept."""
-    log, arguments = folder / "updated.log", Arm(0, args=ASLEEP).on(gpu).arguments
+    """A server whose weights are replaced by those of another checkpoint, and replaced again."""
+    log, arguments = folder / "updated.log", Arm(0).on(gpu).arguments
     with serving.Server(folder / "a", arguments, drafting.ENV, log_path=log) as server:
-        rounds = {"a": ask(server, random_bodies())}
+        rounds = asked_twice(server)
         load(server, folder / "b")
         rounds["b"] = ask(server, random_bodies())
-        if SLEEPS:
-            sleep(server)
         load(server, folder / "a")
         rounds["a again"] = ask(server, random_bodies())
     assert "nsa_plugin hook in use: weight_updates\n" in log.read_text()
@@ -203,12 +123,13 @@ def updated(folder: Path, gpu: int) -> dict[str, Round]:
 
 
 def slept(folder: Path, gpu: int) -> dict[str, Round]:
-    """A server that keeps its weights in the host's memory while it sleeps."""
+    """A server that keeps its weights in the host's memory while it sleeps. Where it does not, SGLang's own update of
+    an fp8 checkpoint ends the server: the scales of its KV cache are gone too."""
     arguments = Arm(0, args=(*ASLEEP, "--enable-weights-cpu-backup")).on(gpu).arguments
     with serving.Server(folder / "a", arguments, drafting.ENV, log_path=folder / "slept.log") as server:
-        before = ask(server, random_bodies())
+        rounds = asked_twice(server)
         sleep(server)
-        return {"a": before, "a again": ask(server, random_bodies())}
+        return {**rounds, "a again": ask(server, random_bodies())}
 
 
 def fresh(folder: Path, gpu: int) -> dict[str, Round]:
@@ -239,24 +160,30 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     return at_once({name: partial(run, folder) for name, run in servers.items()})
 
 
-def check_equal(one: Round, other: Round) -> None:
-    """Decode has other merged weights than prefill: stale ones differ at the second token already."""
-    print("leading tokens that are equal", leading(one, other), "of", NEW_TOKENS)
-    assert leading_share(one, other) >= 0.8
+def check_equal(one: Round, other: Round, unchanged: float) -> None:
+    """Decode has other merged weights than prefill: stale ones differ at the second token already.
+
+    unchanged: the share of leading tokens that are equal when nothing happens between. Random weights decide by little,
+    and the order of sums is not the same each time.
+    """
+    print("leading tokens that are equal", leading(one, other), "of", NEW_TOKENS, "share when unchanged", unchanged)
+    assert leading_share(one, other) >= unchanged - 0.25
+    assert leading_share(one, other) > 0.4
     assert logprob_difference(one, other) < LOGPROB_BAR
 
 
 def test_weights_that_were_updated_answer_as_a_fresh_server(weights: dict[Any, Any]) -> None:
     rounds = result(weights, "updated")
-    check_equal(rounds["b"], result(weights, "fresh")["b"])
-    check_equal(rounds["a"], rounds["a again"])
+    unchanged = leading_share(rounds["a"], rounds["a at once"])
+    check_equal(rounds["b"], result(weights, "fresh")["b"], unchanged)
+    check_equal(rounds["a"], rounds["a again"], unchanged)
     assert same_share(rounds["a"], rounds["b"]) == 0, "the checkpoints are too alike: this shows nothing"
 
 
 @pytest.mark.skipif(not SLEEPS, reason="needs torch_memory_saver")
 def test_weights_that_the_host_kept_answer_as_before(weights: dict[Any, Any]) -> None:
     rounds = result(weights, "slept")
-    check_equal(rounds["a"], rounds["a again"])
+    check_equal(rounds["a"], rounds["a again"], leading_share(rounds["a"], rounds["a at once"]))
 
 
 # LoRA
