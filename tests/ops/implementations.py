@@ -18,6 +18,8 @@ DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 #: (operation.function, implementation, kind of data) -> the bar of a vendor's kernel that misses the common one. Its
 #: adapter's docstring says why.
 BARS = {
+    ("dense_mla.decode", "fa3", "bf16"): 1e-5,
+    ("sparse_mla.attend", "fa3", "bf16"): 1e-5,
     ("sparse_mla.attend", "flash_mla", "packed"): 1e-5,
     ("sparse_mla.attend", "flash_mla_unpacked", "packed"): 5e-5,
 }

@@ -69,8 +69,8 @@ TABLE: tuple[Preference, ...] = (
         "dense_mla.decode",
         "cuda",
         ("cuda", "triton"),
-        "rule: as over packed rows; with more heads each row would be converted for every 16. Not measured yet",
-        {"dtype": "torch.float8_e4m3fn", "heads": (1, 32)},
+        "benchmarks/configs/fp8_rows.yaml, NVIDIA H200, 2026-11-27",
+        {"dtype": "torch.float8_e4m3fn"},
     ),
     Preference("dense_mla.decode", "sm_90", ("fa3", "triton"), _RUN, {"heads": (17, 32), "batch": (32, _ANY_MORE)}),
     # With more than 64 heads, fa3 takes calls with the promise `kv_is_finite` only: serving gives it.

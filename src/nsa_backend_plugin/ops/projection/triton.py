@@ -84,7 +84,8 @@ def _projection_kernel(
             scale = tl.load(scale_ptr + (first_row // GROUP) * (DEPTH // GROUP) + start // GROUP)
             wide = x.to(tl.float32)
             token_scale = scale_from_amax(tl.max(tl.abs(wide), axis=1), FP8_MAX, False)
-            values = tl.clamp(wide * (1.0 / token_scale)[:, None], -FP8_MAX, FP8_MAX).to(FP8)
+            values = wide * (1.0 / token_scale)[:, None]
+            values = tl.clamp(values, -FP8_MAX, FP8_MAX, propagate_nan=tl.PropagateNan.ALL).to(FP8)
             sums += tl.dot(values, tl.trans(weight)) * (token_scale * scale)[:, None]
         else:
             sums = tl.dot(x, tl.trans(weight), sums)
