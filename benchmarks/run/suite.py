@@ -30,6 +30,7 @@ ORDER = (
     "ops",
     "small_heads",
     "dsa_decode",
+    "projection",
     "fp8_rows",
     "dsa_indexer",
     "mla_decode",

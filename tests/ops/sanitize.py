@@ -31,6 +31,7 @@ from nsa_backend_plugin.ops import (
     latent_cache,
     mqa_logits,
     norm_quant,
+    projection,
     sparse_mla,
     topk,
 )
@@ -143,6 +144,21 @@ def latent_calls() -> Iterator[Call]:
             )
             yield f"latent store {kind} {tokens}", call
     yield "norm", partial(norm_quant.rms, randn(33, 2112)[:, :1536], randn(1536), impl="triton")
+    for impl in runs_here("projection", "triton", "cuda"):
+        for tokens in (1, 13, 32):
+            for rows, depth in ((2112, 7168), (200, 384)):
+                weight, scale = (
+                    randn(rows, depth).to(torch.float8_e4m3fn),
+                    torch.rand(-(-rows // 128), depth // 128, device=DEVICE),
+                )
+                x, gain = randn(tokens, depth + 64)[:, :depth], randn(depth)
+                for norm in (None, gain) if depth < 7168 else (None,):
+                    call = partial(projection.linear, x, weight, scale, norm_weight=norm, impl=impl)
+                    yield f"projection {impl} fp8 {tokens} {rows} {depth}", call
+            call = partial(projection.linear, randn(tokens, 7168), randn(192, 7168), dtype=torch.float32, impl=impl)
+            yield f"projection {impl} bf16 {tokens}", call
+            queries, w_uk = randn(tokens, 16, 192)[..., :128], randn(16, 512, 128)
+            yield f"projection {impl} heads {tokens}", partial(projection.per_head, queries, w_uk, impl=impl)
     yield "concat q", partial(concat.q_all, randn(5, 12, 512), randn(5, 12, 64), impl="triton")
     yield "concat k", partial(concat.mla_k, randn(5, 128, 128), randn(5, 1, 64), impl="triton")
 

@@ -8,6 +8,7 @@ import pytest
 
 from nsa_backend_plugin.ops._cuda import jit
 from nsa_backend_plugin.ops.dense_mla import cuda as dense_mla
+from nsa_backend_plugin.ops.projection import cuda as projection
 from nsa_backend_plugin.ops.sparse_mla import cuda as sparse_mla
 from nsa_backend_plugin.ops.topk import cuda as topk
 from tests.ops.test_cuda_jit import needs_nvrtc
@@ -36,3 +37,29 @@ def test_topk(arch: str) -> None:
     variants = [variant for variant in topk._variants(arch) if variant.deterministic]
     for variant in variants if arch == "sm_90" else variants[:1]:
         assert jit.compiles(topk._SOURCE, arch, topk._defines(variant)) is None
+
+
+#: (fp8, norm, fp32 result), heads, rows, blocks of 128 bytes: q_a | kv_a, q_b | wq_b, wk | weights_proj, W_UK, o_proj.
+PROJECTIONS = [
+    (projection._Kind(True), 1, 2112, 56),
+    (projection._Kind(True, True), 1, 11264, 12),
+    (projection._Kind(False, False, True), 1, 192, 112),
+    (projection._Kind(), 16, 512, 2),
+    (projection._Kind(True), 1, 7168, 16),
+]
+
+
+@pytest.mark.parametrize("sizes", PROJECTIONS, ids=["q_a", "q_b", "wk", "w_uk", "o"])
+def test_projection(sizes: tuple) -> None:
+    """The served layer's variants, for 1 to 32 tokens; shared memory is the source's own (it asserts that)."""
+    needs_nvrtc("sm_90")
+    for variant in projection._variants("sm_90", projection._Sizes(*sizes), 132):
+        assert variant.shared_bytes <= projection._shared_bytes("sm_90")
+        assert variant.threads <= 1024
+        assert jit.compiles(projection._SOURCE, "sm_90", projection._defines(variant)) is None
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_100"])
+def test_projection_elsewhere(arch: str) -> None:
+    needs_nvrtc(arch)
+    assert projection.available(arch) is None

@@ -17,13 +17,17 @@ in the SGLang that is installed, and the server's log says `nsa_plugin hook in u
 Stages: `name` and `start` run when SGLang loads its plugins, `cpu` too, on the plugin's CPU platform only; `factory`
 runs when the backend is created, `gpu` then as well, on a GPU, and `gpu_dsa` there for DSA models. Kinds: `call` is a
 public registration function, `append` adds to a list that SGLang shares, `hook` wraps a function, `op` registers a
-module's forward for our platform, `attribute` sets one of a class, `subclass` derives from a class.
+module's forward for our platform, `attribute` sets one of a class or of its objects, `subclass` derives from a class.
 
 Of a DSA model's weights it changes where they lie, on NVIDIA: q_b_proj and the indexer's wq_b become views of one
 matrix, and its wk and weights_proj of another, so that one GEMM reads each input; wk of fp8 blocks is dequantized into
 it. Only plain linear layers are merged, in bf16 or in fp8 blocks with fp32 scales. A layer that is wrapped (LoRA),
 offloaded or quantized otherwise serves itself, and the server's log says so once. The matrices are parameters of the
 model, in the memory of its weights, and are rebuilt after an update of weights.
+
+On sm_90, products of at most 16 or 32 tokens with the weights of attention's projections run by the plugin's own
+kernel (`ops/projection`), in plain linear layers of the same kinds. It quantizes tokens as SGLang's product of fp8
+blocks does.
 
 | name | stage | kind | target | why | releases | upstream |
 |---|---|---|---|---|---|---|

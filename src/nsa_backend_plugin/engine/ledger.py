@@ -19,7 +19,7 @@ class Hook:
 
     target: dotted path in SGLang. older_target: where it was in older releases. kind: "call" (a public registration
     function), "append" (to a list that SGLang shares by reference), "hook" (HookRegistry, AROUND), "op" (a module's
-    forward on our platform), "attribute" (of a class, set) or "subclass" (nothing is installed).
+    forward on our platform), "attribute" (of a class or of its objects, set) or "subclass" (nothing is installed).
     stage: "name" (by plugin.py), "start" (when the plugin loads), "cpu" (then, on our CPU platform only), "factory"
     (when nsa_plugin is selected and its backend is created), "gpu" (then, on a GPU), "gpu_dsa" (there, for DSA models).
     handler: "module:function" below `nsa_backend_plugin.engine`, which says `hooks.fired(name)` when it serves.
@@ -297,6 +297,18 @@ LEDGER: tuple[Hook, ...] = (
         why="merged weights that are copies (dequantized from fp8) are rebuilt after an update from any source",
         upstream="no extension point",
         patch_point=f"{_UPDATER}.UPDATE_WRAPPERS",
+    ),
+    Hook(
+        name="few_tokens",
+        target="sglang.srt.layers.quantization.fp8.Fp8LinearMethod.apply",
+        kind="attribute",
+        stage="gpu",
+        why=(
+            "projections of few tokens: a product that reads the weights once comes before the `apply` of the method "
+            "objects of attention's layers, bf16 ones too (sm_90)"
+        ),
+        upstream="--fp8-gemm-backend chooses one product for the whole model",
+        on_device=_on_gpu,
     ),
     Hook(
         name="rocm_pages",

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from nsa_backend_plugin.engine import linear
+from nsa_backend_plugin.engine import hooks, linear
 from nsa_backend_plugin.ops import projection
 from nsa_backend_plugin.ops.arch import device_arch
 
@@ -72,6 +72,7 @@ def install(attn: Any) -> None:
         method = layer.quant_method
         if getattr(method.apply, "func", None) is not _apply:
             method.apply = functools.partial(_apply, name, method.apply)
+            hooks.fired("few_tokens")
 
 
 def called_by_sglang(attn: Any) -> dict[str, Any]:
