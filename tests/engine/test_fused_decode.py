@@ -12,17 +12,19 @@ import torch
 
 from nsa_backend_plugin.engine import index_cache
 from nsa_backend_plugin.layouts import index_page_bytes, packed_latent_bytes
-from nsa_backend_plugin.ops import concat, indexer_prep, latent_cache, mqa_logits, sparse_mla, topk
+from nsa_backend_plugin.ops import concat, indexer_prep, latent_cache, mqa_logits, projection, sparse_mla, topk
 from nsa_backend_plugin.ops._torch.rotary import apply_rope
 from nsa_backend_plugin.ops.call import Call, Step
 from nsa_backend_plugin.ops.dispatch import Operation
 from nsa_backend_plugin.runtime import served
 from tests.engine.lane_races import LaneRaces
+from tests.ops.common import assert_close
 
 pytest.importorskip("sglang", reason="needs SGLang")
 absorb = pytest.importorskip("nsa_backend_plugin.engine.gpu.absorb")
 dsa_backend = pytest.importorskip("nsa_backend_plugin.engine.gpu.dsa_backend")
 indexer_path = pytest.importorskip("nsa_backend_plugin.engine.indexer")
+projections = pytest.importorskip("nsa_backend_plugin.engine.gpu.projections")
 query_projection = pytest.importorskip("nsa_backend_plugin.engine.gpu.query_projection")
 prefill = pytest.importorskip("nsa_backend_plugin.engine.gpu.prefill")
 scratch = pytest.importorskip("nsa_backend_plugin.engine.gpu.scratch")
@@ -249,6 +251,30 @@ def test_one_step_equals_the_unfused_pieces(case: Case) -> None:
     assert batch is case.batch
     assert positions is case.positions
     assert torch.equal(torch.cat([q_nope, q_rope], -1), want["q_all"])
+    assert torch.equal(case.latent.view(torch.uint8), want["latent"].view(torch.uint8))
+    assert torch.equal(case.index_pages, want["pages"])
+    assert torch.equal(slots, want["slots"])
+
+
+def spied(called: list[str], name: str, run: Any, *args: Any, **options: Any) -> Any:
+    called.append(name)
+    return run(*args, **options)
+
+
+def test_few_tokens_are_projected_by_ours_to_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With dimensions that it reads, and W_UK as it lies in memory: both projections here are called, and agree."""
+    for name in ("HIDDEN", "Q_LORA", "NOPE"):
+        monkeypatch.setitem(globals(), name, 64)
+    case = Case(monkeypatch, packed=True, is_neox=True)
+    case.attn.w_kc = case.attn.w_kc.transpose(1, 2).contiguous().transpose(1, 2)
+    want = expected(case)
+    monkeypatch.setattr(projections, "measured", lambda device: True)
+    called: list[str] = []
+    for name in ("linear", "per_head"):
+        monkeypatch.setattr(projection, name, functools.partial(spied, called, name, getattr(projection, name)))
+    q_rope, _, q_nope, *_, slots, _, _ = case.prepare()
+    assert sorted(called) == ["linear", "per_head"]
+    assert_close(torch.cat([q_nope, q_rope], -1).float(), want["q_all"].float(), 5e-6)
     assert torch.equal(case.latent.view(torch.uint8), want["latent"].view(torch.uint8))
     assert torch.equal(case.index_pages, want["pages"])
     assert torch.equal(slots, want["slots"])

@@ -49,7 +49,11 @@ def readable(weight: torch.Tensor, scale: torch.Tensor | None = None) -> bool:
 def takes(name: str, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None = None) -> bool:
     """Whether ours multiplies tokens [T, K] with the weights of a projection."""
     return (
-        x.shape[0] <= MOST_TOKENS[name] and x.dtype == torch.bfloat16 and measured(x.device) and readable(weight, scale)
+        x.shape[0] <= MOST_TOKENS[name]
+        and x.dtype == torch.bfloat16
+        and x.stride(-1) == 1
+        and measured(x.device)
+        and readable(weight, scale)
     )
 
 
@@ -67,10 +71,10 @@ def most_tokens_absorbed(weight: torch.Tensor | None, dtype: torch.dtype) -> int
 
 
 def install(attn: Any) -> None:
-    """Put ours before the `apply` of the layers that SGLang calls, where a layer is one that ours can read."""
+    """Put ours before the `apply` of the layers that SGLang calls, where it was measured and can read a layer."""
     for name, layer in called_by_sglang(attn).items():
         method = layer.quant_method
-        if getattr(method.apply, "func", None) is not _apply:
+        if measured(layer.weight.device) and getattr(method.apply, "func", None) is not _apply:
             method.apply = functools.partial(_apply, name, method.apply)
             hooks.fired("few_tokens")
 
