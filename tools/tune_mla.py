@@ -28,12 +28,10 @@ if not torch.cuda.is_available():
 
 import triton
 
-from nsa_backend_plugin.ops import latent_cache
+from nsa_backend_plugin.ops import dense_mla, latent_cache, sparse_mla
 from nsa_backend_plugin.ops._triton import mla_launch
 from nsa_backend_plugin.ops._triton.mla_launch import Tile
-from nsa_backend_plugin.ops.arch import device_arch
-from nsa_backend_plugin.ops.dense_mla import reference as dense_reference
-from nsa_backend_plugin.ops.sparse_mla import reference as sparse_reference
+from nsa_backend_plugin.ops.arch import core_count, device_arch
 
 SCALE = 192**-0.5
 QUERY_DIM = 576
@@ -97,13 +95,8 @@ def shapes(tiny: bool) -> list[Shape]:
     return decode + prefill + dense
 
 
-@dataclass
-class Inputs:
-    """What one call reads. lengths is None for the sparse operation."""
-
-    q: torch.Tensor
-    table: torch.Tensor
-    lengths: torch.Tensor | None
+#: Of one layer's call: an operation's checked arguments.
+Inputs = sparse_mla.Attend | dense_mla.Decode
 
 
 def make_cache(shape: Shape, device: torch.device) -> torch.Tensor:
@@ -111,85 +104,79 @@ def make_cache(shape: Shape, device: torch.device) -> torch.Tensor:
     return latent_cache.quantize(kv) if shape.kind == "packed" else kv
 
 
-def make_inputs(shape: Shape, device: torch.device) -> Inputs:
-    q = torch.randn(shape.rows, shape.heads, QUERY_DIM, device=device).bfloat16()
+def make_inputs(shape: Shape, kv: torch.Tensor, buffers: dict[str, torch.Tensor]) -> Inputs:
+    q = torch.randn(shape.rows, shape.heads, QUERY_DIM, device=kv.device).bfloat16()
+    lengths = torch.full((shape.rows,), shape.keys, dtype=torch.int32, device=kv.device)
     if shape.op == "sparse":
-        size = (shape.rows, shape.keys)
-        return Inputs(q, torch.randint(shape.slots, size, dtype=torch.int32, device=device), None)
+        slots = torch.randint(shape.slots, (shape.rows, shape.keys), dtype=torch.int32, device=kv.device)
+        return sparse_mla.attend.call(q, kv, slots, SCALE, lengths=lengths, **buffers)
     pages = triton.cdiv(shape.keys, PAGE_SIZE)
-    table = torch.randperm(shape.slots // PAGE_SIZE, device=device)[: shape.rows * pages].int()
-    lengths = torch.full((shape.rows,), shape.keys, dtype=torch.int32, device=device)
-    return Inputs(q, table.view(shape.rows, pages), lengths)
+    table = torch.randperm(shape.slots // PAGE_SIZE, device=kv.device)[: shape.rows * pages].int()
+    table = table.view(shape.rows, pages)
+    return dense_mla.decode.call(q, kv, table, lengths, SCALE, page_size=PAGE_SIZE, **buffers)
 
 
-def runner(
-    shape: Shape, kv: torch.Tensor, config: Tile, splits: int, workspace: torch.Tensor, out: torch.Tensor
-) -> Callable[[Inputs], None]:
-    """Function of Inputs that attends with one configuration."""
-
-    def call(inputs: Inputs) -> None:
-        mla_launch.attend(
-            inputs.q,
-            kv,
-            inputs.table,
-            inputs.lengths,
-            SCALE,
-            kind=shape.kind,
-            kv_scale=None,
-            page_size=PAGE_SIZE if shape.op == "dense" else 0,
-            config=config,
-            splits=splits,
-            out=out,
-            lse=None,
-            workspace=workspace,
-        )
-
-    return call
+def attend(shape: Shape, config: Tile, splits: int, call: Inputs) -> None:
+    """A call with one configuration."""
+    dense = isinstance(call, dense_mla.Decode)
+    mla_launch.attend(
+        call,
+        call.block_table if dense else call.indices,
+        call.seq_lens if dense else call.lengths,
+        kind=shape.kind,
+        kv_scale=None,
+        page_size=PAGE_SIZE if dense else 0,
+        config=config,
+        splits=splits,
+    )
 
 
-def expected(shape: Shape, kv: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+def expected(call: Inputs) -> torch.Tensor:
     """float32 output of the reference for the first CHECKED_ROWS rows."""
-    q, table = inputs.q[:CHECKED_ROWS], inputs.table[:CHECKED_ROWS]
-    out = torch.empty(q.shape[0], shape.heads, VALUE_DIM, device=q.device)
-    common: dict[str, Any] = {"value_dim": VALUE_DIM, "out": out, "lse": None, "workspace": None}
-    if inputs.lengths is None:
-        sparse_reference.attend(q, kv, table, SCALE, kind=shape.kind, kv_scale=None, **common)
+    q = call.q[:CHECKED_ROWS].float()
+    if isinstance(call, dense_mla.Decode):
+        table, lengths = call.block_table[:CHECKED_ROWS], call.seq_lens[:CHECKED_ROWS]
+        out = dense_mla.decode(q, call.kv.float(), table, lengths, SCALE, page_size=PAGE_SIZE, impl="torch")
     else:
-        lengths = inputs.lengths[:CHECKED_ROWS]
-        dense_reference.decode(q, kv, table, lengths, SCALE, page_size=PAGE_SIZE, num_kv_splits=None, **common)
+        kv = call.kv if call.kind == "packed" else call.kv.float()
+        out = sparse_mla.attend(q, kv, call.indices[:CHECKED_ROWS], SCALE, impl="torch")
+    assert isinstance(out, torch.Tensor)
     return out
 
 
-def configurations(shape: Shape, arch: str) -> list[tuple[Tile, int]]:
+def configurations(shape: Shape, device: torch.device) -> list[tuple[Tile, int]]:
     """Tiles to try, each at half, once and twice the split count of the rule; today's choice first."""
-    today = mla_launch.tile(arch, "pages" if shape.op == "dense" else shape.kind, shape.heads)
+    today = mla_launch.tile(device_arch(device), "pages" if shape.op == "dense" else shape.kind, shape.heads)
     head_tile = 16 if shape.heads <= 16 else 32 if shape.heads <= 32 else 64
     tiles = TILES[shape.kind, head_tile]
     found: dict[tuple[Tile, int], None] = {}
     for config in [today, *tiles]:
-        splits = mla_launch.split_count(arch, shape.rows, shape.heads, shape.keys, config)
+        splits = mla_launch.split_count(core_count(device), shape.rows, shape.heads, shape.keys, config)
         for choice in (splits, splits * 2, splits // 2):
             if 1 <= choice <= mla_launch.MAX_FORCED_SPLITS:
                 found[config, choice] = None
     return list(found)
 
 
-def tune(shape: Shape, device: torch.device, log: Callable[[str], None]) -> list[dict[str, Any]]:
-    arch = device_arch(device)
+def tune(shape: Shape, device: torch.device, log: Callable[[str], None], tiny: bool) -> list[dict[str, Any]]:
     kv = make_cache(shape, device)
     row_bytes = 656 if shape.kind == "packed" else 2 * QUERY_DIM
     bytes_read = shape.rows * shape.keys * row_bytes
-    count = clock.input_sets(bytes_read, 4 * shape.rows * (shape.keys + shape.heads * QUERY_DIM), device, cap=24)
-    sets = [make_inputs(shape, device) for _ in range(count)]
-    want = expected(shape, kv, sets[0])
+    cap, repeats = (1, 1) if tiny else (24, 5)
+    count = clock.input_sets(bytes_read, 4 * shape.rows * (shape.keys + shape.heads * QUERY_DIM), device, cap=cap)
+    chosen = configurations(shape, device)[: 2 if tiny else None]
+    most = max(splits for _, splits in chosen)
+    size = mla_launch.scratch_bytes(shape.rows * most, shape.heads, VALUE_DIM)
+    out = torch.empty(shape.rows, shape.heads, VALUE_DIM, dtype=torch.bfloat16, device=device)
+    buffers = {"out": out, "workspace": torch.empty(size, dtype=torch.uint8, device=device)}
+    sets = [make_inputs(shape, kv, buffers) for _ in range(count)]
+    want = expected(sets[0])
     results: list[dict[str, Any]] = []
-    for config, splits in configurations(shape, arch):
+    for config, splits in chosen:
         row: dict[str, Any] = {"shape": str(shape), **asdict(config), "splits": splits, "today": not results}
         results.append(row)
-        size = mla_launch.scratch_bytes(shape.rows * splits, shape.heads, VALUE_DIM)
-        workspace = torch.empty(size, dtype=torch.uint8, device=device)
-        out = torch.full((shape.rows, shape.heads, VALUE_DIM), float("nan"), dtype=torch.bfloat16, device=device)
-        call = runner(shape, kv, config, splits, workspace, out)
+        out.fill_(float("nan"))
+        call = partial(attend, shape, config, splits)
         try:
             call(sets[0])
         except triton.runtime.errors.OutOfResources as error:
@@ -202,7 +189,7 @@ def tune(shape: Shape, device: torch.device, log: Callable[[str], None]) -> list
             row["problem"] = f"wrong result: squared relative error {error_share:.1e}"
             log(f"{shape} {config} splits={splits}: {row['problem']}")
             continue
-        timing = clock.time_calls([partial(call, i) for i in sets], device, repeats=5, budget_s=0.2)
+        timing = clock.time_calls([partial(call, i) for i in sets], device, repeats=repeats, budget_s=0.2)
         row["us"] = timing.median_us
         row["gbps"] = bytes_read / timing.median_us / 1e3
     return results
@@ -233,7 +220,7 @@ def main(arguments: list[str]) -> None:
     rows: list[dict[str, Any]] = []
     for shape in shapes(options.tiny):
         if options.only in str(shape):
-            rows += tune(shape, device, print)
+            rows += tune(shape, device, print, options.tiny)
             options.out.write_text(json.dumps({"arch": device_arch(device), "rows": rows}, indent=1))
     print("\n".join(table(rows)))
 

@@ -53,7 +53,7 @@ class Tile:
 Tiles = dict[str, tuple[Tile, ...]]
 
 # Kinds: "bf16" rows selected by slot, "pages" of bf16 rows, "packed" and "fp8" rows.
-# Measured on an H200 (benchmarks/tune_mla.py, 2026-11-21); the largest tile listed serves every larger head count, in
+# Measured on an H200 (tools/tune_mla.py, 2026-11-21); the largest tile listed serves every larger head count, in
 # blocks.
 _WIDE = (Tile(32, 64, 8, 3, per_core=1), Tile(64, 64, 8, 2, per_core=1))
 _SM_90: Tiles = {

@@ -1,0 +1,45 @@
+"""The tuning tools still call the kernels as they are."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nsa_backend_plugin.ops import projection
+from nsa_backend_plugin.ops.projection import cuda
+from tools import tune_projection
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_mla_tiles_are_tried_and_right(tmp_path: Path) -> None:
+    """Minimal shapes, on a CPU in Triton's interpreter; every configuration is compared with the reference."""
+    out = tmp_path / "tune.json"
+    command = [sys.executable, "-m", "tools.tune_mla", "--tiny", f"--out={out}"]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    rows = json.loads(out.read_text())["rows"]
+    assert {row["shape"].split()[0] for row in rows} == {"sparse", "dense"}
+    assert all("problem" not in row and row["us"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("name", tune_projection.NAMES)
+def test_projection_variants_are_of_the_call_that_is_timed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[cuda._Sizes] = []
+    monkeypatch.setattr(projection.linear, "run", lambda call: asked.append(cuda._sizes_of_linear(call)))
+    monkeypatch.setattr(projection.per_head, "run", lambda call: asked.append(cuda._sizes_of_heads(call)))
+    problem = tune_projection.problem_of(name, 1, 2, torch.device("cpu"))
+    problem.run(None, problem.inputs[0], False)
+    assert asked == [tune_projection.sizes_of(name, 2)]
+
+    sizes = tune_projection.sizes_of(name, 16)
+    today = cuda._variants("sm_90", sizes, 132)[0]
+    found = list(tune_projection.variants(today, sizes, "sm_90"))
+    assert found[0] == today
+    assert len(set(found)) == len(found) > 5
+    assert all(v.cluster * v.share >= sizes.blocks for v in found)
