@@ -164,7 +164,7 @@ def tune(shape: Shape, device: torch.device, log: Callable[[str], None], tiny: b
     bytes_read = shape.rows * shape.keys * row_bytes
     cap, repeats = (1, 1) if tiny else (24, 5)
     count = clock.input_sets(bytes_read, 4 * shape.rows * (shape.keys + shape.heads * QUERY_DIM), device, cap=cap)
-    chosen = configurations(shape, device)[: 2 if tiny else None]
+    chosen = configurations(shape, device)[: 1 if tiny else None]
     most = max(splits for _, splits in chosen)
     size = mla_launch.scratch_bytes(shape.rows * most, shape.heads, VALUE_DIM)
     out = torch.empty(shape.rows, shape.heads, VALUE_DIM, dtype=torch.bfloat16, device=device)

@@ -301,7 +301,7 @@ def test_a_pool_whose_memory_may_be_given_back_is_not_promised_to_be_finite(
         dtype=torch.bfloat16,
         kv_cache_dtype=torch.bfloat16,
         model_config=SimpleNamespace(hf_text_config=None, num_attention_heads=HEADS),
-        server_args=SimpleNamespace(enable_memory_saver=sleeps),
+        server_args=SimpleNamespace(enable_memory_saver=sleeps, speculative_algorithm=None),
     )
     assert mla_backend.NsaPluginMLABackend(runner).kv_is_finite is not sleeps
 
