@@ -65,7 +65,7 @@ def test_fp8_blocks(impl, tokens, device):
 
 @pytest.mark.parametrize("impl", LINEAR)
 def test_shapes_of_the_served_layer(impl, device):
-    """Every shape of a layer of V3.2: warps and clusters share the depth in different ways. On a CPU few rows of each."""
+    """The shapes of a layer of V3.2: warps and clusters share the depth in different ways. On a CPU, few rows."""
     for rows, depth, norm in [(2112, 7168, False), (11264, 1536, True), (7168, 2048, False), (512, 16384, False)]:
         rows = rows if HAS_GPU else 40
         x = tokens_of(5, depth, device)
