@@ -75,6 +75,14 @@ def estimates() -> Iterator[Estimate]:
     )
     yield Estimate("norm_quant.rms", "64 tokens, 1536 values; not served on ROCm", 64 * 1536 * 3, 0, False, "none")
     yield Estimate(
+        "projection.linear",
+        "1 token, q_a | kv_a in fp8 blocks; not served on ROCm",
+        2112 * 7168,
+        2 * 2112 * 7168,
+        True,
+        "none",
+    )
+    yield Estimate(
         "indexer_prep.query + key_store",
         f"64 tokens, {INDEX_HEADS} heads",
         64 * ((INDEX_HEADS + 1) * INDEX_DIM * 2 + INDEX_HEADS * (INDEX_DIM + 4) + INDEX_TOKEN),
