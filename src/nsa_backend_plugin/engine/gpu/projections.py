@@ -18,7 +18,7 @@ from nsa_backend_plugin.ops import projection
 from nsa_backend_plugin.ops.arch import device_arch
 
 #: Most tokens that a projection takes by ours: SGLang's GEMMs, which read their tokens once for more rows, are faster
-#: with more. benchmarks/configs/projection.yaml, H200, 2026-11-27.
+#: with more. benchmarks/configs/projection.yaml, H200, 2026-11-27, before ours quantized its tokens.
 MOST_TOKENS = {
     "fused_qkv_a_proj_with_mqa": 16,
     "q_b_proj": 16,

@@ -88,6 +88,11 @@ class Config:
 Configs = Mapping[str, tuple[Config, ...]]
 
 
+def by_shared_memory(large: tuple[Config, ...], small: tuple[Config, ...]) -> Configs:
+    """large: where an SM has 228 KB of shared memory. small: where it has 100."""
+    return dict.fromkeys(("sm_90", "sm_100", "sm_103"), large) | dict.fromkeys(("sm_89", "sm_120", "sm_121"), small)
+
+
 def available(arch: str, configs: Configs) -> Reason:
     if arch not in configs:
         return f"fp8 decode in CUDA C++ needs {', '.join(sorted(configs))}, not {arch}"

@@ -76,6 +76,13 @@ DEVICE void let_next_kernel_start() {
 
 // ---- Thread-block clusters, from sm_90 on ----
 
+// Of a kernel whose source is compiled with CLUSTER, the blocks of a cluster.
+#if CLUSTER > 1
+#define CLUSTER_DIMS __cluster_dims__(CLUSTER, 1, 1)
+#else
+#define CLUSTER_DIMS
+#endif
+
 DEVICE uint32 block_of_cluster() {
   uint32 rank;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));

@@ -1,6 +1,7 @@
 """Dense MLA decode over plain fp8 rows, in CUDA C++: the kernel of sparse decode over packed rows, fed by a page table.
 
-Not measured yet. Every group of 16 heads converts a row anew, so that with many heads Triton's tile of 64 should win.
+Every group of 16 heads converts a row anew. With more heads that still takes less time than Triton's tiles, but more
+than vendors' kernels over bf16 rows for more than a few requests (benchmarks/RESULTS.md).
 """
 
 from __future__ import annotations
@@ -13,17 +14,10 @@ from nsa_backend_plugin.ops._torch.mla import Result
 from nsa_backend_plugin.ops.call import Reason
 from nsa_backend_plugin.ops.dense_mla import Decode
 
-#: By the shared memory of an SM, as for packed rows, whose tiles are a tenth larger.
-_LARGE = (Config(PLAIN, 4, 2, max_groups=32), Config(PLAIN, 3, 3))
-_SMALL = (Config(PLAIN, 3, 1),)
-CONFIGS = {
-    "sm_90": _LARGE,
-    "sm_100": _LARGE,
-    "sm_103": _LARGE,
-    "sm_89": _SMALL,
-    "sm_120": _SMALL,
-    "sm_121": _SMALL,
-}
+#: As for packed rows, whose tiles are a tenth larger.
+CONFIGS = mla.by_shared_memory(
+    large=(Config(PLAIN, 4, 2, max_groups=32), Config(PLAIN, 3, 3)), small=(Config(PLAIN, 3, 1),)
+)
 
 
 def available(arch: str) -> Reason:

@@ -178,7 +178,10 @@ def _kernels(arch: str, sizes: _Sizes, cores: int) -> dict[int, tuple[_Variant, 
 
 @functools.cache
 def _variants(arch: str, sizes: _Sizes, cores: int) -> tuple[_Variant, ...]:
-    """One for each number of token tiles. Found by `tools/tune_projection.py` on an H200, 2026-11-27."""
+    """One for each number of token tiles.
+
+    Found on an H200, 2026-11-27, by trying variants as `tools/tune_projection.py` does.
+    """
     kind, heads, rows, blocks = sizes
     cluster = 1
     if blocks > 16 and _may_share(arch, kind):

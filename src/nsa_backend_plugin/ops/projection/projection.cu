@@ -263,12 +263,6 @@ DEVICE void finish(Shared& s, const Arguments& a, int rank, int first_row) {
   }
 }
 
-#if CLUSTER > 1
-#define CLUSTER_DIMS __cluster_dims__(CLUSTER, 1, 1)
-#else
-#define CLUSTER_DIMS
-#endif
-
 extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(THREADS, RESIDENT) projection(const Arguments a) {
   extern __shared__ __align__(16) unsigned char raw[];
   Shared& s = *reinterpret_cast<Shared*>(raw);

@@ -10,18 +10,10 @@ from nsa_backend_plugin.ops._torch.mla import Result
 from nsa_backend_plugin.ops.call import Reason
 from nsa_backend_plugin.ops.sparse_mla import Attend
 
-#: sm_90 and sm_10x have 228 KB of shared memory per SM, sm_89 and sm_12x 100. sm_90 as measured: with few tokens, two
-#: blocks and deep pipelines beat three blocks and more splits.
-_LARGE = (Config(PACKED, 4, 2, max_groups=32), Config(PACKED, 2, 3))
-_SMALL = (Config(PACKED, 3, 1),)
-CONFIGS = {
-    "sm_90": _LARGE,
-    "sm_100": _LARGE,
-    "sm_103": _LARGE,
-    "sm_89": _SMALL,
-    "sm_120": _SMALL,
-    "sm_121": _SMALL,
-}
+#: sm_90 as measured: with few tokens, two blocks and deep pipelines beat three blocks and more splits.
+CONFIGS = mla.by_shared_memory(
+    large=(Config(PACKED, 4, 2, max_groups=32), Config(PACKED, 2, 3)), small=(Config(PACKED, 3, 1),)
+)
 
 
 def available(arch: str) -> Reason:

@@ -63,12 +63,6 @@ __device__ __forceinline__ u32 cluster_rank() {
   return 0;
 }
 
-#if CLUSTER > 1
-#define CLUSTER_DIMS __cluster_dims__(CLUSTER, 1, 1)
-#else
-#define CLUSTER_DIMS
-#endif
-
 // ---------------------------------------------------------------- block-wide sums
 
 // Exclusive prefix sum over the block of one value per thread; `total` is the sum over all threads.
