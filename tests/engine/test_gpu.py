@@ -1,7 +1,7 @@
 """The GPU backends beside stock SGLang on random prompts and real answers: run on a GPU host with `make test-gpu`.
 
-Nothing here is timed, so that processes share the GPU: every probe (a model in process, `gpu_probe.py`) and every real
-server starts at once, at most `WORKERS` at a time, and the tests read what they left.
+Nothing here is timed, so that processes share the GPUs, which they get in turn: every probe (a model in process,
+`gpu_probe.py`) and every real server starts at once, at most `WORKERS` at a time, and the tests read what they left.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from tests.engine.conftest import ROOT
 pytestmark = [pytest.mark.gpu, pytest.mark.engine]
 
 MODEL_2K = ROOT / "examples" / "models" / "tiny-dsa-2k"
-WORKERS = min(10, (os.cpu_count() or 1) // 2)
+#: As CUDA_VISIBLE_DEVICES names them.
+GPUS = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+WORKERS = min(10 * len(GPUS), (os.cpu_count() or 1) // 2)
 LAYERS = 4
 #: (family, heads, KV dtype); 64 prompts up to 12k tokens for the first ones, 19 shorter ones for the other head counts.
 FULL = (("v32", 16, "fp8_e4m3"), ("v32", 16, "bfloat16"), ("glm", 16, "fp8_e4m3"))
@@ -60,40 +62,39 @@ def least_cosine(case: tuple[str, int, str], bf16: float = 0.999) -> float:
     return 0.997 if case in QUANTIZED + MLA_FP8 else bf16
 
 
-def _run(command: list[str], log: Path, env: dict[str, str] | None = None) -> str:
-    """ "" or the end of the log of a command that failed."""
+def _run(command: list[str], log: Path, number: int) -> str:
+    """ "" or the end of the log of a command that failed. number: of the run; it chooses the GPU."""
+    env = {**os.environ, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": GPUS[number % len(GPUS)]}
     with log.open("wb") as file:
-        everything = {**os.environ, "TRITON_INTERPRET": "0", **(env or {})}
         try:
-            code = subprocess.run(
-                command, stdout=file, stderr=file, env=everything, timeout=400, check=False
-            ).returncode
+            code = subprocess.run(command, stdout=file, stderr=file, env=env, timeout=400, check=False).returncode
         except subprocess.TimeoutExpired:
             code = 124
     return f"exit code {code}: {log.read_text(errors='replace')[-4000:]}" if code else ""
 
 
-def _probe(folder: Path, model: Path, case: tuple[str, int, str], backend: str, port: int) -> Path:
+def _probe(folder: Path, model: Path, case: tuple[str, int, str], backend: str, number: int) -> Path:
     output = folder / f"{name(case)}-{backend}.pt"
     command = [sys.executable, "-m", "tests.engine.gpu_probe", f"--output={output}"]
     command += [] if case in FULL else ["--prompts=19", "--longest=4096", "--batches", "16", "3", "1", "1"]
     command += ["--variants"] if backend == "nsa_plugin" and case not in MLA else []
     command += ["--", f"--model-path={model}", f"--attention-backend={backend}", f"--kv-cache-dtype={case[2]}"]
-    command += [f"--port={port}", *PROBE, "--cuda-graph-bs-decode", *map(str, gpu_probe.CAPTURED)]
-    error = _run(command, output.with_suffix(".log"))
+    # SGLang draws its rendezvous port from the hundreds above --port.
+    command += [f"--port={20000 + 1500 * number}", *PROBE, "--cuda-graph-bs-decode", *map(str, gpu_probe.CAPTURED)]
+    error = _run(command, output.with_suffix(".log"), number)
     if error:
         raise RuntimeError(f"{name(case)} {backend}: {error}")
     return output
 
 
-def _gsm8k(folder: Path, tasks: Path, kv: str) -> Path:
+def _gsm8k(folder: Path, tasks: Path, kv: str, number: int) -> Path:
     out = folder / f"gsm8k-{kv}"
     command = [sys.executable, "-m", "nsa_backend_plugin.cli", "gsm8k", f"--model-path={MODEL_2K}", "--num-shots=0"]
     command += ["--max-tokens=64", "--min-accuracy=0.95", f"--out={out}", f"--data-path={tasks}", "--concurrency=32"]
     command += ["--arms", "nsa_plugin", "dsa", "--", *SERVER, f"--kv-cache-dtype={kv}"]
     # Batches beyond the captured sizes run eagerly, those between them padded: both must be right.
     command += ["--cuda-graph-bs-decode", "1", "4", "16"]
-    error = _run(command, folder / f"gsm8k-{kv}.log")
+    error = _run(command, folder / f"gsm8k-{kv}.log", number)
     if error:
         raise RuntimeError(f"gsm8k {kv}: {error}")
     return out / "report.json"
@@ -117,12 +118,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[object, Futu
     }
     started: dict[object, Future[Path]] = {}
     with ThreadPoolExecutor(WORKERS) as pool:
-        for kv in ("bfloat16", "fp8_e4m3"):
-            started[kv] = pool.submit(_gsm8k, folder, tasks, kv)
+        for number, kv in enumerate(("bfloat16", "fp8_e4m3")):
+            started[kv] = pool.submit(_gsm8k, folder, tasks, kv, number)
         for number, (case, backend) in enumerate((c, b) for c in CASES + MLA for b in ("nsa_plugin", stock(c))):
-            # SGLang draws its rendezvous port from the hundreds above --port.
-            arguments = (folder, models[case[:2]], case, backend, 20000 + 1500 * number)
-            started[case, backend] = pool.submit(_probe, *arguments)
+            started[case, backend] = pool.submit(_probe, folder, models[case[:2]], case, backend, number)
         yield started
         for future in started.values():
             future.cancel()
