@@ -16,8 +16,8 @@ from nsa_backend_plugin.ops import projection
 
 HIDDEN, Q_LORA, LATENT, NOPE, INDEX = 7168, 1536, 576, 128, 64 * 128
 BF16_BAR = 5e-6
-#: Peers quantize their tokens to fp8 too: a value moves by up to 1 of 16.
-FP8_PEER_BAR = 2e-3
+#: Tokens are quantized to fp8 by everyone: a value beside a rounding's edge moves by up to 1 of 16.
+FP8_BAR = 2e-3
 #: Name -> (rows, depth) of the weights of DeepSeek-V3.2 with `heads` query heads on a GPU, fp8, normalized tokens.
 SHAPES = {
     "q_a_kv_a": (lambda heads: (Q_LORA + LATENT, HIDDEN), True, False),
@@ -38,7 +38,7 @@ def build_linear(params: Mapping[str, Any], device: torch.device) -> Problem:
     dtype = torch.bfloat16 if fp8 else torch.float32
     gain = (torch.rand(depth, device=device) + 0.5).to(torch.bfloat16) if norm else None
     scale = torch.rand(-(-rows // 128), depth // 128, device=device) + 0.5 if fp8 else None
-    kind = torch.float8_e4m3fn if fp8 else torch.bfloat16
+    kind, bar = (torch.float8_e4m3fn, FP8_BAR) if fp8 else (torch.bfloat16, BF16_BAR)
     weights = [torch.randn(rows, depth, device=device).to(kind) for _ in range(sets)]
 
     def run(impl: str | None, item: torch.Tensor, poison: bool) -> torch.Tensor:
@@ -51,8 +51,8 @@ def build_linear(params: Mapping[str, Any], device: torch.device) -> Problem:
         inputs=weights,
         run=run,
         check=check,
-        bar=BF16_BAR,
-        peer_bar=FP8_PEER_BAR if fp8 else BF16_BAR,
+        bar=bar,
+        peer_bar=bar,
         checked=f"all {tokens} rows against torch float32",
         bytes=touched,
         flops=2 * tokens * rows * depth,
