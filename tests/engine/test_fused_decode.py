@@ -396,9 +396,11 @@ def test_the_calls_are_those_that_are_reported_and_compiled_ahead(case: Case, mo
         assert form(call) == form(made[name]), name
 
 
+@pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("merged", [False, True])
-def test_main_lane_is_issued_first_and_joined_last(monkeypatch: pytest.MonkeyPatch, merged: bool) -> None:
+def test_main_lane_is_issued_first_and_joined_last(monkeypatch: pytest.MonkeyPatch, merged: bool, early: bool) -> None:
     case = Case(monkeypatch, packed=True, is_neox=True, merged=merged)
+    monkeypatch.setattr(projections, "shares_the_gpu", lambda positions: early)
     log = case.log
 
     class Lane:
@@ -431,11 +433,13 @@ def test_main_lane_is_issued_first_and_joined_last(monkeypatch: pytest.MonkeyPat
         ["q_a", "project", "side", "key_store", "main"],
         [*separate, "bmm", "store", "side", "select", "main"],
     )
-    assert log == ["fork", *first, "fork", *second, "join"]
+    assert log == [*first, "fork", *second, "join"]
 
 
-def test_lanes_touch_nothing_unordered(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("early", [False, True])
+def test_lanes_touch_nothing_unordered(case: Case, monkeypatch: pytest.MonkeyPatch, early: bool) -> None:
     watch = LaneRaces()
+    monkeypatch.setattr(projections, "shares_the_gpu", lambda positions: early)
     monkeypatch.setattr(absorb, "side_lane", lambda stream, tokens: watch.side())
     with watch:
         case.hidden = case.hidden.clone()  # written on the main lane

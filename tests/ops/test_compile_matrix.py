@@ -21,8 +21,9 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 #: Compiled by each run, some random cases of one target of each vendor and of a third. All cases of all targets take a
 #: quarter of an hour: the table has them, each with a fingerprint of what it was compiled from.
 SAMPLED = ("sm_90", "gfx942")
-#: Interpreted kernels, as in this process, have nothing to compile.
-COMPILE = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
+#: Interpreted kernels, as in this process, have nothing to compile. A GPU host finds its libraries by PYTHONPATH.
+PATH = os.pathsep.join([str(ROOT), str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
+COMPILE = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": PATH}
 
 DOCS = ROOT / "docs"
 TABLE, TILELANG_TABLE = DOCS / "compile_table.csv", DOCS / "tilelang_table.csv"

@@ -112,8 +112,8 @@ def examples(arch: str) -> dict[str, Model]:
     kv, layout = ("packed", "row_major") if is_cuda(arch) else ("bf16", "preshuffled" if is_rocm(arch) else "row_major")
     v32 = Model(16, Indexer(64), kv=kv, layout=layout, quantized_q_lora=1536 if is_cuda(arch) else 0)
     if arch == "sm_90":
-        q_b = Projection(11264, 1536, 16, fp8=True, norm=True)
-        v32 = replace(v32, projections=(Projection(2112, 7168, 16, fp8=True), q_b), absorbs=32, values=32)
+        q_b = Projection(11264, 1536, 8, fp8=True, norm=True)
+        v32 = replace(v32, projections=(Projection(2112, 7168, 8, fp8=True), q_b), absorbs=32, values=32)
     return {
         "DeepSeek-V3.2, 16 heads": v32,
         "DeepSeek-V3.2, 128 heads": replace(v32, heads=128),

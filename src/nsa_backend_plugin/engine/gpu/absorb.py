@@ -2,10 +2,11 @@
 those of speculative decoding (verification of drafts, the draft model's extend), where requests have several queries.
 
     main stream                                          side stream
-    fork
-    q_a | kv_a GEMM                                      wk | weights_proj GEMM
-    q_a norm + quantization                              key prep and store
-    q_b_proj | wq_b GEMM
+    fork (of few tokens)
+    q_a | kv_a GEMM
+    fork (of more)
+    q_a norm + quantization                              wk | weights_proj GEMM
+    q_b_proj | wq_b GEMM                                 key prep and store
     fork
     W_UK product, straight into q_all[..., :512]         query prep, logits, top-k
     RoPE of q into q_all[..., 512:], norm + RoPE
@@ -13,7 +14,8 @@ those of speculative decoding (verification of drafts, the draft model's extend)
     join
 
 The main stream's kernels are issued first after each fork: inside graph capture the other order spreads the side lane
-over many streams. Where q_b_proj and wq_b cannot be one GEMM, q_b_proj follows the second fork. Of few tokens, the norm
+over many streams. The side stream starts before the first GEMM where that leaves it room: SGLang's, of more tokens, takes
+every multiprocessor and waits for all of them. Where q_b_proj and wq_b cannot be one GEMM, q_b_proj follows the second fork. Of few tokens, the norm
 is part of that product (projections.py). q_all is complete when the layer's attention gets its two halves, so
 `concat.q_all` is a view there and nothing is concatenated (the cat-skip path).
 """
@@ -143,11 +145,15 @@ def _prepare(
     pool, indexer = backend.token_to_kv_pool, attn.indexer
     value_dim, nope_dim = attn.kv_lora_rank, attn.qk_nope_head_dim
     lane = side_lane(attn.alt_stream, positions.shape[0])
-    lane.fork()
+    early = projections.shares_the_gpu(positions)
+    if early:
+        lane.fork()
     # SGLang multiplies with q_a | kv_a when it is asked for the product.
     q_lora, latent = (
         get_attn_tp_context().fetch_qkv_latent().split([attn.q_lora_rank, value_dim + attn.qk_rope_head_dim], dim=-1)
     )
+    if not early:
+        lane.fork()
     runs_indexer = attn.should_run_indexer(prev_topk_indices)
     if runs_indexer:
         index_query, project_q = query_projection.project(attn, q_lora)

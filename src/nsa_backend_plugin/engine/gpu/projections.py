@@ -27,21 +27,27 @@ from nsa_backend_plugin.ops import projection
 from nsa_backend_plugin.ops.arch import device_arch
 
 #: Most tokens that a projection takes by ours: SGLang's GEMMs, which read their tokens once for more rows, are faster
-#: with more. benchmarks/configs/projection.yaml, H200, 2026-11-27, before ours quantized its tokens.
+#: with more, or leave the second stream more of the GPU. Whole layers of V3.2, H200, 2026-11-27 (RESULTS.notes.md).
 MOST_TOKENS = {
-    "fused_qkv_a_proj_with_mqa": 16,
-    "q_b_proj": 16,
-    "wk_weights_proj": 32,
+    "fused_qkv_a_proj_with_mqa": 8,
+    "q_b_proj": 8,
+    "wk_weights_proj": 8,
     "per_head": 32,
     "o_proj": 16,
 }
-#: There too: of longer rows (o_proj of 128 heads has 16384), and of more heads, the others are faster with any number.
+#: Of longer rows (o_proj of 128 heads has 16384), and of more heads, the others are faster with any number of tokens:
+#: benchmarks/configs/projection.yaml, there too.
 _MOST_DEPTH, _MOST_HEADS = 8192, 64
 
 
 def measured(device: torch.device) -> bool:
     """Whether ours was measured beside the GEMMs of a device."""
     return device_arch(device) == "sm_90"
+
+
+def shares_the_gpu(positions: torch.Tensor) -> bool:
+    """Whether the projection q_a | kv_a of a batch with these positions [T] leaves room for others beside it."""
+    return positions.shape[0] <= MOST_TOKENS["fused_qkv_a_proj_with_mqa"] and measured(positions.device)
 
 
 def readable(weight: torch.Tensor, scale: torch.Tensor | None = None) -> bool:
