@@ -25,9 +25,10 @@ from nsa_backend_plugin.ops._vendor import mla, probe
 from nsa_backend_plugin.ops.call import Step
 from nsa_backend_plugin.ops.sparse_mla.reference import rows
 from tests.ops import fake_aiter_attention
-from tests.ops.common import assert_close, permuted_block_table, poison
+from tests.ops.common import assert_close
 from tests.ops.fake_aiter import as_declared
 from tests.ops.implementations import DEVICE
+from tools.calls import block_table, poison, row_slots
 
 SCALE = 192**-0.5
 DIM, VALUE = 576, 512
@@ -171,7 +172,7 @@ def check_dense(
 ) -> None:
     lengths = [130, 5 if rows_have_keys else 0, 1, 128]
     q = torch.randn(len(lengths), heads, DIM).bfloat16()
-    table, pages = permuted_block_table(lengths, page_size, q.device)
+    table, pages = block_table(lengths, page_size, q.device)
     width = -(-table.shape[1] * page_size // 128) * 128 // page_size
     table = torch.nn.functional.pad(table, (0, width - table.shape[1]))
     kv = poison(pages * page_size, 1, DIM, dtype=torch.bfloat16, device=q.device)
@@ -179,8 +180,7 @@ def check_dense(
         kv.zero_()
     latents = []
     for b, length in enumerate(lengths):
-        position = torch.arange(length)
-        slots = table[b, position // page_size].long() * page_size + position % page_size
+        slots = row_slots(table[b], length, page_size)
         kv[slots] = torch.randn(length, 1, DIM).bfloat16()
         latents.append(kv[slots, 0].float())
     expected = attend_rows(q, latents)
