@@ -355,6 +355,12 @@ class Calls:
             "norm": norm,
         }
 
+    def latent_cache_quantize(self, tokens: int, dim: int = HEAD_DIM) -> Arguments:
+        return {"kv": self.tokens(tokens, dim)}
+
+    def latent_cache_dequantize(self, tokens: int) -> Arguments:
+        return {"packed": stored(self.tokens(tokens, HEAD_DIM), "packed")}
+
     def latent_cache_store(
         self,
         tokens: int,

@@ -19,8 +19,7 @@ from nsa_backend_plugin.layouts import INDEX_PAGE_SIZE
 from nsa_backend_plugin.ops import index_key_cache, indexer_prep, latent_cache, norm_quant
 from nsa_backend_plugin.ops.index_key_cache import reference as index_reference
 from nsa_backend_plugin.ops.latent_cache import reference as latent_reference
-from tools import calls
-from tools.calls import Arguments, Calls
+from tools.calls import Arguments, Calls, int32
 
 MAX_POSITION = 16384
 
@@ -126,7 +125,7 @@ def build_index_gather(params: Mapping[str, Any], device: torch.device) -> Probl
     pages = -(-context // INDEX_PAGE_SIZE)
     cache = base.index_pool(max(batch * pages, params["pool_pages"]), device)
     lengths = [context] * batch
-    shared = {"seq_lens": calls.int32(lengths, device), "total_tokens": batch * context}
+    shared = {"seq_lens": int32(lengths, device), "total_tokens": batch * context}
     touched = 2 * batch * context * base.INDEX_TOKEN_BYTES + batch * pages * 4
     sets = input_sets(touched, batch * pages * 4, device, at_least=params["min_sets"])
 
@@ -193,7 +192,8 @@ def build_quantize(params: Mapping[str, Any], device: torch.device) -> Problem:
         unpack = latent_reference.unpack
         return base.cosine_distance(unpack(actual, base.VALUE_DIM), unpack(expected, base.VALUE_DIM))
 
-    return _rows_problem(params, device, latent_cache.quantize, check, base.FP8_BAR)
+    make = Calls(device, plain=True).latent_cache_quantize
+    return _rows_problem(params, device, latent_cache.quantize, make, check, base.FP8_BAR)
 
 
 def build_dequantize(params: Mapping[str, Any], device: torch.device) -> Problem:
@@ -202,17 +202,16 @@ def build_dequantize(params: Mapping[str, Any], device: torch.device) -> Problem
     def check(out: torch.Tensor, item: Any) -> float:
         return base.cosine_distance(out.float(), latent_cache.dequantize(**item, impl="torch").float())
 
-    return _rows_problem(params, device, latent_cache.dequantize, check, base.BF16_BAR)
+    make = Calls(device, plain=True).latent_cache_dequantize
+    return _rows_problem(params, device, latent_cache.dequantize, make, check, base.BF16_BAR)
 
 
-def _rows_problem(params: Mapping[str, Any], device: torch.device, function, check, bar: float) -> Problem:
+def _rows_problem(params: Mapping[str, Any], device: torch.device, function, make, check, bar: float) -> Problem:
     tokens = params["tokens"]
     touched = tokens * (base.ROW_BYTES["bf16"] + base.ROW_BYTES["packed"])
     sets = input_sets(touched, tokens * base.ROW_BYTES["bf16"], device, at_least=params["min_sets"])
-    rows = [Calls(device).rows(tokens, base.HEAD_DIM) for _ in range(sets)]
-    packs = function is latent_cache.quantize
     return Problem(
-        inputs=[{"kv": r} if packs else {"packed": calls.stored(r, "packed")} for r in rows],
+        inputs=[make(tokens) for _ in range(sets)],
         run=base.runs(function),
         check=check,
         bar=bar,

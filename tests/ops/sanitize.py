@@ -36,7 +36,7 @@ from nsa_backend_plugin.ops import (
 )
 from nsa_backend_plugin.ops.arch import device_arch
 from nsa_backend_plugin.ops.call import Declined
-from tools.calls import Arguments, Calls, block_table, stored
+from tools.calls import Arguments, Calls, block_table
 from tools.compile_matrix import kernel_modules
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -71,8 +71,8 @@ def topk_calls() -> Iterator[Case]:
 
 
 def latent_calls() -> Iterator[Case]:
-    yield latent_cache.quantize, {"kv": MAKE.tokens(40, 576)}
-    yield latent_cache.dequantize, {"packed": stored(MAKE.tokens(40, 576), "packed")}
+    yield latent_cache.quantize, MAKE.latent_cache_quantize(40)
+    yield latent_cache.dequantize, MAKE.latent_cache_dequantize(40)
     for kind in ("bf16", "fp8", "packed"):
         for tokens in (33, 600):
             yield latent_cache.store, {**MAKE.latent_cache_store(tokens, kind, 20), "norm_weight": MAKE.rows(512)}

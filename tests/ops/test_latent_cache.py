@@ -30,7 +30,7 @@ def test_quantize_and_dequantize(impl, device):
         (5, 512, 512, 128, torch.bfloat16),  # no RoPE part
         (5, 64, 64, 16, torch.float32),
     ]:
-        kv = Calls(device, dtype).tokens(rows, width)
+        kv = Calls(device, dtype).latent_cache_quantize(rows, width)["kv"]
         options = dict(value_dim=value_dim, tile_size=tile)
         packed = run(latent_cache.quantize, impl, kv, **options)
         assert torch.equal(packed, latent_cache.quantize(kv, impl="torch", **options))
@@ -46,7 +46,7 @@ def test_tiles_that_no_kernel_takes(impl, value_dim, tile, device):
     """The reference takes any tile that divides; ours say why not."""
     if fp8_dtype(device) != PACKED:
         pytest.skip("the packed layout is e4m3fn")
-    kv = Calls(device, torch.float32).tokens(5, value_dim + 8)
+    kv = Calls(device, torch.float32).latent_cache_quantize(5, value_dim + 8)["kv"]
     options = dict(value_dim=value_dim, tile_size=tile)
     packed = latent_cache.quantize(kv, impl="torch", **options)
     restored = latent_cache.dequantize(packed, dtype=torch.float32, impl="torch", **options)
@@ -64,7 +64,7 @@ def test_tiles_that_no_kernel_takes(impl, value_dim, tile, device):
 def test_packed_rows_that_start_anywhere(impl, start, device):
     if fp8_dtype(device) != PACKED:
         pytest.skip("the packed layout is e4m3fn")
-    packed = latent_cache.quantize(Calls(device).tokens(3, 576), impl="torch").flatten()
+    packed = Calls(device).latent_cache_dequantize(3)["packed"].flatten()
     shifted = torch.empty(start + packed.numel(), dtype=torch.uint8, device=device)[start:].copy_(packed).view(3, 656)
     expected = latent_cache.dequantize(packed.view(3, 656), impl="torch")
     assert torch.equal(run(latent_cache.dequantize, impl, shifted, may_decline="4-byte boundary"), expected)
