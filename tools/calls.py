@@ -162,9 +162,10 @@ class Calls:
         """
         if kv is None:
             used = max(topk, 24) + 5
-            slots = torch.randperm(2 * used, device=self.device)[:used]
+            total = -(-2 * used // 64) * 64  # whole pages: of others FlashMLA reads no packed rows
+            slots = torch.randperm(total, device=self.device)[:used]
             values = torch.randn(used, HEAD_DIM, device=self.device) * kv_size
-            kv = latent_cache(stored(values, kind, kv_scale * kv_size), slots, 2 * used)
+            kv = latent_cache(stored(values, kind, kv_scale * kv_size), slots, total)
             indices = slots[torch.rand(tokens, used, device=self.device).argsort(dim=1)[:, :topk]].int()
             indices[torch.rand(tokens, topk, device=self.device) < missing] = -1
         return {

@@ -28,7 +28,7 @@ from tests.ops.common import assert_close
 from tests.ops.fake_aiter import as_declared
 from tests.ops.implementations import DEVICE
 from tools.calls import SOFTMAX_SCALE as SCALE
-from tools.calls import Calls, poison, row_slots, stored
+from tools.calls import Calls, poison, row_slots
 
 DIM, VALUE = 576, 512
 
@@ -79,14 +79,12 @@ def vendor_answer(q: torch.Tensor, latents: list[torch.Tensor]) -> tuple[torch.T
 
 
 def sparse_inputs(kind: str, heads: int, topk: int = 128) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    tokens, slots = 4, 256
-    q = torch.randn(tokens, heads, DIM).bfloat16()
-    kv = stored(torch.randn(slots, DIM), kind).unsqueeze(1)
-    indices = torch.stack([torch.randperm(slots)[:topk] for _ in range(tokens)]).int()
+    call = Calls(torch.device("cpu")).sparse_mla_attend(4, heads, topk, kind, missing=0.0)
+    q, kv, indices = call["q"], call["kv"], call["indices"]
     indices[0, ::3] = -1
     indices[1] = -1
     indices[2, 1:] = -1
-    used = torch.zeros(slots, dtype=torch.bool)
+    used = torch.zeros(len(kv), dtype=torch.bool)
     used[indices[indices >= 0].long()] = True
     kv[~used] = 0x7F if kind == "packed" else float("nan")
     return q, kv, indices
@@ -333,7 +331,8 @@ def test_flash_mla_over_unpacked_rows_says_what_it_needs() -> None:
 @pytest.mark.usefixtures("flash_mla")
 def test_the_places_of_slots_are_made_once_per_step(monkeypatch: pytest.MonkeyPatch) -> None:
     module, step, made = adapter("sparse_mla", "flash_mla_unpacked"), Step(), []
-    context, once = torch.arange(256, dtype=torch.int32, device=DEVICE), Step.once
+    slots, once = len(sparse_inputs("packed", 64)[1]), Step.once
+    context = torch.arange(slots, dtype=torch.int32, device=DEVICE)
 
     def counting(self: Step, key: Any, make: Any, *of: torch.Tensor, **where: Any) -> Any:
         return once(self, key, lambda: made.append(key) or make(), *of, **where)
@@ -342,7 +341,7 @@ def test_the_places_of_slots_are_made_once_per_step(monkeypatch: pytest.MonkeyPa
     for _ in range(2):
         q, kv, indices = (t.to(DEVICE) for t in sparse_inputs("packed", 64))
         module.attend(sparse_mla.attend.call(q, kv, indices, SCALE, context=context, step=step))
-    assert [key for key in made if "places" in str(key)] == [("places of slots", 256)]
+    assert [key for key in made if "places" in str(key)] == [("places of slots", slots)]
 
 
 @pytest.mark.parametrize("heads", [12, 16])
