@@ -17,8 +17,8 @@ from tools.calls import Calls
 
 HIDDEN, Q_LORA, LATENT, NOPE, INDEX = 7168, 1536, 576, 128, 64 * 128
 BF16_BAR = 5e-6
-#: Peers quantize their tokens to fp8 too: a value moves by up to 1 of 16.
-FP8_PEER_BAR = 2e-3
+#: Tokens are quantized to fp8 by everyone: a value beside a rounding's edge moves by up to 1 of 16.
+FP8_BAR = 2e-3
 #: Name -> (rows, depth) of the weights of DeepSeek-V3.2 with `heads` query heads on a GPU, fp8, normalized tokens.
 SHAPES = {
     "q_a_kv_a": (lambda heads: (Q_LORA + LATENT, HIDDEN), True, False),
@@ -38,6 +38,7 @@ def build_linear(params: Mapping[str, Any], device: torch.device) -> Problem:
     make, dtype = Calls(device, plain=True), torch.bfloat16 if fp8 else torch.float32
     shared = {**make.projection_linear(tokens, rows, depth, fp8, norm), "dtype": dtype}
     del shared["weight"]
+    bar = FP8_BAR if fp8 else BF16_BAR
 
     def check(out: torch.Tensor, item: Any) -> float:
         return base.cosine_distance(out.float(), projection.linear(**item, impl="torch").float())
@@ -46,8 +47,8 @@ def build_linear(params: Mapping[str, Any], device: torch.device) -> Problem:
         inputs=[make.projection_linear(tokens, rows, depth, fp8) | shared for _ in range(sets)],
         run=base.runs(projection.linear),
         check=check,
-        bar=BF16_BAR,
-        peer_bar=FP8_PEER_BAR if fp8 else BF16_BAR,
+        bar=bar,
+        peer_bar=bar,
         checked=f"all {tokens} rows against torch float32",
         bytes=touched,
         flops=2 * tokens * rows * depth,

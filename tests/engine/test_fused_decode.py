@@ -175,7 +175,13 @@ class Case:
         self.capturing = False
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
         monkeypatch.setattr(absorb, "get_attn_backend", lambda: self.backend)
-        monkeypatch.setattr(absorb, "get_attn_tp_context", lambda: SimpleNamespace(fetch_qkv_latent=lambda: self.qkv))
+
+        def fetch_qkv_latent() -> torch.Tensor:
+            self.log.append("q_a")
+            return self.qkv
+
+        context = SimpleNamespace(fetch_qkv_latent=fetch_qkv_latent)
+        monkeypatch.setattr(absorb, "get_attn_tp_context", lambda: context)
         monkeypatch.setattr(absorb, "get_parallel", lambda: SimpleNamespace(dcp_enabled=False))
         monkeypatch.setattr(absorb, "is_kv_b_lora_active", lambda attn: False)
         monkeypatch.setattr(absorb, "maybe_capture_indexer_topk", lambda layer_id, slots: slots)
@@ -421,7 +427,10 @@ def test_main_lane_is_issued_first_and_joined_last(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(query_projection, "project", logged("project", query_projection.project))
     case.prepare()
     separate = [] if merged else ["q_b_proj"]
-    first, second = ["project", "side", "key_store", "main"], [*separate, "bmm", "store", "side", "select", "main"]
+    first, second = (
+        ["q_a", "project", "side", "key_store", "main"],
+        [*separate, "bmm", "store", "side", "select", "main"],
+    )
     assert log == ["fork", *first, "fork", *second, "join"]
 
 

@@ -64,8 +64,7 @@ _HOOKED_MODULES = "hooks on the model's modules (some of them run as one kernel,
 #: something that only another backend does.
 REFUSED: Mapping[str, Refused] = {
     # Caches
-    "enable_hierarchical_cache": _no(_HICACHE),
-    "hicache_storage_backend": _no(_HICACHE, _UNSET),
+    "hicache_storage_backend": _no("a store of the hierarchical cache other than files", (None, "file")),
     "enable_lmcache": _no("LMCache"),
     "enable_flexkv": _no("FlexKV"),
     "radix_cache_backend": _no("another radix cache than SGLang's own", _UNSET),
@@ -86,7 +85,7 @@ REFUSED: Mapping[str, Refused] = {
     # Who computes what
     "disaggregation_transfer_backend": _no("another transfer of caches than Mooncake's", ("mooncake", "mooncake_tcp")),
     "disaggregation_decode_enable_radix_cache": _no("a decode server that keeps prefixes"),
-    "disaggregation_decode_enable_offload_kvcache": _no(_HICACHE),
+    "disaggregation_decode_enable_offload_kvcache": _no("a decode server that stores its cache"),
     "disaggregation_decode_retraction_backup": _no(
         "a chosen store for what a decode server retracts", _UNSET, asked=True
     ),
@@ -169,6 +168,7 @@ ON_DEVICE: Mapping[str, Mapping[str, Refused]] = {
         "dsa_prefill_backend": Refused(_OWN_KERNELS, (None, "tilelang", "aiter"), asked=True),
         "dsa_decode_backend": Refused(_OWN_KERNELS, (None, "tilelang", "aiter"), asked=True),
         "disaggregation_mode": _no("prefill/decode disaggregation", ("null",), advice=_WITHOUT),
+        "enable_hierarchical_cache": _no(_HICACHE, advice=_WITHOUT),
     },
     "cpu": {
         "speculative_algorithm": Refused("supports speculative decoding on NVIDIA GPUs only", _UNSET, advice=_WITHOUT),
@@ -176,6 +176,7 @@ ON_DEVICE: Mapping[str, Mapping[str, Refused]] = {
         "lora_paths": Refused(_PINNED_LORA, _UNSET, advice=_WITHOUT),
         "enable_memory_saver": _no("memory that is given back while the server sleeps", advice=_WITHOUT),
         "cpu_offload_gb": _no("weights off the device", (0,), advice=_WITHOUT),
+        "enable_hierarchical_cache": _no(_HICACHE, advice=_WITHOUT),
         # SGLang exchanges the ranks' tokens in pinned memory, by a Triton kernel and by collectives of GPUs.
         "enable_dp_attention": Refused("serves data-parallel attention on GPUs only", advice=_WITHOUT),
     },
@@ -190,6 +191,7 @@ IN_PAIRS: Mapping[str, Refused] = {
     "enable_lora": _no("LoRA between prefill and decode servers", (None, False), advice=_WITHOUT),
     "lora_paths": _no("LoRA between prefill and decode servers", _UNSET, advice=_WITHOUT),
     "enable_memory_saver": _no("prefill and decode servers that sleep", advice=_WITHOUT),
+    "enable_hierarchical_cache": _no("hierarchical cache of prefill and decode servers", advice=_WITHOUT),
 }
 
 #: Arguments that concern attention and are taken with any value; some are checked elsewhere with the model at hand.
@@ -209,6 +211,11 @@ SERVED: frozenset[str] = frozenset(
     max_loaded_loras lora_eviction_policy lora_backend max_lora_chunk_size lora_strict_loading lora_drain_wait_threshold
     lora_use_virtual_experts experts_shared_outer_loras
     enable_memory_saver enable_weights_cpu_backup enable_draft_weights_cpu_backup cpu_offload_gb
+    enable_hierarchical_cache
+    hicache_ratio hicache_size hicache_write_policy hicache_io_backend hicache_mem_layout
+    hicache_storage_prefetch_policy hicache_storage_backend_extra_config hicache_host_memory_mode
+    hicache_host_memory_fraction hicache_storage_prefetch_retry_poll_interval
+    hicache_storage_prefetch_retry_max_attempts
     """)
 )
 
@@ -216,10 +223,7 @@ SERVED: frozenset[str] = frozenset(
 NO_CONCERN: Mapping[str, str] = {
     "options of what is refused": """
     lmcache_config_file flexkv_config_file unified_cache_external_linker_backend unified_cache_external_linker_config
-    hicache_ratio hicache_size hicache_write_policy hicache_io_backend hicache_mem_layout
-    hicache_storage_prefetch_policy hicache_storage_backend_extra_config hicache_host_memory_mode
-    hicache_host_memory_fraction hicache_storage_prefetch_retry_poll_interval
-    hicache_storage_prefetch_retry_max_attempts hisparse_config kv_canary_real_data kv_canary_sweep_interval
+    hisparse_config kv_canary_real_data kv_canary_sweep_interval
     decoupled_spec_bind_endpoint decoupled_spec_connect_endpoints decoupled_spec_rank spec_trace_dir
     cp_strategy prefill_cp_mode dsa_prefill_cp_mode dcp_comm_backend dcp_replicate_q_proj
     enable_megamoe_for_layernorm_sp enable_dynamic_chunking pp_max_micro_batch_size pp_async_batch_depth

@@ -58,6 +58,7 @@ def checked_resolution(resolve: Callable[..., Any], server_args: Any, *args: Any
         check_drafts(model, server_args.speculative_algorithm)
         check_kv_cache(model, server_args.kv_cache_dtype, server_args.speculative_algorithm)
         check_stages(model, server_args.pp_size)
+        check_hierarchical_cache(model, server_args)
     return result
 
 
@@ -191,6 +192,21 @@ def check_drafts(model: contract.ModelConfig, algorithm: str | None) -> None:
         raise ValueError(
             f"--speculative-algorithm {algorithm} with {', '.join(sorted(untried))}: nsa_plugin was never run with "
             "drafts of this model. Start without it"
+        )
+
+
+def check_hierarchical_cache(model: contract.ModelConfig, server_args: Any) -> None:
+    """Raise ValueError for a hierarchical cache in which SGLang does not keep all that drafts need."""
+    from sglang.srt.configs.model_config import is_deepseek_dsa
+
+    algorithm = server_args.speculative_algorithm
+    if not server_args.enable_hierarchical_cache or algorithm is None or not is_deepseek_dsa(model.hf_config):
+        return
+    if not release.mentions("sglang.srt.mem_cache.hicache_storage", "DRAFT_INDEXER"):
+        raise ValueError(
+            f"--enable-hierarchical-cache with --speculative-algorithm {algorithm}: SGLang {release.version()} does "
+            "not keep the index keys of the draft layer (sglang issue 32176), which then guesses wrong. Start without "
+            "one of the two, or use a newer SGLang"
         )
 
 

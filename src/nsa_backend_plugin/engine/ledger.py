@@ -305,7 +305,7 @@ LEDGER: tuple[Hook, ...] = (
         stage="gpu",
         why=(
             "projections of few tokens: a product that reads the weights once comes before the `apply` of the method "
-            "objects of attention's layers, bf16 ones too (sm_90)"
+            "objects of attention's layers, bf16 ones too, and before their `forward_absorb_core` for W_UV (sm_90)"
         ),
         upstream="--fp8-gemm-backend chooses one product for the whole model",
         on_device=_on_gpu,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,20 +19,22 @@ def model(runner: Any) -> served.Model:
     """Of a ModelRunner."""
     config = runner.model_config.hf_config
     pool = runner.token_to_kv_pool
-    heads = runner.model_config.num_attention_heads // get_parallel().attn_tp_size
-    if not is_deepseek_dsa(config):
-        kv = _kind(pool.get_key_buffer(pool.start_layer))
-        return served.Model(heads, kv=kv, page_size=pool.page_size, projections=_projections(runner.model))
-    layers = list(merging.layers(runner.model))
-    return served.Model(
-        heads,
-        indexer.described(layers[0].indexer),
+    base = served.Model(
+        runner.model_config.num_attention_heads // get_parallel().attn_tp_size,
         kv=_kind(pool.get_key_buffer(pool.start_layer)),
-        layout=index_cache.layout_of(pool),
         page_size=pool.page_size,
-        quantized_q_lora=next((attn.q_lora_rank for attn in layers if query_projection.quantizes(attn)), 0),
         projections=_projections(runner.model),
-        absorbs=projections.most_tokens_absorbed(layers[0].w_kc, runner.dtype),
+        values=projections.most_tokens_of_values(runner.model),
+    )
+    if not is_deepseek_dsa(config):
+        return base
+    layers = list(merging.layers(runner.model))
+    return replace(
+        base,
+        indexer=indexer.described(layers[0].indexer),
+        layout=index_cache.layout_of(pool),
+        quantized_q_lora=next((attn.q_lora_rank for attn in layers if query_projection.quantizes(attn)), 0),
+        absorbs=projections.most_tokens_of_heads(layers[0].w_kc, runner.dtype),
     )
 
 

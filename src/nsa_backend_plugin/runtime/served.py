@@ -74,8 +74,8 @@ class Model:
 
     heads: query heads. kv: "bf16", "packed" (with an indexer), or "fp8" (without one, and on ROCm).
     quantized_q_lora: width of q_lora where one call normalizes and quantizes it (merged fp8 projections), else 0.
-    projections: of a layer, those that read few tokens; absorbs: the most tokens whose queries `projection.per_head`
-    absorbs.
+    projections: of a layer, those that read few tokens. absorbs, values: the most tokens that `projection.per_head`
+    multiplies with W_UK and with W_UV.
     """
 
     heads: int
@@ -86,6 +86,7 @@ class Model:
     quantized_q_lora: int = 0
     projections: tuple[Projection, ...] = ()
     absorbs: int = 0
+    values: int = 0
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def examples(arch: str) -> dict[str, Model]:
     v32 = Model(16, Indexer(64), kv=kv, layout=layout, quantized_q_lora=1536 if is_cuda(arch) else 0)
     if arch == "sm_90":
         q_b = Projection(11264, 1536, 16, fp8=True, norm=True)
-        v32 = replace(v32, projections=(Projection(2112, 7168, 16, fp8=True), q_b), absorbs=32)
+        v32 = replace(v32, projections=(Projection(2112, 7168, 16, fp8=True), q_b), absorbs=32, values=32)
     return {
         "DeepSeek-V3.2, 16 heads": v32,
         "DeepSeek-V3.2, 128 heads": replace(v32, heads=128),
@@ -225,6 +226,9 @@ def _projections(model: Model, step: Step, device: torch.device) -> Iterator[_Ma
     if tokens <= model.absorbs and not step.prefill:
         queries = make(tokens, model.heads, NOPE_DIM + ROPE_DIM)[..., :NOPE_DIM]
         yield projection.per_head, projection.per_head.call(queries, make(model.heads, LATENT_DIM, NOPE_DIM))
+    if tokens <= model.values:
+        attended = make(tokens, model.heads, LATENT_DIM)
+        yield projection.per_head, projection.per_head.call(attended, make(model.heads, NOPE_DIM, LATENT_DIM))
 
 
 def _indexer(

@@ -3,8 +3,9 @@ those of speculative decoding (verification of drafts, the draft model's extend)
 
     main stream                                          side stream
     fork
-    q_a norm + quantization                              wk | weights_proj GEMM
-    q_b_proj | wq_b GEMM                                 key prep and store
+    q_a | kv_a GEMM                                      wk | weights_proj GEMM
+    q_a norm + quantization                              key prep and store
+    q_b_proj | wq_b GEMM
     fork
     W_UK product, straight into q_all[..., :512]         query prep, logits, top-k
     RoPE of q into q_all[..., 512:], norm + RoPE
@@ -141,11 +142,12 @@ def _prepare(
     """(q_all [T, heads, 576], slots [T, index_topk]); writes this step's rows of both caches."""
     pool, indexer = backend.token_to_kv_pool, attn.indexer
     value_dim, nope_dim = attn.kv_lora_rank, attn.qk_nope_head_dim
+    lane = side_lane(attn.alt_stream, positions.shape[0])
+    lane.fork()
+    # SGLang multiplies with q_a | kv_a when it is asked for the product.
     q_lora, latent = (
         get_attn_tp_context().fetch_qkv_latent().split([attn.q_lora_rank, value_dim + attn.qk_rope_head_dim], dim=-1)
     )
-    lane = side_lane(attn.alt_stream, q_lora.shape[0])
-    lane.fork()
     runs_indexer = attn.should_run_indexer(prev_topk_indices)
     if runs_indexer:
         index_query, project_q = query_projection.project(attn, q_lora)
