@@ -32,9 +32,8 @@ from nsa_backend_plugin.ops import dense_mla, latent_cache, sparse_mla
 from nsa_backend_plugin.ops._triton import mla_launch
 from nsa_backend_plugin.ops._triton.mla_launch import Tile
 from nsa_backend_plugin.ops.arch import core_count, device_arch
+from tools.calls import HEAD_DIM, SOFTMAX_SCALE, Calls, int32
 
-SCALE = 192**-0.5
-QUERY_DIM = 576
 VALUE_DIM = 512
 PAGE_SIZE = 64
 #: Squared relative error that a configuration may have: twice the cosine bars of the tests.
@@ -100,20 +99,17 @@ Inputs = sparse_mla.Attend | dense_mla.Decode
 
 
 def make_cache(shape: Shape, device: torch.device) -> torch.Tensor:
-    kv = torch.empty(shape.slots, 1, QUERY_DIM, dtype=torch.bfloat16, device=device).normal_()
+    kv = torch.empty(shape.slots, 1, HEAD_DIM, dtype=torch.bfloat16, device=device).normal_()
     return latent_cache.quantize(kv) if shape.kind == "packed" else kv
 
 
 def make_inputs(shape: Shape, kv: torch.Tensor, buffers: dict[str, torch.Tensor]) -> Inputs:
-    q = torch.randn(shape.rows, shape.heads, QUERY_DIM, device=kv.device).bfloat16()
-    lengths = torch.full((shape.rows,), shape.keys, dtype=torch.int32, device=kv.device)
-    if shape.op == "sparse":
-        slots = torch.randint(shape.slots, (shape.rows, shape.keys), dtype=torch.int32, device=kv.device)
-        return sparse_mla.attend.call(q, kv, slots, SCALE, lengths=lengths, **buffers)
-    pages = triton.cdiv(shape.keys, PAGE_SIZE)
-    table = torch.randperm(shape.slots // PAGE_SIZE, device=kv.device)[: shape.rows * pages].int()
-    table = table.view(shape.rows, pages)
-    return dense_mla.decode.call(q, kv, table, lengths, SCALE, page_size=PAGE_SIZE, **buffers)
+    make, lengths = Calls(kv.device), [shape.keys] * shape.rows
+    if shape.op == "dense":
+        return dense_mla.decode.call(**make.dense_mla_decode(lengths, shape.heads, PAGE_SIZE, kv=kv), **buffers)
+    slots = torch.randint(shape.slots, (shape.rows, shape.keys), dtype=torch.int32, device=kv.device)
+    arguments = make.sparse_mla_attend(shape.rows, shape.heads, shape.keys, kv=kv, indices=slots)
+    return sparse_mla.attend.call(**arguments, lengths=int32(lengths, kv.device), **buffers)
 
 
 def attend(shape: Shape, config: Tile, splits: int, call: Inputs) -> None:
@@ -136,10 +132,10 @@ def expected(call: Inputs) -> torch.Tensor:
     q = call.q[:CHECKED_ROWS].float()
     if isinstance(call, dense_mla.Decode):
         table, lengths = call.block_table[:CHECKED_ROWS], call.seq_lens[:CHECKED_ROWS]
-        out = dense_mla.decode(q, call.kv.float(), table, lengths, SCALE, page_size=PAGE_SIZE, impl="torch")
+        out = dense_mla.decode(q, call.kv.float(), table, lengths, SOFTMAX_SCALE, page_size=PAGE_SIZE, impl="torch")
     else:
         kv = call.kv if call.kind == "packed" else call.kv.float()
-        out = sparse_mla.attend(q, kv, call.indices[:CHECKED_ROWS], SCALE, impl="torch")
+        out = sparse_mla.attend(q, kv, call.indices[:CHECKED_ROWS], SOFTMAX_SCALE, impl="torch")
     assert isinstance(out, torch.Tensor)
     return out
 
@@ -160,10 +156,10 @@ def configurations(shape: Shape, device: torch.device) -> list[tuple[Tile, int]]
 
 def tune(shape: Shape, device: torch.device, log: Callable[[str], None], tiny: bool) -> list[dict[str, Any]]:
     kv = make_cache(shape, device)
-    row_bytes = 656 if shape.kind == "packed" else 2 * QUERY_DIM
+    row_bytes = 656 if shape.kind == "packed" else 2 * HEAD_DIM
     bytes_read = shape.rows * shape.keys * row_bytes
     cap, repeats = (1, 1) if tiny else (24, 5)
-    count = clock.input_sets(bytes_read, 4 * shape.rows * (shape.keys + shape.heads * QUERY_DIM), device, cap=cap)
+    count = clock.input_sets(bytes_read, 4 * shape.rows * (shape.keys + shape.heads * HEAD_DIM), device, cap=cap)
     chosen = configurations(shape, device)[: 1 if tiny else None]
     most = max(splits for _, splits in chosen)
     size = mla_launch.scratch_bytes(shape.rows * most, shape.heads, VALUE_DIM)

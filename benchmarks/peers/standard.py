@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.workloads.base import Problem, int32
-from benchmarks.workloads.dense_mla import row_slots
+from benchmarks.workloads.base import Problem
+from tools.calls import int32, row_slots
 
 Call = Callable[[Any], Any]
 

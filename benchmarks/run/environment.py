@@ -72,11 +72,11 @@ def command_line(argv: list[str]) -> str:
 
 
 def source_digest() -> str:
-    """Digest of everything that can change a timing: every source file of the package that is imported, and the suite
-    itself."""
-    digest = hashlib.sha256()
-    for root in (Path(nsa_backend_plugin.__file__).parent, REPO / "benchmarks"):
-        for path in sorted(p for p in root.rglob("*") if p.suffix in (".py", ".cu", ".cuh", ".json") and p.is_file()):
+    """Digest of everything that can change a timing: every source file of the package that is imported, the suite
+    itself, and what makes its inputs."""
+    digest, package = hashlib.sha256(), Path(nsa_backend_plugin.__file__).parent
+    for root, files in ((package, "**/*"), (REPO / "benchmarks", "**/*"), (REPO / "tools", "calls.py")):
+        for path in sorted(p for p in root.glob(files) if p.suffix in (".py", ".cu", ".cuh", ".json") and p.is_file()):
             if RESULTS not in path.parents:
                 digest.update(str(path.relative_to(root)).encode())
                 digest.update(path.read_bytes())

@@ -15,22 +15,18 @@ from nsa_backend_plugin.layouts import (
     INDEX_DIM,
     INDEX_PAGE_SIZE,
     LATENT_DIM,
-    ROPE_DIM,
     index_page_bytes,
     index_scale_offset,
     packed_latent_bytes,
 )
 from nsa_backend_plugin.ops.arch import fp8_dtype
-from nsa_backend_plugin.ops.latent_cache import reference as latent_reference
 from nsa_backend_plugin.ops.witness import row_distance
+from tools.calls import HEAD_DIM, Calls, poison, stored
 
 VALUE_DIM = LATENT_DIM
-HEAD_DIM = LATENT_DIM + ROPE_DIM
 #: Bytes of a latent row by cache format, and of an index key with its scale.
 ROW_BYTES = {"bf16": 2 * HEAD_DIM, "packed": packed_latent_bytes(HEAD_DIM), "fp8": HEAD_DIM}
 INDEX_TOKEN_BYTES = index_page_bytes() // INDEX_PAGE_SIZE
-#: 1 / sqrt(128 + 64): MLA's scale before absorption.
-SOFTMAX_SCALE = 192**-0.5
 #: Bars of the operation tests: cosine distance to a reference that is fed the same quantized data.
 BF16_BAR = 5e-6
 FP8_BAR = 2e-4
@@ -42,7 +38,8 @@ CHECKED_ROWS = 4
 class Problem:
     """One shape of one workload with its inputs.
 
-    inputs: input sets of the same shape and fresh random content, taken in turn by the clock.
+    inputs: input sets of the same shape and fresh random content, taken in turn by the clock; of one public function,
+    its arguments.
     run(impl, inputs, poison): the work through the public functions; impl None lets the registry choose; with
     poison, outputs are filled with what no correct result contains before the call.
     check(output, inputs): distance to the reference; must not exceed bar, or peer_bar for a peer, whose roundings
@@ -143,9 +140,22 @@ def rows_checked(rows: int) -> str:
     return f"{min(rows, CHECKED_ROWS)} of {rows} rows against torch float32"
 
 
-def poisoned(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """NaN for floats, -7 for integers."""
-    return torch.full(shape, float("nan") if dtype.is_floating_point else -7, dtype=dtype, device=device)
+def runs(
+    function: Callable[..., Any], *out: int, dtype: torch.dtype = torch.bfloat16
+) -> Callable[[str | None, Any, bool], Any]:
+    """`Problem.run` of one public function, whose inputs are its arguments. out, dtype: of a result to be poisoned that
+    the arguments do not have."""
+
+    def run(impl: str | None, item: Any, poisoned: bool) -> Any:
+        given = {}
+        if poisoned and "out" in item:
+            item["out"].copy_(poison(1, dtype=torch.bfloat16, device=item["out"].device))
+        elif poisoned and out:
+            device = next(value.device for value in item.values() if isinstance(value, torch.Tensor))
+            given["out"] = poison(*out, dtype=dtype, device=device)
+        return function(**item, **given, impl=impl)
+
+    return run
 
 
 @functools.lru_cache(maxsize=3)
@@ -154,15 +164,11 @@ def latent_pool(kind: str, slots: int, device: torch.device) -> torch.Tensor:
 
     The cache is shared by all input sets of a shape, which differ in the slots they read.
     """
-    width = HEAD_DIM if kind == "bf16" else ROW_BYTES[kind]
-    pool = torch.empty(slots, 1, width, dtype=torch.bfloat16 if kind == "bf16" else torch.uint8, device=device)
+    pool = torch.empty(slots, 1, ROW_BYTES[kind], dtype=torch.uint8, device=device)
     for chunk in pool.split(100_000):
-        rows = torch.randn(chunk.shape[0], HEAD_DIM, device=device).to(torch.bfloat16)
-        if kind == "fp8":
-            chunk[:, 0] = rows.to(fp8_dtype(device)).view(torch.uint8)
-        else:
-            chunk[:, 0] = rows if kind == "bf16" else latent_reference.pack(rows, VALUE_DIM)
-    return pool.view(fp8_dtype(device)) if kind == "fp8" else pool
+        rows = stored(Calls(device).rows(len(chunk), HEAD_DIM), kind)
+        chunk[:, 0] = rows.view(torch.uint8)
+    return pool.view(rows.dtype)
 
 
 @functools.lru_cache(maxsize=2)
@@ -176,21 +182,3 @@ def index_pool(pages: int, device: torch.device) -> torch.Tensor:
         scales = torch.rand(chunk.shape[0], INDEX_PAGE_SIZE, device=device) * 0.02 + 0.005
         chunk[:, values:] = scales.view(torch.uint8)
     return pool
-
-
-def own_pages(counts: list[int], pages: int, device: torch.device) -> torch.Tensor:
-    """[B, max(counts)] int32 block table: random physical pages, none shared between sequences."""
-    total = sum(counts)
-    if total > pages:
-        raise ValueError(f"pages={pages}: the sequences need {total}")
-    order = torch.randperm(pages, device=device)[:total].int()
-    if len(set(counts)) == 1:
-        return order.view(len(counts), counts[0])
-    table = torch.zeros(len(counts), max(counts), dtype=torch.int32, device=device)
-    for row, part in zip(table, order.split(counts), strict=True):
-        row[: part.numel()] = part
-    return table
-
-
-def int32(values: list[int], device: torch.device) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32, device=device)

@@ -19,6 +19,7 @@ from nsa_backend_plugin.layouts import INDEX_PAGE_SIZE
 from nsa_backend_plugin.ops import index_key_cache, indexer_prep, latent_cache, norm_quant
 from nsa_backend_plugin.ops.index_key_cache import reference as index_reference
 from nsa_backend_plugin.ops.latent_cache import reference as latent_reference
+from tools.calls import Arguments, Calls, int32
 
 MAX_POSITION = 16384
 
@@ -30,54 +31,40 @@ def _cos_sin(rope_dim: int, device: torch.device) -> torch.Tensor:
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
-def _bf16(*shape: int, device: torch.device) -> torch.Tensor:
-    return torch.randn(*shape, device=device).to(torch.bfloat16)
-
-
 def build_prep(params: Mapping[str, Any], device: torch.device) -> Problem:
     """Query preparation, then key preparation and store: what the indexer does before its logits."""
     tokens, heads, neox = params["tokens"], params["heads"], params["is_neox"]
     cos_sin = _cos_sin(64, device)
     pages = max(2 * -(-tokens // INDEX_PAGE_SIZE), params["pool_pages"])
     cache = base.index_pool(pages, device)
-    weight, bias = torch.rand(128, device=device) + 0.5, torch.randn(128, device=device) * 0.1
+    shared = {"norm_weight": torch.rand(128, device=device) + 0.5, "norm_bias": torch.randn(128, device=device) * 0.1}
+    make = Calls(device, plain=True)
     touched = tokens * (heads * (128 * 3 + 2 + 4) + 128 * 2 + base.INDEX_TOKEN_BYTES + 64 * 4)
     sets = input_sets(touched, tokens * heads * 128 * 2, device, at_least=params["min_sets"])
-    inputs = [
-        (
-            _bf16(tokens, heads, 128, device=device),
-            _bf16(tokens, 128, device=device),
-            _bf16(tokens, heads, device=device),
-            torch.randint(MAX_POSITION, (tokens,), device=device),
-            torch.randperm(pages * INDEX_PAGE_SIZE, device=device)[:tokens],
-        )
-        for _ in range(sets)
-    ]
-    weight_scale = 128**-0.5 * heads**-0.5
+
+    def item() -> tuple[Arguments, Arguments]:
+        query = {**make.indexer_prep_query(tokens, heads, angles=cos_sin), "is_neox": neox}
+        key = make.indexer_prep_key_store(tokens, angles=cos_sin, cache=cache)
+        return query, {**key, **shared, "is_neox": neox, "positions": query["positions"]}
 
     def run(impl: str | None, item: Any, poison: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        q, key, gate, positions, slots = item
-        prepared = indexer_prep.query(q, gate, positions, cos_sin, weight_scale=weight_scale, is_neox=neox, impl=impl)
-        indexer_prep.key_store(key, weight, bias, positions, cos_sin, cache, slots, is_neox=neox, impl=impl)
+        query, key = item
+        prepared = indexer_prep.query(**query, impl=impl)
+        indexer_prep.key_store(**key, impl=impl)
         return prepared
 
     def check(out: tuple[torch.Tensor, torch.Tensor], item: Any) -> float:
-        q, key, gate, positions, slots = item
-        expected_q, expected_weights = indexer_prep.query(
-            q, gate, positions, cos_sin, weight_scale=weight_scale, is_neox=neox, impl="torch"
-        )
-        stored = _keys(cache, slots, expected_q.dtype)
-        expected_cache = torch.zeros_like(cache[: -(-tokens // INDEX_PAGE_SIZE)])
-        own = torch.arange(tokens, device=device)
-        indexer_prep.key_store(key, weight, bias, positions, cos_sin, expected_cache, own, is_neox=neox, impl="torch")
-        expected_keys = _keys(expected_cache, own, expected_q.dtype)
+        query, key = item
+        expected = indexer_prep.query(**query, impl="torch")
+        keys = _keys(cache, key["slots"], expected[0].dtype)
+        indexer_prep.key_store(**key, impl="torch")
         return max(
-            base.cosine_distance(_logit_scale(*out), _logit_scale(expected_q, expected_weights)),
-            base.cosine_distance(stored, expected_keys),
+            base.cosine_distance(_logit_scale(*out), _logit_scale(*expected)),
+            base.cosine_distance(keys, _keys(cache, key["slots"], expected[0].dtype)),
         )
 
     return Problem(
-        inputs=inputs,
+        inputs=[item() for _ in range(sets)],
         run=run,
         check=check,
         bar=base.FP8_BAR,
@@ -85,14 +72,6 @@ def build_prep(params: Mapping[str, Any], device: torch.device) -> Problem:
         checked=f"all {tokens} tokens, dequantized, against torch float32",
         bytes=touched,
         flops=2 * tokens * (heads + 1) * 128 * 128,
-        extra={
-            "cache": cache,
-            "cos_sin": cos_sin,
-            "weight": weight,
-            "bias": bias,
-            "weight_scale": weight_scale,
-            "is_neox": neox,
-        },
     )
 
 
@@ -115,10 +94,6 @@ def build_index_store(params: Mapping[str, Any], device: torch.device) -> Proble
     cache = base.index_pool(pages, device)
     touched = tokens * (256 + base.INDEX_TOKEN_BYTES + 8)
     sets = input_sets(touched, tokens * 264, device, at_least=params["min_sets"])
-    inputs = [
-        (_bf16(tokens, 128, device=device), torch.randperm(pages * INDEX_PAGE_SIZE, device=device)[:tokens])
-        for _ in range(sets)
-    ]
 
     def read(slots: torch.Tensor) -> torch.Tensor:
         dtype = torch.float8_e4m3fn
@@ -127,27 +102,20 @@ def build_index_store(params: Mapping[str, Any], device: torch.device) -> Proble
         )
         return torch.cat([value.view(torch.uint8), scale[:, None].contiguous().view(torch.uint8)], dim=1)
 
-    def run(impl: str | None, item: Any, poison: bool) -> torch.Tensor:
-        key, slots = item
-        index_key_cache.store(key, cache, slots, layout=layout, impl=impl)
-        return cache
-
-    def check(out: torch.Tensor, item: Any) -> float:
-        key, slots = item
-        stored = read(slots).clone()
-        index_key_cache.store(key, cache, slots, layout=layout, impl="torch")
-        return float((stored != read(slots)).float().mean())
+    def check(out: None, item: Any) -> float:
+        written = read(item["slots"])
+        index_key_cache.store(**item, impl="torch")
+        return float((written != read(item["slots"])).float().mean())
 
     return Problem(
-        inputs=inputs,
-        run=run,
+        inputs=[Calls(device, plain=True).index_key_cache_store(tokens, layout, cache=cache) for _ in range(sets)],
+        run=base.runs(index_key_cache.store),
         check=check,
         bar=0.0,
         peer_bar=2e-3,  # share of bytes; the engine's kernel was seen to round up to 8e-4 of them differently
         checked=f"all {tokens} tokens, byte for byte",
         bytes=touched,
         flops=0,
-        extra={"cache": cache},
     )
 
 
@@ -156,22 +124,22 @@ def build_index_gather(params: Mapping[str, Any], device: torch.device) -> Probl
     batch, context, layout = params["batch"], params["context"], params["layout"]
     pages = -(-context // INDEX_PAGE_SIZE)
     cache = base.index_pool(max(batch * pages, params["pool_pages"]), device)
-    lens = torch.full((batch,), context, dtype=torch.int32, device=device)
+    lengths = [context] * batch
+    shared = {"seq_lens": int32(lengths, device), "total_tokens": batch * context}
     touched = 2 * batch * context * base.INDEX_TOKEN_BYTES + batch * pages * 4
     sets = input_sets(touched, batch * pages * 4, device, at_least=params["min_sets"])
 
-    def run(impl: str | None, table: torch.Tensor, poison: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        return index_key_cache.gather(cache, table, lens, layout=layout, total_tokens=batch * context, impl=impl)
+    make = Calls(device, plain=True)
 
-    def check(out: tuple[torch.Tensor, torch.Tensor], table: torch.Tensor) -> float:
-        pairs = list(zip(out, run("torch", table, False), strict=True))
+    def check(out: tuple[torch.Tensor, torch.Tensor], item: Any) -> float:
+        pairs = list(zip(out, index_key_cache.gather(**item, impl="torch"), strict=True))
         if any(x.shape != y.shape for x, y in pairs):
             return float("inf")
         return max(float((x.view(torch.uint8) != y.view(torch.uint8)).float().mean()) for x, y in pairs)
 
     return Problem(
-        inputs=[base.own_pages([pages] * batch, cache.shape[0], device) for _ in range(sets)],
-        run=run,
+        inputs=[make.index_key_cache_gather(lengths, layout, cache=cache) | shared for _ in range(sets)],
+        run=base.runs(index_key_cache.gather),
         check=check,
         bar=0.0,
         checked=f"all {batch * context} tokens, byte for byte",
@@ -184,92 +152,67 @@ def build_latent_store(params: Mapping[str, Any], device: torch.device) -> Probl
     """RoPE of the key's rotary part, quantization and the write into the latent cache."""
     tokens, kind = params["tokens"], params["kv"]
     cache = base.latent_pool(kind, max(params["pool_slots"], 2 * tokens), device)
-    cos_sin = _cos_sin(64, device) if params["rope"] else None
+    cos_sin = _cos_sin(64, device)
     row = base.ROW_BYTES["bf16"]
     touched = tokens * (row + base.ROW_BYTES[kind] + 8 + (8 + 256 if params["rope"] else 0))
     sets = input_sets(touched, tokens * row, device, at_least=params["min_sets"])
-    inputs = [
-        (
-            _bf16(tokens, base.VALUE_DIM, device=device),
-            _bf16(tokens, 64, device=device),
-            torch.randperm(cache.shape[0], device=device)[:tokens],
-            torch.randint(MAX_POSITION, (tokens,), device=device),
-        )
-        for _ in range(sets)
-    ]
-
-    def store(impl: str | None, item: Any) -> None:
-        nope, rope, slots, positions = item
-        latent_cache.store(
-            nope,
-            rope,
-            cache,
-            slots,
-            positions=positions if cos_sin is not None else None,
-            cos_sin_cache=cos_sin,
-            impl=impl,
-        )
+    make = Calls(device, plain=True)
 
     def rows(item: Any) -> torch.Tensor:
-        picked = cache[item[2], 0]
+        picked = cache[item["slots"], 0]
         return latent_reference.unpack(picked, base.VALUE_DIM) if kind == "packed" else picked.float()
 
-    def run(impl: str | None, item: Any, poison: bool) -> torch.Tensor:
-        store(impl, item)
-        return cache
-
-    def check(out: torch.Tensor, item: Any) -> float:
+    def check(out: None, item: Any) -> float:
         stored = rows(item)
-        store("torch", item)
+        latent_cache.store(**item, impl="torch")
         return base.cosine_distance(stored, rows(item))
 
     return Problem(
-        inputs=inputs,
-        run=run,
+        inputs=[
+            make.latent_cache_store(tokens, kind, rotated=params["rope"], angles=cos_sin, cache=cache)
+            for _ in range(sets)
+        ],
+        run=base.runs(latent_cache.store),
         check=check,
         bar=base.FP8_BAR if kind == "packed" else base.BF16_BAR,
         checked=f"all {tokens} rows, dequantized, against torch float32",
         bytes=touched,
         flops=0,
-        extra={"cache": cache},
     )
 
 
 def build_quantize(params: Mapping[str, Any], device: torch.device) -> Problem:
     """Pack rows into a fresh tensor (seed 004's job)."""
-    tokens = params["tokens"]
 
-    def run(impl: str | None, item: torch.Tensor, poison: bool) -> torch.Tensor:
-        return latent_cache.quantize(item, impl=impl)
-
-    def check(out: torch.Tensor, item: torch.Tensor) -> float:
-        actual, expected = out.view(torch.uint8).reshape(tokens, -1), run("torch", item, False)
+    def check(out: torch.Tensor, item: Any) -> float:
+        actual, expected = (
+            out.view(torch.uint8).reshape(params["tokens"], -1),
+            latent_cache.quantize(**item, impl="torch"),
+        )
         unpack = latent_reference.unpack
         return base.cosine_distance(unpack(actual, base.VALUE_DIM), unpack(expected, base.VALUE_DIM))
 
-    return _rows_problem(params, device, run, check, base.FP8_BAR, packed=False)
+    make = Calls(device, plain=True).latent_cache_quantize
+    return _rows_problem(params, device, latent_cache.quantize, make, check, base.FP8_BAR)
 
 
 def build_dequantize(params: Mapping[str, Any], device: torch.device) -> Problem:
     """Unpack rows into a fresh tensor."""
 
-    def run(impl: str | None, item: torch.Tensor, poison: bool) -> torch.Tensor:
-        return latent_cache.dequantize(item, impl=impl)
+    def check(out: torch.Tensor, item: Any) -> float:
+        return base.cosine_distance(out.float(), latent_cache.dequantize(**item, impl="torch").float())
 
-    def check(out: torch.Tensor, item: torch.Tensor) -> float:
-        return base.cosine_distance(out.float(), run("torch", item, False).float())
-
-    return _rows_problem(params, device, run, check, base.BF16_BAR, packed=True)
+    make = Calls(device, plain=True).latent_cache_dequantize
+    return _rows_problem(params, device, latent_cache.dequantize, make, check, base.BF16_BAR)
 
 
-def _rows_problem(params: Mapping[str, Any], device: torch.device, run, check, bar: float, packed: bool) -> Problem:
+def _rows_problem(params: Mapping[str, Any], device: torch.device, function, make, check, bar: float) -> Problem:
     tokens = params["tokens"]
     touched = tokens * (base.ROW_BYTES["bf16"] + base.ROW_BYTES["packed"])
     sets = input_sets(touched, tokens * base.ROW_BYTES["bf16"], device, at_least=params["min_sets"])
-    rows = [_bf16(tokens, base.HEAD_DIM, device=device) for _ in range(sets)]
     return Problem(
-        inputs=[latent_reference.pack(r, base.VALUE_DIM) for r in rows] if packed else rows,
-        run=run,
+        inputs=[make(tokens) for _ in range(sets)],
+        run=base.runs(function),
         check=check,
         bar=bar,
         checked=f"all {tokens} rows against torch float32",
@@ -281,28 +224,25 @@ def _rows_problem(params: Mapping[str, Any], device: torch.device, run, check, b
 def build_norm_quant(params: Mapping[str, Any], device: torch.device) -> Problem:
     """RMS norm of q_lora, a slice of the projection's output, quantized for the next GEMM."""
     tokens, width = params["tokens"], params["width"]
-    weight = (torch.rand(width, device=device) + 0.5).to(torch.bfloat16)
+    make = Calls(device, plain=True)
+    weight = make.norm_quant_rms(1, width)["weight"]
     touched = tokens * width * 3
     sets = input_sets(touched, tokens * width, device, at_least=params["min_sets"])
-
-    def run(impl: str | None, item: torch.Tensor, poison: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        return norm_quant.rms(item, weight, impl=impl)
 
     def dequantized(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         return values.float() * scales.repeat_interleave(norm_quant.GROUP, 1)
 
-    def check(out: tuple[torch.Tensor, torch.Tensor], item: torch.Tensor) -> float:
-        return base.cosine_distance(dequantized(*out), dequantized(*run("torch", item, False)))
+    def check(out: tuple[torch.Tensor, torch.Tensor], item: Any) -> float:
+        return base.cosine_distance(dequantized(*out), dequantized(*norm_quant.rms(**item, impl="torch")))
 
     return Problem(
-        inputs=[_bf16(tokens, width + base.HEAD_DIM, device=device)[:, :width] for _ in range(sets)],
-        run=run,
+        inputs=[make.norm_quant_rms(tokens, width) | {"weight": weight} for _ in range(sets)],
+        run=base.runs(norm_quant.rms),
         check=check,
         bar=base.FP8_BAR,
         checked=f"all {tokens} rows, dequantized, against torch float32",
         bytes=touched,
         flops=0,
-        extra={"weight": weight},
     )
 
 

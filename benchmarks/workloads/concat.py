@@ -10,55 +10,34 @@ from pydantic import Field
 
 from benchmarks.checked import Count, Heads
 from benchmarks.timing.clock import input_sets
-from benchmarks.workloads.base import Params, Problem, Workload, poisoned
+from benchmarks.workloads import base
+from benchmarks.workloads.base import Params, Problem, Workload
 from nsa_backend_plugin.ops import concat
+from tools.calls import Arguments, Calls
 
 DTYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 
 
-def _random(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Random values of any dtype, made in chunks to keep the bf16 intermediate small."""
-    out = torch.empty(*shape, dtype=dtype, device=device)
-    for chunk in out.split(8192):
-        chunk.copy_(torch.randn(chunk.shape, dtype=torch.bfloat16, device=device))
-    return out
-
-
 def build_mla_k(params: Mapping[str, Any], device: torch.device) -> Problem:
-    """k_nope is a slice of kv_b_proj's output [T, H, 128 + 128], as in DeepSeek's prefill."""
+    """Keys of a prefill, into one output."""
     tokens, heads, dtype = params["tokens"], params["heads"], DTYPES[params["dtype"]]
     size = dtype.itemsize
     touched = tokens * size * (heads * 128 + 64 + heads * 192)
     sets = input_sets(touched, tokens * size * heads * 256, device, at_least=params["min_sets"], cap=8)
-    inputs = [
-        (
-            _random(tokens, heads, 256, dtype=dtype, device=device)[..., :128],
-            _random(tokens, 1, 64, dtype=dtype, device=device),
-        )
-        for _ in range(sets)
-    ]
-    out = torch.empty(tokens, heads, 192, dtype=dtype, device=device)
-
-    def run(impl: str | None, item: Any, poison: bool) -> torch.Tensor:
-        if poison:
-            out.copy_(poisoned(1, dtype=torch.bfloat16, device=device))
-        return concat.mla_k(*item, out=out, impl=impl)
+    out, make = torch.empty(tokens, heads, 192, dtype=dtype, device=device), Calls(device, dtype, plain=True)
 
     def check(result: torch.Tensor, item: Any) -> float:
-        nope, rope = item
-        expected = torch.empty_like(out)
-        concat.mla_k(nope, rope, out=expected, impl="torch")
+        expected = concat.mla_k(**{**item, "out": torch.empty_like(out)}, impl="torch")
         return 0.0 if torch.equal(result.view(torch.uint8), expected.view(torch.uint8)) else 1.0
 
     return Problem(
-        inputs=inputs,
-        run=run,
+        inputs=[make.concat_mla_k(tokens, heads) | {"out": out} for _ in range(sets)],
+        run=base.runs(concat.mla_k),
         check=check,
         bar=0.0,
         checked=f"all {tokens} tokens, byte for byte",
         bytes=touched,
         flops=0,
-        extra={"out": out},
     )
 
 
@@ -68,20 +47,20 @@ def build_q_all(params: Mapping[str, Any], device: torch.device) -> Problem:
     touched = 2 * tokens * heads * 576 * 2
     sets = input_sets(touched, touched // 2, device, at_least=params["min_sets"])
 
-    def item() -> tuple[torch.Tensor, torch.Tensor]:
-        whole = torch.randn(tokens, heads, 576, device=device).to(torch.bfloat16)
+    def item() -> Arguments:
+        whole = Calls(device).rows(tokens, heads, 576)
         nope, rope = whole[..., :512], whole[..., 512:]
-        return (nope, rope) if params["joined"] else (nope.contiguous(), rope.contiguous())
-
-    def run(impl: str | None, item: Any, poison: bool) -> torch.Tensor:
-        return concat.q_all(*item, impl=impl)
+        return {
+            "q_nope": nope if params["joined"] else nope.contiguous(),
+            "q_rope": rope if params["joined"] else rope.contiguous(),
+        }
 
     def check(result: torch.Tensor, item: Any) -> float:
-        return 0.0 if torch.equal(result, torch.cat(item, dim=-1)) else 1.0
+        return 0.0 if torch.equal(result, torch.cat([item["q_nope"], item["q_rope"]], dim=-1)) else 1.0
 
     return Problem(
         inputs=[item() for _ in range(sets)],
-        run=run,
+        run=base.runs(concat.q_all),
         check=check,
         bar=0.0,
         checked=f"all {tokens} tokens, exactly",

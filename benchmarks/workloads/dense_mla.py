@@ -19,6 +19,8 @@ from benchmarks.workloads import base
 from benchmarks.workloads.base import DenseFormat, Params, Problem, Workload
 from nsa_backend_plugin.ops import dense_mla
 from nsa_backend_plugin.ops.call import Step
+from tools import calls
+from tools.calls import Arguments, Calls
 
 
 def build(params: Mapping[str, Any], device: torch.device) -> Problem:
@@ -30,81 +32,47 @@ def build(params: Mapping[str, Any], device: torch.device) -> Problem:
     pool = base.latent_pool(kv, pages * page, device)
     lengths = [r.context_len + j + 1 for r in requests for j in range(r.q_len)]
     rows = len(lengths)
-    per_request = torch.tensor([r.q_len for r in requests], device=device)
-    seq_lens = base.int32(lengths, device)
 
     q_bytes = rows * heads * base.HEAD_DIM * 2
     table_bytes = rows * max(counts) * 4
     kv_bytes = sum(r.kv_len for r in requests) * base.ROW_BYTES[kv]
     touched = kv_bytes + q_bytes + table_bytes + rows * heads * base.VALUE_DIM * 2
     sets = input_sets(touched, q_bytes + table_bytes, device, at_least=params["min_sets"])
-    inputs = [
-        (
-            torch.randn(rows, heads, base.HEAD_DIM, device=device).to(torch.bfloat16),
-            base.own_pages(counts, pages, device).repeat_interleave(per_request, dim=0),
-        )
-        for _ in range(sets)
-    ]
+    make, contexts, new = Calls(device), [r.kv_len for r in requests], [r.q_len for r in requests]
+    shared = {
+        "seq_lens": calls.int32(lengths, device),  # the same tensor, which the schedules of a step belong to
+        "num_kv_splits": params["num_kv_splits"],
+        "rows_have_keys": True,
+        "kv_is_finite": True,
+        "step": Step(),
+    }
 
-    step = Step()
-
-    def run(impl: str | None, item: Any, poison: bool) -> torch.Tensor:
-        q, table = item
-        shape = (rows, heads, base.VALUE_DIM)
-        out = base.poisoned(*shape, dtype=q.dtype, device=device) if poison else None
-        result = dense_mla.decode(
-            q,
-            pool,
-            table,
-            seq_lens,
-            base.SOFTMAX_SCALE,
-            page_size=page,
-            kv_scale=1.0 if kv == "fp8" else None,
-            num_kv_splits=params["num_kv_splits"],
-            rows_have_keys=True,
-            kv_is_finite=True,
-            out=out,
-            step=step,
-            impl=impl,
-        )
-        assert isinstance(result, torch.Tensor)
-        return result
+    def item() -> Arguments:
+        return make.dense_mla_decode(contexts, heads, page, kv, kv_scale=1.0, new_tokens=new, kv=pool) | shared
 
     def check(out: torch.Tensor, item: Any) -> float:
-        q, table = item
+        q, table = item["q"], item["block_table"]
         picked = base.some_rows(rows, device)
-        slots = [row_slots(table[r], lengths[r], page) for r in picked.tolist()]
+        slots = [calls.row_slots(table[r], lengths[r], page) for r in picked.tolist()]
         latents = [pool.view(torch.uint8)[slot, 0].view(pool.dtype).float() for slot in slots]
         expected = [reference_row(q[r], latent) for r, latent in zip(picked.tolist(), latents, strict=True)]
         return base.cosine_distance(out[picked].float(), torch.stack(expected))
 
     return Problem(
-        inputs=inputs,
-        run=run,
+        inputs=[item() for _ in range(sets)],
+        run=base.runs(dense_mla.decode, rows, heads, base.VALUE_DIM),
         check=check,
         bar=base.BF16_BAR,
         checked=base.rows_checked(rows),
         bytes=touched,
         flops=2 * heads * sum(lengths) * (base.HEAD_DIM + base.VALUE_DIM),
-        extra={
-            "pool": pool,
-            "seq_lens": seq_lens,
-            "lengths": lengths,
-            "page_size": page,
-            "heads": heads,
-        },
+        extra={"lengths": lengths},
     )
-
-
-def row_slots(table: torch.Tensor, length: int, page: int) -> torch.Tensor:
-    """Physical slots of a sequence's tokens, in position order."""
-    position = torch.arange(length, device=table.device)
-    return table[position // page].long() * page + position % page
 
 
 def reference_row(q: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
     """q [H, 576], latent [S, 576] -> [H, 512] in float32."""
-    scores = torch.softmax(q.float() @ latent.T * base.SOFTMAX_SCALE, dim=-1)
+    scores = torch.softmax(q.float() @ latent.T * calls.SOFTMAX_SCALE, dim=-1)
     return scores @ latent[:, : base.VALUE_DIM]
 
 

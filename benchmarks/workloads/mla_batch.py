@@ -22,10 +22,10 @@ from benchmarks.checked import BatchSpec, Count, Heads
 from benchmarks.timing.clock import input_sets
 from benchmarks.workloads import base
 from benchmarks.workloads.base import Params, Problem, Workload
-from benchmarks.workloads.dense_mla import row_slots
 from nsa_backend_plugin.layouts import ROPE_DIM
 from nsa_backend_plugin.ops import concat, dense_mla
 from nsa_backend_plugin.ops.call import Step
+from tools.calls import SOFTMAX_SCALE, block_table, int32, row_slots
 
 NOPE, ROPE = 128, ROPE_DIM
 #: Two bf16 projections lie between the attention and the output.
@@ -85,11 +85,11 @@ def build(params: Mapping[str, Any], device: torch.device) -> Problem:
     requests = parse_batch_spec(params["batch_spec"])
     decode, prefill = split(requests, params["pipeline"], params["reorder_batch_threshold"], device)
     tokens = sum(r.q_len for r in requests)
-    counts = [-(-r.kv_len // page) for r in requests]
-    pages = max(params["pool_slots"] // page, sum(counts))
+    contexts = [r.kv_len for r in requests]
+    pages = max(params["pool_slots"] // page, sum(-(-n // page) for n in contexts))
     pool = base.latent_pool("bf16", pages * page, device)
     layer = Layer.random(heads, device)
-    decode_lens = base.int32(decode.row_lengths, device)
+    decode_lens = int32(decode.row_lengths, device)
     repeats = torch.tensor([r.q_len for r in decode.requests], dtype=torch.long, device=device)
 
     q_bytes = tokens * heads * (NOPE + ROPE) * 2
@@ -98,7 +98,7 @@ def build(params: Mapping[str, Any], device: torch.device) -> Problem:
     sets = input_sets(touched, q_bytes + kv_tokens * 8, device, at_least=params["min_sets"])
     inputs = []
     for _ in range(sets):
-        table = base.own_pages(counts, pages, device)
+        table, _ = block_table(contexts, page, device, pages)
         slots = [row_slots(table[i], requests[i].kv_len, page) for i in prefill.numbers]
         q = torch.randn(tokens, heads, NOPE + ROPE, device=device).to(torch.bfloat16)
         decode_table = table[list(decode.numbers)].repeat_interleave(repeats, dim=0)
@@ -142,9 +142,7 @@ def build(params: Mapping[str, Any], device: torch.device) -> Problem:
 def _decode(q, pool, table, lens, layer: Layer, how: dict[str, Any]) -> torch.Tensor:
     absorbed = torch.bmm(q[..., :NOPE].transpose(0, 1), layer.key).transpose(0, 1)
     whole = torch.cat([absorbed, q[..., NOPE:]], dim=-1)
-    latent = dense_mla.decode(
-        whole, pool, table, lens, base.SOFTMAX_SCALE, rows_have_keys=True, kv_is_finite=True, **how
-    )
+    latent = dense_mla.decode(whole, pool, table, lens, SOFTMAX_SCALE, rows_have_keys=True, kv_is_finite=True, **how)
     assert isinstance(latent, torch.Tensor)
     return torch.bmm(latent.transpose(0, 1), layer.value).transpose(0, 1)
 
@@ -177,7 +175,7 @@ def _flash(q, key, value, requests: Sequence[BatchRequest]) -> torch.Tensor:
         cu_seqlens_k=_starts([r.kv_len for r in requests], q.device),
         max_seqlen_q=max(r.q_len for r in requests),
         max_seqlen_k=max(r.kv_len for r in requests),
-        softmax_scale=base.SOFTMAX_SCALE,
+        softmax_scale=SOFTMAX_SCALE,
         causal=True,
     )
 
@@ -192,7 +190,7 @@ def _starts(lengths: list[int], device: torch.device) -> torch.Tensor:
         total = [0]
         for n in lengths:
             total.append(total[-1] + n)
-        _START_CACHE[key] = base.int32(total, device)
+        _START_CACHE[key] = int32(total, device)
     return _START_CACHE[key]
 
 
@@ -200,7 +198,7 @@ def _causal(q: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Te
     """q [T, H, 192], key [S, H, 192], value [S, H, 128]; query t sees the first S - T + t + 1 tokens."""
     seen = torch.ones(q.shape[0], key.shape[0], dtype=torch.bool, device=q.device).tril(key.shape[0] - q.shape[0])
     q, key, value = (x.transpose(0, 1)[None] for x in (q, key, value))
-    out = torch.nn.functional.scaled_dot_product_attention(q, key, value, attn_mask=seen, scale=base.SOFTMAX_SCALE)
+    out = torch.nn.functional.scaled_dot_product_attention(q, key, value, attn_mask=seen, scale=SOFTMAX_SCALE)
     return out[0].transpose(0, 1)
 
 
@@ -208,7 +206,7 @@ def _reference(q: torch.Tensor, pool: torch.Tensor, slots: torch.Tensor, layer: 
     """One query token [H, 192] -> [H, 128], in float32 through the latent space."""
     latent = pool[slots, 0].float()
     absorbed = torch.einsum("hn,hnl->hl", q[:, :NOPE].float(), layer.key.float())
-    scores = torch.cat([absorbed, q[:, NOPE:].float()], dim=-1) @ latent.T * base.SOFTMAX_SCALE
+    scores = torch.cat([absorbed, q[:, NOPE:].float()], dim=-1) @ latent.T * SOFTMAX_SCALE
     attended = torch.softmax(scores, dim=-1) @ latent[:, : base.VALUE_DIM]
     return torch.einsum("hl,hln->hn", attended, layer.value.float())
 

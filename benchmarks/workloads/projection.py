@@ -13,6 +13,7 @@ from benchmarks.timing.clock import input_sets
 from benchmarks.workloads import base
 from benchmarks.workloads.base import Params, Problem, Workload
 from nsa_backend_plugin.ops import projection
+from tools.calls import Calls
 
 HIDDEN, Q_LORA, LATENT, NOPE, INDEX = 7168, 1536, 576, 128, 64 * 128
 BF16_BAR = 5e-6
@@ -34,29 +35,23 @@ def build_linear(params: Mapping[str, Any], device: torch.device) -> Problem:
     rows, depth = sizes(params["heads"])
     touched = rows * depth * (1 if fp8 else 2) + tokens * (rows + depth) * 2
     sets = input_sets(touched, rows * depth * 2, device, at_least=params["min_sets"])
-    x = torch.randn(tokens, depth, device=device).to(torch.bfloat16)
-    dtype = torch.bfloat16 if fp8 else torch.float32
-    gain = (torch.rand(depth, device=device) + 0.5).to(torch.bfloat16) if norm else None
-    scale = torch.rand(-(-rows // 128), depth // 128, device=device) + 0.5 if fp8 else None
-    kind, bar = (torch.float8_e4m3fn, FP8_BAR) if fp8 else (torch.bfloat16, BF16_BAR)
-    weights = [torch.randn(rows, depth, device=device).to(kind) for _ in range(sets)]
+    make, dtype = Calls(device, plain=True), torch.bfloat16 if fp8 else torch.float32
+    shared = {**make.projection_linear(tokens, rows, depth, fp8, norm), "dtype": dtype}
+    del shared["weight"]
+    bar = FP8_BAR if fp8 else BF16_BAR
 
-    def run(impl: str | None, item: torch.Tensor, poison: bool) -> torch.Tensor:
-        return projection.linear(x, item, scale, norm_weight=gain, dtype=dtype, impl=impl)
-
-    def check(out: torch.Tensor, item: torch.Tensor) -> float:
-        return base.cosine_distance(out.float(), run("torch", item, False).float())
+    def check(out: torch.Tensor, item: Any) -> float:
+        return base.cosine_distance(out.float(), projection.linear(**item, impl="torch").float())
 
     return Problem(
-        inputs=weights,
-        run=run,
+        inputs=[make.projection_linear(tokens, rows, depth, fp8) | shared for _ in range(sets)],
+        run=base.runs(projection.linear),
         check=check,
         bar=bar,
         peer_bar=bar,
         checked=f"all {tokens} rows against torch float32",
         bytes=touched,
         flops=2 * tokens * rows * depth,
-        extra={"x": x, "scale": scale, "gain": gain},
     )
 
 
@@ -66,29 +61,25 @@ def build_per_head(params: Mapping[str, Any], device: torch.device) -> Problem:
     rows, depth = (512, NOPE) if params["name"] == "w_uk" else (NOPE, 512)
     touched = heads * (rows * depth + tokens * (rows + depth)) * 2
     sets = input_sets(touched, touched, device, at_least=params["min_sets"])
-    x = torch.randn(tokens, heads, depth + 64, device=device).to(torch.bfloat16)[..., :depth]
-    out = torch.empty(tokens, heads, rows + 64, dtype=torch.bfloat16, device=device)[..., :rows]
-    weights = [torch.randn(heads, rows, depth, device=device).to(torch.bfloat16) for _ in range(sets)]
+    make = Calls(device, plain=True)
+    shared = {
+        "x": make.projection_per_head(tokens, heads, 1, depth)["x"],
+        "out": torch.empty(tokens, heads, rows + 64, dtype=torch.bfloat16, device=device)[..., :rows],
+    }
 
-    def run(impl: str | None, item: torch.Tensor, poison: bool) -> torch.Tensor:
-        if poison:
-            out.fill_(float("nan"))
-        return projection.per_head(x, item, out=out, impl=impl)
-
-    def check(result: torch.Tensor, item: torch.Tensor) -> float:
-        expected = projection.per_head(x, item, impl="torch")
+    def check(result: torch.Tensor, item: Any) -> float:
+        expected = projection.per_head(item["x"], item["weight"], impl="torch")
         return base.cosine_distance(result.float(), expected.float())
 
     return Problem(
-        inputs=weights,
-        run=run,
+        inputs=[make.projection_per_head(tokens, heads, rows, depth) | shared for _ in range(sets)],
+        run=base.runs(projection.per_head),
         check=check,
         bar=BF16_BAR,
         peer_bar=BF16_BAR,
         checked=f"all {tokens} rows against torch float32",
         bytes=touched,
         flops=2 * tokens * heads * rows * depth,
-        extra={"x": x, "out": out},
     )
 
 

@@ -14,6 +14,7 @@ from benchmarks.workloads import base
 from benchmarks.workloads.base import CacheFormat, Params, Problem, QueriesOfContext, Workload
 from nsa_backend_plugin.ops import sparse_mla
 from nsa_backend_plugin.ops.call import Step
+from tools.calls import SOFTMAX_SCALE, Calls
 
 
 def build_decode(params: Mapping[str, Any], device: torch.device) -> Problem:
@@ -54,42 +55,25 @@ def _problem(params: Mapping[str, Any], pool: torch.Tensor, indices, rows_read: 
     index_bytes = tokens * topk * 4
     touched = rows_read * base.ROW_BYTES[params["kv"]] + q_bytes + index_bytes + tokens * heads * base.VALUE_DIM * 2
     sets = input_sets(touched, q_bytes + index_bytes, device, at_least=params["min_sets"])
-    inputs = [
-        (torch.randn(tokens, heads, base.HEAD_DIM, device=device).to(torch.bfloat16), indices()) for _ in range(sets)
-    ]
-
-    step = Step()
-
-    def run(impl: str | None, item: Any, poison: bool) -> torch.Tensor:
-        q, index = item
-        shape = (tokens, heads, base.VALUE_DIM)
-        out = base.poisoned(*shape, dtype=q.dtype, device=device) if poison else None
-        scale = base.SOFTMAX_SCALE
-        result = sparse_mla.attend(q, pool, index, scale, rows_have_keys=True, out=out, step=step, impl=impl)
-        assert isinstance(result, torch.Tensor)
-        return result
+    make, promises = Calls(device), {"rows_have_keys": True, "step": Step()}
 
     def check(out: torch.Tensor, item: Any) -> float:
-        q, index = item
+        q, index = item["q"], item["indices"]
         rows = base.some_rows(tokens, device)
-        expected = sparse_mla.attend(q[rows].float(), pool, index[rows], base.SOFTMAX_SCALE, impl="torch")
+        expected = sparse_mla.attend(q[rows].float(), pool, index[rows], SOFTMAX_SCALE, impl="torch")
         assert isinstance(expected, torch.Tensor)
         return base.cosine_distance(out[rows].float(), expected)
 
     return Problem(
-        inputs=inputs,
-        run=run,
+        inputs=[
+            make.sparse_mla_attend(tokens, heads, topk, kv=pool, indices=indices()) | promises for _ in range(sets)
+        ],
+        run=base.runs(sparse_mla.attend, tokens, heads, base.VALUE_DIM),
         check=check,
         bar=base.FP8_BAR if params["kv"] == "packed" else base.BF16_BAR,
         checked=base.rows_checked(tokens),
         bytes=touched,
         flops=2 * tokens * heads * topk * (base.HEAD_DIM + base.VALUE_DIM),
-        extra={
-            "pool": pool,
-            "tokens": tokens,
-            "heads": heads,
-            "topk": topk,
-        },
     )
 
 

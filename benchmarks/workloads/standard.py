@@ -13,15 +13,15 @@ from benchmarks.checked import BatchSpec, Count, Heads
 from benchmarks.timing.clock import input_sets
 from benchmarks.workloads import base
 from benchmarks.workloads.base import Params, Problem, Workload
-from benchmarks.workloads.dense_mla import row_slots
+from tools.calls import block_table, row_slots
 
 
 def build(params: Mapping[str, Any], device: torch.device) -> Problem:
     heads, kv_heads, dim, page = (params[k] for k in ("heads", "kv_heads", "head_dim", "page_size"))
     requests = parse_batch_spec(params["batch_spec"])
     tokens, kv_tokens = sum(r.q_len for r in requests), sum(r.kv_len for r in requests)
-    counts = [-(-r.kv_len // page) for r in requests]
-    pages = max(params["pool_slots"] // page, sum(counts))
+    contexts = [r.kv_len for r in requests]
+    pages = max(params["pool_slots"] // page, sum(-(-n // page) for n in contexts))
     shape = (pages, page, kv_heads, dim)
     keys, values = (torch.randn(shape, dtype=torch.bfloat16, device=device) for _ in range(2))
     q_bytes = tokens * heads * dim * 2
@@ -30,7 +30,7 @@ def build(params: Mapping[str, Any], device: torch.device) -> Problem:
     inputs = [
         (
             torch.randn(tokens, heads, dim, device=device).to(torch.bfloat16),
-            base.own_pages(counts, pages, device),
+            block_table(contexts, page, device, pages)[0],
         )
         for _ in range(sets)
     ]

@@ -1,4 +1,7 @@
-"""A valid call of every public function, the smallest: what the generated tests make wrong, strided or misaligned."""
+"""A valid call of every public function, the smallest: what the generated tests make wrong, strided or misaligned.
+
+Written out, not made by `tools/calls.py`: the messages that test_bad_input expects name these sizes and values.
+"""
 
 from __future__ import annotations
 

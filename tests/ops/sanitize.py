@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 
 os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")  # every tensor its own allocation, with its own bounds
 
@@ -21,7 +20,7 @@ import torch
 import triton
 
 from nsa_backend_plugin import settings
-from nsa_backend_plugin.layouts import INDEX_LAYOUTS, index_page_bytes
+from nsa_backend_plugin.layouts import INDEX_LAYOUTS
 from nsa_backend_plugin.ops import (
     concat,
     dense_mla,
@@ -35,184 +34,99 @@ from nsa_backend_plugin.ops import (
     sparse_mla,
     topk,
 )
-from nsa_backend_plugin.ops.arch import device_arch, fp8_dtype
+from nsa_backend_plugin.ops.arch import device_arch
 from nsa_backend_plugin.ops.call import Declined
+from tools.calls import Arguments, Calls, block_table
 from tools.compile_matrix import kernel_modules
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SCALE = 192**-0.5
-Call = tuple[str, Callable[[], object]]
+MAKE = Calls(DEVICE)
+Case = tuple[dispatch.Operation, Arguments]
 
 
-def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    return torch.randn(*shape, device=DEVICE).to(dtype)
-
-
-def ints(*values: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-    return torch.tensor(values, dtype=dtype, device=DEVICE)
-
-
-def runs_here(op: str, *names: str) -> list[str]:
-    return [n for n in names if n in dispatch.implementation_names(op) and dispatch._unavailable(op, n, ARCH) is None]
-
-
-ARCH = device_arch(DEVICE)
-
-
-def index_calls() -> Iterator[Call]:
-    lengths, table = ints(130, 0, 65), ints(4, 1, 5, 0, 0, 0, 2, 3, 0).view(3, 3)
-    angles = randn(200, 64, dtype=torch.float32)
+def index_calls() -> Iterator[Case]:
+    lengths = [130, 0, 65]
     for layout in INDEX_LAYOUTS:
-        cache = torch.zeros(20, index_page_bytes(64), dtype=torch.uint8, device=DEVICE)
-        options = {"layout": layout, "impl": "triton"}
         for tokens in (33, 1100):  # either configuration of the store
-            slots = torch.randperm(1280, device=DEVICE)[:tokens] - 100
-            yield (
-                f"store {layout} {tokens}",
-                partial(index_key_cache.store, randn(tokens, 128), cache, slots, **options),
-            )
-        yield f"gather {layout}", partial(index_key_cache.gather, cache, table, lengths, **options)
+            yield index_key_cache.store, MAKE.index_key_cache_store(tokens, layout)
+        yield index_key_cache.gather, MAKE.index_key_cache_gather(lengths, layout)
         for next_n in (1, 2):
-            q = randn(3, next_n, 64, 128).to(fp8_dtype(DEVICE))
-            weights = randn(3 * next_n, 64, dtype=torch.float32)
-            call = partial(mqa_logits.paged, q, cache, weights, lengths, table, 130, clean=True, **options)
-            yield f"logits paged {layout} next_n {next_n}", call
+            yield mqa_logits.paged, {**MAKE.mqa_logits_paged(lengths, 64, next_n, layout), "clean": True}
         for neox in (False, True):
-            key = partial(
-                indexer_prep.key_store,
-                *(randn(33, 128), randn(128), randn(128), torch.arange(33, device=DEVICE), angles, cache),
-                torch.arange(33, device=DEVICE) * 11 - 3,
-                is_neox=neox,
-                **options,
-            )
-            yield f"prep key {layout} neox {neox}", key
-    fp8 = fp8_dtype(DEVICE)
-    q, k, scale = randn(5, 64, 128).to(fp8), randn(150, 128).to(fp8), randn(150, dtype=torch.float32)
-    ranges = ints(0, 10, 20, 70, 149), ints(150, 11, 20, 140, 150)
-    weights = randn(5, 64, dtype=torch.float32)
-    yield "logits ragged", partial(mqa_logits.ragged, q, k, scale, weights, *ranges, clean=True, impl="triton")
+            yield indexer_prep.key_store, {**MAKE.indexer_prep_key_store(33, layout), "is_neox": neox}
+    yield mqa_logits.ragged, {**MAKE.mqa_logits_ragged(5, 150, 64), "clean": True}
     for tokens in (3, 40, 70):
-        query = randn(tokens, 64, 128), randn(tokens, 64), torch.arange(tokens, device=DEVICE), angles
-        yield (
-            f"prep query {tokens}",
-            partial(indexer_prep.query, *query, weight_scale=0.1, is_neox=True, impl="triton"),
-        )
+        yield indexer_prep.query, {**MAKE.indexer_prep_query(tokens, 64), "is_neox": True}
 
 
-def topk_calls() -> Iterator[Call]:
-    for impl in runs_here("topk", "triton", "cuda"):
-        # Eight, four and two blocks to a row, with shares that exceed registers too; more rows than multiprocessors;
-        # one block.
-        for rows, columns in ((3, 40_000), (3, 150_000), (20, 100_000), (30, 20_000), (140, 2500), (5, 9001)):
-            logits = randn(rows, columns, dtype=torch.float32).relu()
-            if columns == 40_000:  # alike in their leading digit: the cluster takes several radix steps
-                logits += 100
-            lengths = torch.full((rows,), columns - 3, dtype=torch.int32, device=DEVICE)
-            lengths[1:3] = ints(0, 70)
-            table = torch.randperm(columns // 64 + 1, device=DEVICE).int().repeat(rows, 1)
-            for deterministic in (False, True):
-                call = partial(topk.select, logits, lengths, 2048, page_table=table, page_size=64, impl=impl)
-                name = f"topk {impl} {rows} x {columns} deterministic {deterministic}"
-                yield name, partial(call, deterministic=deterministic)
+def topk_calls() -> Iterator[Case]:
+    # Eight, four and two blocks to a row, with shares that exceed registers too; more rows than multiprocessors; one
+    # block. Of logits that are alike in their leading digit, the cluster takes several radix steps.
+    for rows, columns in ((3, 40_000), (3, 150_000), (20, 100_000), (30, 20_000), (140, 2500), (5, 9001)):
+        lengths = [columns - 3, 0, 70, *[columns - 3] * (rows - 3)]
+        arguments = MAKE.topk_select(lengths, columns, 2048, "narrow" if columns == 40_000 else "plateau")
+        arguments |= {"page_table": block_table([columns] * rows, 64, DEVICE)[0], "page_size": 64}
+        for deterministic in (False, True):
+            yield topk.select, {**arguments, "deterministic": deterministic}
 
 
-def latent_calls() -> Iterator[Call]:
-    kv = randn(40, 576)
-    packed = latent_cache.quantize(kv, impl="torch")
-    yield "quantize", partial(latent_cache.quantize, kv, impl="triton")
-    yield "dequantize", partial(latent_cache.dequantize, packed, impl="triton")
-    angles, slots = randn(600, 64, dtype=torch.float32), torch.randperm(700, device=DEVICE)[:600] - 20
-    caches = {
-        "bf16": randn(700, 1, 576),
-        "fp8": randn(700, 1, 576).to(fp8_dtype(DEVICE)),
-        "packed": torch.zeros(700, 1, 656, dtype=torch.uint8, device=DEVICE),
-    }
-    for kind, cache in caches.items():
+def latent_calls() -> Iterator[Case]:
+    yield latent_cache.quantize, MAKE.latent_cache_quantize(40)
+    yield latent_cache.dequantize, MAKE.latent_cache_dequantize(40)
+    for kind in ("bf16", "fp8", "packed"):
         for tokens in (33, 600):
-            q = randn(tokens, 20, 576)
-            call = partial(
-                latent_cache.store,
-                *(randn(tokens, 512), randn(tokens, 64), cache, slots[:tokens]),
-                positions=torch.arange(tokens, device=DEVICE),
-                cos_sin_cache=angles,
-                kv_scale=0.5 if kind == "fp8" else None,
-                k_rope_out=randn(tokens, 64),
-                q_rope=q[..., 512:],
-                q_all=q,
-                norm_weight=randn(512),
-                impl="triton",
-            )
-            yield f"latent store {kind} {tokens}", call
-    yield "norm", partial(norm_quant.rms, randn(33, 2112)[:, :1536], randn(1536), impl="triton")
-    for impl in runs_here("projection", "triton", "cuda"):
-        for tokens in (1, 13, 32):
-            for rows, depth in ((2112, 7168), (200, 384)):
-                weight, scale = (
-                    randn(rows, depth).to(torch.float8_e4m3fn),
-                    torch.rand(-(-rows // 128), depth // 128, device=DEVICE),
-                )
-                x, gain = randn(tokens, depth + 64)[:, :depth], randn(depth)
-                for norm in (None, gain) if depth < 7168 else (None,):
-                    call = partial(projection.linear, x, weight, scale, norm_weight=norm, impl=impl)
-                    yield f"projection {impl} fp8 {tokens} {rows} {depth}", call
-            call = partial(projection.linear, randn(tokens, 7168), randn(192, 7168), dtype=torch.float32, impl=impl)
-            yield f"projection {impl} bf16 {tokens}", call
-            queries, w_uk = randn(tokens, 16, 192)[..., :128], randn(16, 512, 128)
-            yield f"projection {impl} heads {tokens}", partial(projection.per_head, queries, w_uk, impl=impl)
-    yield "concat q", partial(concat.q_all, randn(5, 12, 512), randn(5, 12, 64), impl="triton")
-    yield "concat k", partial(concat.mla_k, randn(5, 128, 128), randn(5, 1, 64), impl="triton")
+            yield latent_cache.store, {**MAKE.latent_cache_store(tokens, kind, 20), "norm_weight": MAKE.rows(512)}
+    yield norm_quant.rms, MAKE.norm_quant_rms(33, 1536)
+    for tokens in (1, 13, 32):
+        for outputs, depth, norm in ((2112, 7168, False), (200, 384, False), (200, 384, True)):
+            yield projection.linear, MAKE.projection_linear(tokens, outputs, depth, norm=norm)
+        bf16 = MAKE.projection_linear(tokens, 192, 7168, fp8=False)
+        yield projection.linear, {**bf16, "dtype": torch.float32}
+        yield projection.per_head, MAKE.projection_per_head(tokens, 16, 512, 128)
+    yield concat.q_all, MAKE.concat_q_all(5, 12)
+    yield concat.mla_k, MAKE.concat_mla_k(5, 128)
 
 
-def attention_calls() -> Iterator[Call]:
-    kv = randn(300, 1, 576)
-    caches = {"bf16": kv, "packed": latent_cache.quantize(kv, impl="torch"), "fp8": kv.to(fp8_dtype(DEVICE))}
-    for impl in runs_here("sparse_mla", "triton", "cuda"):
-        for kind, cache in caches.items():
-            for heads in (12, 24, 128):
-                for tokens, keys in ((2, 150), (2, 1100), (300, 33)):  # in few parts, in many, whole
-                    indices = torch.randint(-30, 300, (tokens, keys), device=DEVICE).int().clamp_min(-1)
-                    indices[1] = -1
-                    lengths = torch.randint(0, keys + 1, (tokens,), device=DEVICE).int()
-                    led = torch.arange(keys, device=DEVICE) < lengths[:, None]
-                    leading = {"indices": indices.clamp_min(0).where(led, -1), "lengths": lengths}
-                    for slots in ({"indices": indices}, leading):
-                        call = partial(
-                            sparse_mla.attend,
-                            *(randn(tokens, heads, 576), cache),
-                            softmax_scale=SCALE,
-                            kv_scale=0.5 if kind == "fp8" else None,
-                            return_lse=True,
-                            impl=impl,
-                            **slots,
-                        )
-                        given = " ".join(slots)
-                        yield f"sparse {impl} {kind} {heads} heads {tokens} x {keys} {given}", call
-    table, lengths = ints(2, 0, 1, 3, 1, 2).view(2, 3), ints(170, 0)
-    plain = {"kv_scale": None}, kv
-    fp8_rows = {"kv_scale": 0.5}, caches["fp8"]
+def attention_calls() -> Iterator[Case]:
+    for kind in ("bf16", "packed", "fp8"):
+        for heads in (12, 24, 128):
+            for tokens, keys in ((2, 150), (2, 1100), (300, 33)):  # in few parts, in many, whole
+                some = MAKE.sparse_mla_attend(tokens, heads, keys, kind)
+                some["indices"][1] = -1
+                leading = MAKE.sparse_mla_attend(tokens, heads, keys, kind, missing=0.0)
+                lengths = torch.randint(0, keys + 1, (tokens,), device=DEVICE).int()
+                behind = torch.arange(keys, device=DEVICE) >= lengths[:, None]
+                leading |= {"indices": leading["indices"].masked_fill(behind, -1), "lengths": lengths}
+                yield from ((sparse_mla.attend, {**given, "return_lse": True}) for given in (some, leading))
     for heads in (12, 128):
-        for impl, (scale, rows) in (("triton", plain), ("triton", fp8_rows), ("cuda", fp8_rows)):
-            queries = randn(2, heads, 576)
-            call = partial(dense_mla.decode, queries, rows, table, lengths, SCALE, page_size=64, impl=impl, **scale)
-            yield f"dense {impl} {rows.dtype} {heads} heads", call
+        for kind in ("bf16", "fp8"):
+            yield dense_mla.decode, MAKE.dense_mla_decode([170, 0], heads, kind=kind)
+
+
+def launch(function: dispatch.Operation, arguments: Arguments, wanted: list[str]) -> None:
+    """A call by each kernel of ours that can run here."""
+    facts = " ".join(f"{name}={value}" for name, value in function.call(**arguments).facts().items())
+    for impl in (name for name in function.available(DEVICE) if name in dispatch.OWN):
+        name = f"{function.name} {impl} {facts}"
+        if wanted and not any(part in name for part in wanted):
+            continue
+        print(name, flush=True)
+        try:
+            function(**arguments, impl=impl)
+        except Declined as declined:
+            print(f"  {declined}")
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
 
 
 def main(wanted: list[str]) -> int:
     launched: set[str] = set()
     triton.knobs.runtime.launch_enter_hook.add(lambda metadata: launched.add(metadata.get()["name"]))
     for calls in (index_calls, topk_calls, latent_calls, attention_calls):
-        for name, call in calls():
-            if wanted and not any(part in name for part in wanted):
-                continue
-            print(name, flush=True)
-            try:
-                call()
-            except Declined as declined:
-                print(f"  {declined}")
-            if DEVICE.type == "cuda":
-                torch.cuda.synchronize()
+        for function, arguments in calls():
+            launch(function, arguments, wanted)
     modules = kernel_modules(settings.OPERATIONS).values()
-    kernels = {case.kernel.__name__ for module in modules for case in module.compile_cases(ARCH)}
+    kernels = {case.kernel.__name__ for module in modules for case in module.compile_cases(device_arch(DEVICE))}
     missing = set() if wanted or DEVICE.type == "cpu" else kernels - launched
     print(f"launched {', '.join(sorted(launched))}; missing: {', '.join(sorted(missing)) or 'none'}")
     return 1 if missing else 0

@@ -18,18 +18,18 @@ import torch
 
 from nsa_backend_plugin.ops import dense_mla, sparse_mla
 from nsa_backend_plugin.ops._torch.mla import softmax_attention
-from nsa_backend_plugin.ops._torch.packed_rows import pack
 from nsa_backend_plugin.ops._vendor import flash_mla as vendor_flash_mla
 from nsa_backend_plugin.ops._vendor import flashinfer as vendor_flashinfer
 from nsa_backend_plugin.ops._vendor import mla, probe
 from nsa_backend_plugin.ops.call import Step
 from nsa_backend_plugin.ops.sparse_mla.reference import rows
 from tests.ops import fake_aiter_attention
-from tests.ops.common import assert_close, permuted_block_table, poison
+from tests.ops.common import assert_close
 from tests.ops.fake_aiter import as_declared
 from tests.ops.implementations import DEVICE
+from tools.calls import SOFTMAX_SCALE as SCALE
+from tools.calls import Calls, poison, row_slots
 
-SCALE = 192**-0.5
 DIM, VALUE = 576, 512
 
 
@@ -79,17 +79,12 @@ def vendor_answer(q: torch.Tensor, latents: list[torch.Tensor]) -> tuple[torch.T
 
 
 def sparse_inputs(kind: str, heads: int, topk: int = 128) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    tokens, slots = 4, 256
-    q = torch.randn(tokens, heads, DIM).bfloat16()
-    kv = torch.randn(slots, DIM).bfloat16()
-    if kind == "packed":
-        kv = pack(kv, VALUE)
-    indices = torch.stack([torch.randperm(slots)[:topk] for _ in range(tokens)]).int()
+    call = Calls(torch.device("cpu")).sparse_mla_attend(4, heads, topk, kind, missing=0.0)
+    q, kv, indices = call["q"], call["kv"], call["indices"]
     indices[0, ::3] = -1
     indices[1] = -1
     indices[2, 1:] = -1
-    kv = kv.unsqueeze(1)
-    used = torch.zeros(slots, dtype=torch.bool)
+    used = torch.zeros(len(kv), dtype=torch.bool)
     used[indices[indices >= 0].long()] = True
     kv[~used] = 0x7F if kind == "packed" else float("nan")
     return q, kv, indices
@@ -170,23 +165,16 @@ def check_dense(
     num_kv_splits: int | None = None,
 ) -> None:
     lengths = [130, 5 if rows_have_keys else 0, 1, 128]
-    q = torch.randn(len(lengths), heads, DIM).bfloat16()
-    table, pages = permuted_block_table(lengths, page_size, q.device)
+    arguments = Calls(torch.device("cpu")).dense_mla_decode(lengths, heads, page_size)
+    kv, table = arguments["kv"], arguments["block_table"]
     width = -(-table.shape[1] * page_size // 128) * 128 // page_size
     table = torch.nn.functional.pad(table, (0, width - table.shape[1]))
-    kv = poison(pages * page_size, 1, DIM, dtype=torch.bfloat16, device=q.device)
+    latents = [kv[row_slots(row, n, page_size), 0].float() for row, n in zip(table, lengths, strict=True)]
+    expected = attend_rows(arguments["q"], latents)
     if kv_is_finite:
-        kv.zero_()
-    latents = []
-    for b, length in enumerate(lengths):
-        position = torch.arange(length)
-        slots = table[b, position // page_size].long() * page_size + position % page_size
-        kv[slots] = torch.randn(length, 1, DIM).bfloat16()
-        latents.append(kv[slots, 0].float())
-    expected = attend_rows(q, latents)
-    seq_lens = torch.tensor(lengths, dtype=torch.int32)
-    arguments = dict(q=q, kv=kv, block_table=table, seq_lens=seq_lens, softmax_scale=SCALE, page_size=page_size)
-    arguments |= dict(rows_have_keys=rows_have_keys, kv_is_finite=kv_is_finite, num_kv_splits=num_kv_splits, step=step)
+        kv.nan_to_num_()
+    arguments |= dict(block_table=table, rows_have_keys=rows_have_keys, kv_is_finite=kv_is_finite)
+    arguments |= dict(num_kv_splits=num_kv_splits, step=step)
     actual = run_adapter("dense_mla", name, arch, arguments, want_lse=want_lse)
     for got, want, bar in zip(actual, expected, (5e-6, 1e-8), strict=False):
         assert_close(got, want, bar)
@@ -343,7 +331,8 @@ def test_flash_mla_over_unpacked_rows_says_what_it_needs() -> None:
 @pytest.mark.usefixtures("flash_mla")
 def test_the_places_of_slots_are_made_once_per_step(monkeypatch: pytest.MonkeyPatch) -> None:
     module, step, made = adapter("sparse_mla", "flash_mla_unpacked"), Step(), []
-    context, once = torch.arange(256, dtype=torch.int32, device=DEVICE), Step.once
+    slots, once = len(sparse_inputs("packed", 64)[1]), Step.once
+    context = torch.arange(slots, dtype=torch.int32, device=DEVICE)
 
     def counting(self: Step, key: Any, make: Any, *of: torch.Tensor, **where: Any) -> Any:
         return once(self, key, lambda: made.append(key) or make(), *of, **where)
@@ -352,7 +341,7 @@ def test_the_places_of_slots_are_made_once_per_step(monkeypatch: pytest.MonkeyPa
     for _ in range(2):
         q, kv, indices = (t.to(DEVICE) for t in sparse_inputs("packed", 64))
         module.attend(sparse_mla.attend.call(q, kv, indices, SCALE, context=context, step=step))
-    assert [key for key in made if "places" in str(key)] == [("places of slots", 256)]
+    assert [key for key in made if "places" in str(key)] == [("places of slots", slots)]
 
 
 @pytest.mark.parametrize("heads", [12, 16])

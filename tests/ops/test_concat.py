@@ -12,16 +12,7 @@ from nsa_backend_plugin.ops import concat
 from nsa_backend_plugin.ops.arch import fp8_dtype
 from nsa_backend_plugin.ops.concat import sgl_kernel
 from tests.ops.implementations import run, runnable
-
-
-def parts(tokens: int, heads: int, nope: int, rope: int, rope_heads: int, device: torch.device, dtype=torch.bfloat16):
-    """Slices of wider buffers, magnitudes 1e-4 to 1e4."""
-
-    def part(heads: int, width: int) -> torch.Tensor:
-        scale = 10 ** (8 * torch.rand(tokens, heads, 1, device=device) - 4)
-        return (torch.randn(tokens, heads, width + 64, device=device) * scale).to(dtype)[..., :width]
-
-    return part(heads, nope), part(rope_heads, rope)
+from tools.calls import Calls
 
 
 def same_bits(actual: torch.Tensor, expected: torch.Tensor) -> bool:
@@ -34,10 +25,10 @@ def same_bits(actual: torch.Tensor, expected: torch.Tensor) -> bool:
 @pytest.mark.parametrize("impl", runnable(concat.q_all))
 def test_q_all(impl, tokens, device):
     for heads, dtype in [(1, torch.bfloat16), (12, torch.float16), (2, fp8_dtype(device))]:
-        nope, rope = parts(tokens, heads, 512, 64, heads, device, dtype)
-        actual = run(concat.q_all, impl, nope, rope)
+        arguments = Calls(device, dtype).concat_q_all(tokens, heads)
+        actual = run(concat.q_all, impl, **arguments)
         assert actual.is_contiguous()
-        assert same_bits(actual, concat.q_all(nope, rope, impl="torch"))
+        assert same_bits(actual, concat.q_all(**arguments, impl="torch"))
 
 
 def test_q_all_of_one_buffer_is_a_view(device, monkeypatch):
@@ -82,17 +73,17 @@ def test_mla_k(impl, device):
         (13, 16, torch.bfloat16, fp8),
         (3, 2, fp8, fp8),
     ]:
-        nope, rope = parts(tokens, heads, 128, 64, 1, device, source)
+        arguments = Calls(device, source).concat_mla_k(tokens, heads)
         out = torch.full((tokens, heads, 192), float("nan"), device=device).to(target)
-        result = run(concat.mla_k, impl, nope, rope, out=out)
+        result = run(concat.mla_k, impl, **arguments, out=out)
         assert result.data_ptr() == out.data_ptr()
-        assert same_bits(out, concat.mla_k(nope, rope, dtype=target, impl="torch")), (tokens, heads, source, target)
+        assert same_bits(out, concat.mla_k(**arguments, dtype=target, impl="torch")), (tokens, heads, source, target)
 
 
 @pytest.mark.parametrize("impl", runnable(concat.mla_k))
 def test_mla_k_with_widths_that_are_no_powers_of_two(impl, device):
-    nope, rope = parts(5, 3, 96, 48, 1, device)
-    assert same_bits(run(concat.mla_k, impl, nope, rope), concat.mla_k(nope, rope, impl="torch"))
+    arguments = Calls(device).concat_mla_k(5, 3, 96, 48)
+    assert same_bits(run(concat.mla_k, impl, **arguments), concat.mla_k(**arguments, impl="torch"))
 
 
 @pytest.mark.parametrize("impl", runnable(concat.mla_k))
@@ -168,7 +159,7 @@ def test_fp8_saturates(device):
 def test_output_past_two_to_the_31_elements(impl, target, device):
     dtype = torch.bfloat16 if target == "bf16" else fp8_dtype(device)
     tokens = 2**31 // (128 * 192) + 100
-    nope, rope = parts(tokens, 128, 128, 64, 1, device)
+    nope, rope = Calls(device).concat_mla_k(tokens, 128).values()
     out = torch.empty(tokens, 128, 192, dtype=dtype, device=device)
     out.view(torch.uint8).fill_(0x7F)
     run(concat.mla_k, impl, nope, rope, out=out)
@@ -180,7 +171,7 @@ def test_output_past_two_to_the_31_elements(impl, target, device):
 @pytest.mark.parametrize("impl", runnable(concat.mla_k))
 @pytest.mark.parametrize("tokens", [64, 300, 4096])
 def test_served_shape_is_bitwise_repeatable(impl, tokens, device):
-    nope, rope = parts(tokens, 128, 128, 64, 1, device)
+    nope, rope = Calls(device).concat_mla_k(tokens, 128).values()
     expected = concat.mla_k(nope, rope, impl="torch")
     for _ in range(20):
         assert same_bits(run(concat.mla_k, impl, nope, rope), expected)

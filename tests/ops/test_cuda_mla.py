@@ -14,7 +14,8 @@ from nsa_backend_plugin.ops._torch.packed_rows import pack
 from nsa_backend_plugin.ops.arch import device_arch
 from nsa_backend_plugin.ops.dense_mla import cuda as dense
 from nsa_backend_plugin.ops.sparse_mla import cuda
-from tests.ops.common import assert_close, poison
+from tests.ops.common import assert_close
+from tools.calls import poison
 
 SCALE = 192**-0.5
 FP8_BAR, LSE_BAR = 2e-4, 1e-4

@@ -10,18 +10,17 @@ import torch
 
 from nsa_backend_plugin.layouts import FP8_DTYPES
 from nsa_backend_plugin.ops import dense_mla
-from nsa_backend_plugin.ops.arch import fp8_dtype
 from nsa_backend_plugin.ops.call import Step
 from nsa_backend_plugin.ops.dense_mla import reference
 from nsa_backend_plugin.ops.dense_mla import triton as dense_triton
 from tests.conftest import HAS_GPU
 from tests.ops import implementations
-from tests.ops.common import assert_close, permuted_block_table, poison, slots_of
+from tests.ops.common import assert_close
 from tests.ops.implementations import bar, runnable
+from tools.calls import Calls, poison
 
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 QUERY_DIM = 576
-SCALE = 192**-0.5
 KINDS = ["bf16", "fp16", "fp8"]
 PAGES = [*((size, "bf16") for size in dense_mla.PAGE_SIZES), (1, "fp8"), (64, "fp8")]
 BAR = 5e-6
@@ -31,6 +30,7 @@ LONG_LENGTHS = [2047, 2048, 2049, 0, 1, 8192, 63, 64, 65]
 
 
 IMPLS = runnable(dense_mla.decode)
+inputs = Calls(DEVICE).dense_mla_decode
 #: What our own say when they decline a call of these tests: rows of another dtype.
 NOT_THEIRS = ("only torch.float8_e4m3fn rows", "converts to")
 
@@ -44,35 +44,6 @@ def splits_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the interpreter too: a CPU counts as one core, which would never split."""
     if not HAS_GPU:
         monkeypatch.setattr(dense_triton, "core_count", lambda device: 132)
-
-
-def inputs(
-    lengths: list[int],
-    heads: int,
-    page_size: int = 64,
-    kind: str = "bf16",
-    q_size: float = 1.0,
-    kv_size: float = 1.0,
-) -> dict:
-    """Arguments of `decode`: permuted pages, NaN in every slot that no request owns. kind: of KINDS."""
-    table, pages = permuted_block_table(lengths, page_size, DEVICE)
-    dtype = torch.float16 if kind == "fp16" else torch.bfloat16
-    row_dtype, kv_scale = (fp8_dtype(DEVICE), 0.03 * kv_size) if kind == "fp8" else (dtype, 1.0)
-    kv = torch.full((pages * page_size, QUERY_DIM), float("nan"), device=DEVICE).to(row_dtype)
-    raw = kv.view(torch.uint8)  # torch does not index fp8 everywhere
-    for row, length in enumerate(lengths):
-        slots = slots_of(table, length, row, page_size)
-        rows = torch.randn(length, QUERY_DIM, device=DEVICE) * kv_size / kv_scale
-        raw[slots] = rows.to(row_dtype).view(torch.uint8)
-    return {
-        "q": (torch.randn(len(lengths), heads, QUERY_DIM, device=DEVICE) * q_size).to(dtype),
-        "kv": kv[:, None],
-        "kv_scale": kv_scale if kind == "fp8" else None,
-        "block_table": table,
-        "seq_lens": torch.tensor(lengths, dtype=torch.int32, device=DEVICE),
-        "softmax_scale": SCALE,
-        "page_size": page_size,
-    }
 
 
 def expected(arguments: dict) -> tuple[torch.Tensor, torch.Tensor]:

@@ -30,6 +30,7 @@ from nsa_backend_plugin.ops import (
 from nsa_backend_plugin.ops.call import Declined
 from tests.ops.cases import VARIANTS, filled, valid
 from tests.ops.implementations import DEVICE, run
+from tools.calls import Calls
 
 #: Arguments that are no tensors: their values are walked in test_bad_input.
 PLAIN = {
@@ -70,6 +71,7 @@ def _ids(value: Any) -> str:
 def test_every_argument_is_walked(function: Any) -> None:
     known = {*valid(function), *PLAIN.get(function, ()), "step", "impl"}
     assert set(inspect.signature(function).parameters) == known
+    assert hasattr(Calls, function.name.replace(".", "_"))
     function(**valid(function))
 
 

@@ -5,29 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nsa_backend_plugin.layouts import INDEX_LAYOUTS, SCALE_FORMATS, index_page_bytes
+from nsa_backend_plugin.layouts import INDEX_LAYOUTS, SCALE_FORMATS
 from nsa_backend_plugin.ops import index_key_cache
 from nsa_backend_plugin.ops.arch import fp8_dtype, pretended
 from nsa_backend_plugin.ops.index_key_cache import aiter, reference
 from tests.ops import fake_aiter
-from tests.ops.common import permuted_block_table, poison
 from tests.ops.implementations import run, runnable
+from tools.calls import Calls, block_table, row_slots
 
 FN, FNUZ = torch.float8_e4m3fn, torch.float8_e4m3fnuz
-
-
-def keys(tokens: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    """Rows of magnitudes 1e-4 to 1e4, the middle one all zero, strided as a slice of a fused projection."""
-    wide = torch.randn(tokens, 192, device=device) * 10 ** (8 * torch.rand(tokens, 1, device=device) - 4)
-    key = wide.to(dtype)[:, 32:160]
-    key[tokens // 2 : tokens // 2 + 1] = 0
-    return key
-
-
-def slots_with_skips(tokens: int, capacity: int, device: torch.device) -> torch.Tensor:
-    slots = torch.randperm(capacity, device=device)[:tokens]
-    slots[::5] = -1
-    return slots
 
 
 def strided(tensor: torch.Tensor) -> torch.Tensor:
@@ -35,6 +21,20 @@ def strided(tensor: torch.Tensor) -> torch.Tensor:
     wide = torch.full((*tensor.shape, 2), 2**30, dtype=tensor.dtype, device=tensor.device)
     wide[..., 0] = tensor
     return wide[..., 0]
+
+
+def stored(impl: str, arguments: dict) -> torch.Tensor:
+    """The cache after a call, which leaves that of the arguments as it is."""
+    cache = arguments["cache"].clone()
+    run(index_key_cache.store, impl, **{**arguments, "cache": cache})
+    return cache
+
+
+def assert_same(actual: tuple[torch.Tensor, torch.Tensor], expected: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Values and scales, byte for byte."""
+    assert actual[0].dtype == expected[0].dtype
+    for a, b in zip(actual, expected, strict=True):
+        assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
 def flavours(device: torch.device) -> list[torch.dtype]:
@@ -52,13 +52,9 @@ def test_store_writes_the_reference_bytes_and_no_others(impl, layout, scale_form
         (65, 64, torch.bfloat16),
     ]:
         for flavour in flavours(device):
-            key = keys(tokens, device, dtype)
-            slots = slots_with_skips(tokens, 5 * page_size, device)
-            actual = poison(5, index_page_bytes(page_size), dtype=torch.uint8, device=device)
-            expected = actual.clone()
-            options = dict(layout=layout, scale_format=scale_format, page_size=page_size, fp8_dtype=flavour)
-            run(index_key_cache.store, impl, key, actual, slots, **options)
-            index_key_cache.store(key, expected, slots, impl="torch", **options)
+            arguments = Calls(device, dtype).index_key_cache_store(tokens, layout, page_size)
+            arguments |= dict(scale_format=scale_format, fp8_dtype=flavour)
+            actual, expected = stored(impl, arguments), stored("torch", arguments)
             assert torch.equal(actual, expected), (tokens, page_size, flavour)
 
 
@@ -67,29 +63,19 @@ def test_store_writes_the_reference_bytes_and_no_others(impl, layout, scale_form
 @pytest.mark.parametrize("impl", runnable(index_key_cache.gather))
 def test_gather_reads_pages_in_request_order(impl, page_size, layout, device):
     for lengths in ([0], [1], [64, 0, 65, 130], [63, 0, 0, 1, 200]):
-        table, pages = permuted_block_table(lengths, page_size, device)
-        table[table == 0] = -(2**30)  # entries past a request's pages may hold anything
-        cache = torch.randint(0, 256, (pages, index_page_bytes(page_size)), dtype=torch.uint8, device=device)
-        lens = torch.tensor(lengths, dtype=torch.int32, device=device)
-        options = dict(layout=layout, page_size=page_size)
-        value, scale = run(index_key_cache.gather, impl, cache, table, lens, **options)
-        expected_value, expected_scale = index_key_cache.gather(cache, table, lens, impl="torch", **options)
-        assert value.dtype == expected_value.dtype
-        assert torch.equal(value.view(torch.uint8), expected_value.view(torch.uint8))
-        assert torch.equal(scale.view(torch.int32), expected_scale.view(torch.int32))
+        arguments = Calls(device).index_key_cache_gather(lengths, layout, page_size)
+        actual = run(index_key_cache.gather, impl, **arguments)
+        assert_same(actual, index_key_cache.gather(**arguments, impl="torch"))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("layout", INDEX_LAYOUTS)
 @pytest.mark.parametrize("tokens", [64, 300, 8192])
 def test_store_is_bitwise_repeatable(tokens, layout, device):
-    key, slots = keys(tokens, device), slots_with_skips(tokens, 200 * 64, device)
-    first = poison(200, 8448, dtype=torch.uint8, device=device)
-    index_key_cache.store(key, first, slots, layout=layout, impl="torch")
+    arguments = Calls(device).index_key_cache_store(tokens, layout)
+    first = stored("torch", arguments)
     for _ in range(20):
-        cache = poison(200, 8448, dtype=torch.uint8, device=device)
-        index_key_cache.store(key, cache, slots, layout=layout, impl="triton")
-        assert torch.equal(cache, first)
+        assert torch.equal(stored("triton", arguments), first)
 
 
 @pytest.mark.gpu
@@ -97,16 +83,12 @@ def test_store_is_bitwise_repeatable(tokens, layout, device):
 def test_cache_past_two_to_the_31_bytes(layout, device):
     pages = 2**31 // 8448 + 1000
     cache = torch.zeros(pages, 8448, dtype=torch.uint8, device=device)
-    key = keys(130, device)
+    key = Calls(device).tokens(130, 128)
     table = torch.tensor([[pages - 1, 3, pages - 500]], dtype=torch.int32, device=device)
-    position = torch.arange(130, device=device)
-    slots = table[0, position // 64].long() * 64 + position % 64
-    index_key_cache.store(key, cache, slots, layout=layout, impl="triton")
+    index_key_cache.store(key, cache, row_slots(table[0], 130, 64), layout=layout, impl="triton")
     lens = torch.tensor([130], device=device)
     actual = index_key_cache.gather(cache, table, lens, layout=layout, impl="triton")
-    expected = reference.quantize_rows(key, "fp32", actual[0].dtype)
-    assert torch.equal(actual[0].view(torch.uint8), expected[0].view(torch.uint8))
-    assert torch.equal(actual[1], expected[1])
+    assert_same(actual, reference.quantize_rows(key, "fp32", actual[0].dtype))
 
 
 @pytest.mark.parametrize("layout", INDEX_LAYOUTS)
@@ -114,23 +96,19 @@ def test_cache_past_two_to_the_31_bytes(layout, device):
 def test_aiter_is_called_as_it_wants(layout, scale_format, monkeypatch):
     fake_aiter.install(monkeypatch)
     cpu = torch.device("cpu")
-    lengths = [70, 0, 3]
-    table, pages = permuted_block_table(lengths, 64, cpu)
-    key, slots = keys(65, cpu), slots_with_skips(65, pages * 64, cpu).int()
-    actual = poison(pages, 8448, dtype=torch.uint8, device=cpu)
-    expected = actual.clone()
-    options = dict(layout=layout, page_size=64, fp8_dtype=FNUZ)
-    aiter.store(index_key_cache.store.call(key, actual, slots, scale_format=scale_format, **options))
-    index_key_cache.store(key, expected, slots, scale_format=scale_format, impl="torch", **options)
-    assert torch.equal(actual, expected)
+    store = Calls(cpu).index_key_cache_store(65, layout)
+    store |= {"slots": store["slots"].int(), "scale_format": scale_format, "fp8_dtype": FNUZ}
+    expected = stored("torch", store)
+    aiter.store(index_key_cache.store.call(**store))
+    assert torch.equal(store["cache"], expected)
 
-    call = index_key_cache.gather.call(actual, strided(table), strided(torch.tensor(lengths)), **options)
-    value, scale = aiter.gather(call)
-    expected_value, expected_scale = index_key_cache.gather(
-        actual, table, torch.tensor(lengths), impl="torch", **options
-    )
-    assert torch.equal(value.view(torch.uint8), expected_value.view(torch.uint8))
-    assert torch.equal(scale.view(torch.int32), expected_scale.view(torch.int32))
+    lengths = [70, 0, 3]
+    table, pages = block_table(lengths, 64, cpu)
+    cache = torch.randint(0, 256, (pages, 8448), dtype=torch.uint8)
+    options = dict(layout=layout, fp8_dtype=FNUZ)
+    call = index_key_cache.gather.call(cache, strided(table), strided(torch.tensor(lengths)), **options)
+    expected = index_key_cache.gather(cache, table, torch.tensor(lengths), impl="torch", **options)
+    assert_same(aiter.gather(call), expected)
 
 
 def test_what_aiter_would_misread_is_declined():
@@ -150,23 +128,17 @@ def test_what_aiter_would_misread_is_declined():
 @pytest.mark.parametrize("impl", runnable(index_key_cache.gather))
 def test_gather_with_any_strides(impl, device):
     """A table whose entries lie apart, and lengths that do."""
-    lengths = [70, 0, 3]
-    table, pages = permuted_block_table(lengths, 64, device)
-    cache = torch.randint(0, 256, (pages, 8448), dtype=torch.uint8, device=device)
-    lens = torch.tensor(lengths, device=device)
-    expected = index_key_cache.gather(cache, table, lens, impl="torch")
-    actual = run(index_key_cache.gather, impl, cache, strided(table), strided(lens))
-    assert torch.equal(actual[0].view(torch.uint8), expected[0].view(torch.uint8))
-    assert torch.equal(actual[1].view(torch.int32), expected[1].view(torch.int32))
+    arguments = Calls(device).index_key_cache_gather([70, 0, 3])
+    apart = {name: strided(arguments[name]) for name in ("block_table", "seq_lens")}
+    actual = run(index_key_cache.gather, impl, **(arguments | apart))
+    assert_same(actual, index_key_cache.gather(**arguments, impl="torch"))
 
 
 @pytest.mark.parametrize("impl", runnable(index_key_cache.store))
 def test_store_with_strided_slots(impl, device):
-    key, slots = keys(9, device), slots_with_skips(9, 128, device)
-    actual, expected = (torch.zeros(2, 8448, dtype=torch.uint8, device=device) for _ in range(2))
-    run(index_key_cache.store, impl, key, actual, strided(slots))
-    index_key_cache.store(key, expected, slots, impl="torch")
-    assert torch.equal(actual, expected)
+    arguments = Calls(device).index_key_cache_store(9)
+    actual = stored(impl, {**arguments, "slots": strided(arguments["slots"])})
+    assert torch.equal(actual, stored("torch", arguments))
 
 
 def test_misaligned_cache_is_refused():

@@ -9,8 +9,8 @@ from nsa_backend_plugin.layouts import INDEX_LAYOUTS, SCALE_FORMATS
 from nsa_backend_plugin.ops import indexer_prep
 from nsa_backend_plugin.ops.arch import fp8_dtype
 from nsa_backend_plugin.ops.index_key_cache import reference as index_key_reference
-from tests.ops.common import poison
 from tests.ops.implementations import run, runnable
+from tools.calls import Calls
 
 FN, FNUZ = torch.float8_e4m3fn, torch.float8_e4m3fnuz
 
@@ -18,16 +18,6 @@ FN, FNUZ = torch.float8_e4m3fn, torch.float8_e4m3fnuz
 def flavour_of(case: int, device: torch.device) -> torch.dtype:
     """On a GPU its own fp8; the interpreter has both, in turn."""
     return (FN, FNUZ)[case % 2] if device.type == "cpu" else fp8_dtype(device)
-
-
-def rotation(tokens: int, rope_dim: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(positions, cos_sin_cache)."""
-    angle = 100 * torch.rand(300, rope_dim // 2, device=device)
-    return torch.randint(0, 300, (tokens,), device=device), torch.cat([angle.cos(), angle.sin()], dim=1)
-
-
-def magnitudes(*shape: int, device: torch.device) -> torch.Tensor:
-    return 10 ** (8 * torch.rand(*shape, 1, device=device) - 4)
 
 
 def assert_same_fp8(actual: torch.Tensor, expected: torch.Tensor, same_scale: torch.Tensor) -> None:
@@ -66,14 +56,10 @@ def test_query(impl, scale_format, is_neox, device):
     ]
     for case, (tokens, heads, rope_dim, hadamard, dtype) in enumerate(cases):
         flavour = flavour_of(case, device)
-        q = torch.randn(tokens, heads, 192, device=device) * magnitudes(tokens, heads, device=device)
-        q = q.to(dtype)[..., :128]
-        q[tokens // 2 : tokens // 2 + 1, 0] = 0
-        gate = torch.randn(tokens, heads + 128, device=device).to(dtype)[:, 128:]
-        arguments = (q, gate, *rotation(tokens, rope_dim, device))
-        options = dict(weight_scale=0.37, is_neox=is_neox, hadamard=hadamard, scale_format=scale_format)
-        actual, weights = run(indexer_prep.query, impl, *arguments, fp8_dtype=flavour, **options)
-        expected, expected_weights = indexer_prep.query(*arguments, fp8_dtype=flavour, impl="torch", **options)
+        arguments = Calls(device, dtype).indexer_prep_query(tokens, heads, rope_dim)
+        arguments |= dict(is_neox=is_neox, hadamard=hadamard, scale_format=scale_format, fp8_dtype=flavour)
+        actual, weights = run(indexer_prep.query, impl, **arguments)
+        expected, expected_weights = indexer_prep.query(**arguments, impl="torch")
         same = assert_same_scale(weights, expected_weights, scale_format)
         assert_same_fp8(actual, expected, same)
 
@@ -91,21 +77,11 @@ def test_key_store(impl, layout, norm, is_neox, device):
     ]
     for case, (tokens, page_size, scale_format, hadamard, dtype) in enumerate(cases):
         flavour = flavour_of(case, device)
-        key = torch.randn(tokens, 192, device=device) * magnitudes(tokens, device=device)
-        key = key.to(dtype)[:, 64:]
-        key[tokens // 2 : tokens // 2 + 1] = 0
-        weight = torch.randn(128, device=device).to(dtype)
-        bias = torch.randn(128, device=device) if norm == "layer" else None
-        pages = -(-tokens // page_size) + 2
-        slots = torch.randperm(pages * page_size, device=device)[:tokens]
-        slots[::5] = -1
-        arguments = (key, weight, bias, *rotation(tokens, 64, device))
-        options = dict(norm=norm, is_neox=is_neox, hadamard=hadamard, layout=layout, page_size=page_size)
-        options |= dict(scale_format=scale_format, fp8_dtype=flavour)
-        actual = poison(pages, page_size * 132, dtype=torch.uint8, device=device)
-        expected = actual.clone()
-        run(indexer_prep.key_store, impl, *arguments, actual, slots, **options)
-        indexer_prep.key_store(*arguments, expected, slots, impl="torch", **options)
+        arguments = Calls(device, dtype).indexer_prep_key_store(tokens, layout, page_size, norm)
+        arguments |= dict(is_neox=is_neox, hadamard=hadamard, scale_format=scale_format, fp8_dtype=flavour)
+        actual, expected, slots = arguments["cache"], arguments["cache"].clone(), arguments["slots"]
+        run(indexer_prep.key_store, impl, **arguments)
+        indexer_prep.key_store(**{**arguments, "cache": expected}, impl="torch")
         compare_caches(actual, expected, slots, layout, page_size, scale_format, flavour)
 
 
@@ -124,15 +100,13 @@ def compare_caches(actual, expected, slots, layout, page_size, scale_format, fla
 
 @pytest.mark.parametrize("is_neox", [False, True])
 def test_rope_dim_that_neox_cannot_split_into_chunks_is_declined(is_neox, device):
-    q, gate = torch.randn(2, 2, 128, device=device), torch.randn(2, 2, device=device)
-    arguments = (q, gate, *rotation(2, 24, device))
-    options = dict(weight_scale=1.0, is_neox=is_neox)
+    arguments = {**Calls(device, torch.float32).indexer_prep_query(2, 2, 24), "is_neox": is_neox}
     if is_neox:
         with pytest.raises(ValueError, match="24 dimensions"):
-            indexer_prep.query(*arguments, impl="triton", **options)
+            indexer_prep.query(**arguments, impl="triton")
     else:
-        actual, _ = indexer_prep.query(*arguments, impl="triton", **options)
-        expected, _ = indexer_prep.query(*arguments, impl="torch", **options)
+        actual, _ = indexer_prep.query(**arguments, impl="triton")
+        expected, _ = indexer_prep.query(**arguments, impl="torch")
         assert_same_fp8(actual, expected, torch.ones(2, 2, dtype=torch.bool, device=device))
 
 
@@ -140,25 +114,17 @@ def test_rope_dim_that_neox_cannot_split_into_chunks_is_declined(is_neox, device
 @pytest.mark.parametrize("is_neox", [False, True])
 @pytest.mark.parametrize("tokens", [1, 64, 300, 4096])
 def test_served_shapes_are_bitwise_repeatable(tokens, is_neox, device):
-    q = torch.randn(tokens, 64, 128, device=device).bfloat16()
-    fused = torch.randn(tokens, 192, device=device).bfloat16()  # wk | weights_proj
-    positions, cos_sin = rotation(tokens, 64, device)
-    weight, bias = torch.rand(128, device=device), torch.randn(128, device=device)
-    pages = -(-tokens // 64) + 2
-    slots = torch.randperm(pages * 64, device=device)[:tokens]
+    query = {**Calls(device).indexer_prep_query(tokens, 64), "is_neox": is_neox, "scale_format": "ue8m0"}
+    key = {**Calls(device).indexer_prep_key_store(tokens), "is_neox": is_neox}
 
     def once(impl: str):
-        cache = poison(pages, 8448, dtype=torch.uint8, device=device)
-        query = indexer_prep.query(
-            q, fused[:, 128:], positions, cos_sin, weight_scale=0.1, is_neox=is_neox, scale_format="ue8m0", impl=impl
-        )
-        key = (fused[:, :128], weight, bias, positions, cos_sin, cache, slots)
-        indexer_prep.key_store(*key, is_neox=is_neox, impl=impl)
-        return *query, cache
+        cache = key["cache"].clone()
+        indexer_prep.key_store(**{**key, "cache": cache}, impl=impl)
+        return *indexer_prep.query(**query, impl=impl), cache
 
     first, expected = once("triton"), once("torch")
     assert_same_fp8(first[0], expected[0], assert_same_scale(first[1], expected[1], "ue8m0"))
-    compare_caches(first[2], expected[2], slots, "row_major", 64, "fp32", fp8_dtype(device))
+    compare_caches(first[2], expected[2], key["slots"], "row_major", 64, "fp32", fp8_dtype(device))
     for _ in range(20):
         for a, b in zip(once("triton"), first, strict=True):
             assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
@@ -168,7 +134,7 @@ def test_served_shapes_are_bitwise_repeatable(tokens, is_neox, device):
 def test_query_with_any_strides(impl, device):
     """Heads that lie apart, and positions that do."""
     q = torch.randn(5, 3, 2, 192, device=device)[:, :, 1, 32:160]
-    positions, cos_sin = rotation(10, 64, device)
+    positions, cos_sin = Calls(device).rotation(10).values()
     gate = torch.randn(5, 9, device=device)[:, 3:6]
     options = dict(weight_scale=0.37, is_neox=True)
     actual, weights = run(indexer_prep.query, impl, q, gate, positions[::2], cos_sin, **options)

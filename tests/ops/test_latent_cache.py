@@ -10,18 +10,11 @@ from nsa_backend_plugin.ops.arch import fp8_dtype
 from nsa_backend_plugin.ops.call import Declined
 from nsa_backend_plugin.ops.latent_cache import aiter, reference
 from tests.ops import fake_aiter
-from tests.ops.common import assert_close, assert_neighbours, poison
+from tests.ops.common import assert_close, assert_neighbours
 from tests.ops.implementations import run, runnable
+from tools.calls import Calls, poison
 
 PACKED = torch.float8_e4m3fn
-
-
-def latents(rows: int, width: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    """Rows of magnitudes 1e-4 to 1e4 with an all-zero tile, a slice of a wider buffer."""
-    wide = torch.randn(rows, width + 64, device=device) * 10 ** (8 * torch.rand(rows, 1, device=device) - 4)
-    kv = wide.to(dtype)[:, :width]
-    kv[rows // 2 : rows // 2 + 1, :128] = 0
-    return kv
 
 
 @pytest.mark.parametrize("impl", runnable(latent_cache.quantize))
@@ -37,7 +30,7 @@ def test_quantize_and_dequantize(impl, device):
         (5, 512, 512, 128, torch.bfloat16),  # no RoPE part
         (5, 64, 64, 16, torch.float32),
     ]:
-        kv = latents(rows, width, device, dtype)
+        kv = Calls(device, dtype).latent_cache_quantize(rows, width)["kv"]
         options = dict(value_dim=value_dim, tile_size=tile)
         packed = run(latent_cache.quantize, impl, kv, **options)
         assert torch.equal(packed, latent_cache.quantize(kv, impl="torch", **options))
@@ -53,7 +46,7 @@ def test_tiles_that_no_kernel_takes(impl, value_dim, tile, device):
     """The reference takes any tile that divides; ours say why not."""
     if fp8_dtype(device) != PACKED:
         pytest.skip("the packed layout is e4m3fn")
-    kv = latents(5, value_dim + 8, device, torch.float32)
+    kv = Calls(device, torch.float32).latent_cache_quantize(5, value_dim + 8)["kv"]
     options = dict(value_dim=value_dim, tile_size=tile)
     packed = latent_cache.quantize(kv, impl="torch", **options)
     restored = latent_cache.dequantize(packed, dtype=torch.float32, impl="torch", **options)
@@ -71,47 +64,26 @@ def test_tiles_that_no_kernel_takes(impl, value_dim, tile, device):
 def test_packed_rows_that_start_anywhere(impl, start, device):
     if fp8_dtype(device) != PACKED:
         pytest.skip("the packed layout is e4m3fn")
-    packed = latent_cache.quantize(latents(3, 576, device), impl="torch").flatten()
+    packed = Calls(device).latent_cache_dequantize(3)["packed"].flatten()
     shifted = torch.empty(start + packed.numel(), dtype=torch.uint8, device=device)[start:].copy_(packed).view(3, 656)
     expected = latent_cache.dequantize(packed.view(3, 656), impl="torch")
     assert torch.equal(run(latent_cache.dequantize, impl, shifted, may_decline="4-byte boundary"), expected)
 
 
-def empty_cache(kind: str, slots: int, device: torch.device) -> torch.Tensor:
-    """A cache whose every byte is 0x7F: NaN in all formats."""
-    width = {"bf16": 2 * 576, "fp8": 576, "packed": 656}[kind]
-    raw = poison(slots, 1, width, dtype=torch.uint8, device=device)
-    return {"bf16": raw.view(torch.bfloat16), "fp8": raw.view(fp8_dtype(device)), "packed": raw}[kind]
-
-
-class Call:
-    """Inputs of one `store`, and the buffers that it writes."""
-
-    def __init__(self, kind: str, tokens: int, heads: int, device: torch.device, dtype=torch.bfloat16, rotate=True):
-        self.kind, self.device = kind, device
-        self.kv = latents(tokens, 576, device, dtype)
-        self.slots = torch.randperm(tokens + 20, device=device)[:tokens]
-        self.slots[::5] = -1
-        self.options: dict = {"kv_scale": 37.5 if kind == "fp8" else None}
-        if rotate:
-            angle = 100 * torch.rand(300, 32, device=device)
-            self.options["cos_sin_cache"] = torch.cat([angle.cos(), angle.sin()], dim=1)
-            self.options["positions"] = torch.randint(0, 300, (2 * tokens,), device=device)[::2]
-        self.query = torch.randn(tokens, heads, 576, device=device).to(dtype)
-
-    def run(self, impl: str, in_place: bool = False, **options) -> tuple[torch.Tensor, ...]:
-        """(cache bytes, rotated key, rotated query) of one implementation."""
-        k_nope, k_rope = self.kv[:, :512], self.kv[:, 512:].clone()
-        query = self.query.clone()
-        q_rope = query[..., 512:]
-        q_all = query if in_place else torch.cat([query[..., :512], torch.full_like(q_rope, float("nan"))], dim=-1)
-        cache = empty_cache(self.kind, self.kv.shape[0] + 20, self.device)
-        k_out = k_rope if in_place else torch.full_like(k_rope, float("nan"))
-        if q_rope.shape[1] and "positions" in self.options:
-            options |= {"q_rope": q_rope, "q_all": q_all}
-        arguments = (k_nope, k_rope, cache, self.slots)
-        run(latent_cache.store, impl, *arguments, k_rope_out=k_out, **self.options, **options)
-        return cache.view(torch.uint8), k_out.view(torch.int16), query.view(torch.int16), q_all.view(torch.int16)
+def written(impl: str, arguments: dict, in_place: bool = False, **options) -> tuple[torch.Tensor, ...]:
+    """(cache bytes, rotated key, query, rotated query) of one implementation; in_place: rotated where they are."""
+    names = ("cache", "k_rope", "k_rope_out", "q_rope", "q_all")
+    own = {**arguments, **{name: arguments[name].clone() for name in names if name in arguments}}
+    if in_place:
+        own["k_rope_out"] = own["k_rope"]
+    if in_place and "q_all" in own:
+        own["q_all"][..., 512:] = own["q_rope"]
+        own["q_rope"] = own["q_all"][..., 512:]
+    run(latent_cache.store, impl, **own, **options)
+    none = own["k_rope"][:0]
+    return own["cache"].view(torch.uint8), *(
+        own.get(name, none).contiguous().view(torch.int16) for name in ("k_rope_out", "q_rope", "q_all")
+    )
 
 
 @pytest.mark.parametrize("kind", ["bf16", "fp8", "packed"])
@@ -122,8 +94,8 @@ def test_store_writes_the_reference_bytes_and_no_others(impl, in_place, is_neox,
     if kind == "packed" and fp8_dtype(device) != PACKED:
         pytest.skip("the packed layout is e4m3fn")
     for tokens, heads in [(1, 1), (3, 17), (65, 0), (13, 16)]:
-        call = Call(kind, tokens, heads, device)
-        actual, expected = (call.run(name, in_place, is_neox=is_neox) for name in (impl, "torch"))
+        arguments = Calls(device).latent_cache_store(tokens, kind, heads)
+        actual, expected = (written(name, arguments, in_place, is_neox=is_neox) for name in (impl, "torch"))
         for a, b in zip(actual, expected, strict=True):
             assert torch.equal(a, b), (tokens, heads)
 
@@ -134,8 +106,8 @@ def test_store_writes_the_reference_bytes_and_no_others(impl, in_place, is_neox,
 def test_store_without_rotation(impl, dtype, kind, device):
     if kind == "packed" and fp8_dtype(device) != PACKED:
         pytest.skip("the packed layout is e4m3fn")
-    call = Call(kind, 5, 0, device, dtype, rotate=False)
-    for a, b in zip(call.run(impl), call.run("torch"), strict=True):
+    arguments = Calls(device, dtype).latent_cache_store(5, kind, rotated=False)
+    for a, b in zip(written(impl, arguments), written("torch", arguments), strict=True):
         assert torch.equal(a, b)
 
 
@@ -147,12 +119,12 @@ def test_store_normalizes_the_key(impl, kind, device):
         pytest.skip("the packed layout is e4m3fn")
     weight = torch.randn(512, device=device).to(torch.bfloat16)
     for tokens in (2, 13, 600):  # the first has no slot
-        call = Call(kind, tokens, 2, device)
+        arguments = Calls(device).latent_cache_store(tokens, kind, 2)
         options = {"norm_weight": weight, "norm_eps": 1e-3, "is_neox": True}
-        (actual, *rotated), (expected, *want) = (call.run(name, **options) for name in (impl, "torch"))
+        (actual, *rotated), (expected, *want) = (written(name, arguments, **options) for name in (impl, "torch"))
         for a, b in zip(rotated, want, strict=True):
             assert torch.equal(a, b)
-        kept = call.slots[call.slots >= 0]
+        kept = arguments["slots"][arguments["slots"] >= 0]
         assert (actual.index_fill(0, kept, 0x7F) == 0x7F).all()
         values = [as_values(cache[kept], kind)[:, :512] for cache in (actual, expected)]
         smallest = {"bf16": 0.0, "fp8": 2**-9, "packed": float(values[1].abs().amax()) * 2**-17}[kind]
@@ -171,28 +143,28 @@ def as_values(rows: torch.Tensor, kind: str) -> torch.Tensor:
 def test_store_reads_vectors_of_any_stride(impl, kind, device):
     if kind == "packed" and fp8_dtype(device) != PACKED:
         pytest.skip("the packed layout is e4m3fn")
-    call = Call(kind, 9, 3, device)
-    spread = torch.full((27,), 10**6, device=device)
-    spread[::3] = call.slots
-    call.slots = spread[::3]
-    for a, b in zip(call.run(impl), call.run("torch"), strict=True):
+    arguments = Calls(device).latent_cache_store(9, kind, 3)
+    for name, filler in (("slots", 10**6), ("positions", 10**6)):
+        spread = torch.full((27,), filler, device=device)
+        spread[::3] = arguments[name]
+        arguments[name] = spread[::3]
+    for a, b in zip(written(impl, arguments), written("torch", arguments), strict=True):
         assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("impl", runnable(latent_cache.store))
 def test_store_of_no_tokens(impl, device):
-    call = Call("bf16", 0, 4, device)
-    assert (call.run(impl)[0] == 0x7F).all()
+    assert (written(impl, Calls(device).latent_cache_store(0, "bf16", 4))[0] == 0x7F).all()
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["bf16", "fp8", "packed"])
 @pytest.mark.parametrize("tokens", [64, 300, 8192])
 def test_store_is_bitwise_repeatable_in_place(tokens, kind, device):
-    call = Call(kind, tokens, 24, device)
-    cache, key, _, query = call.run("torch", is_neox=False)
+    arguments = Calls(device).latent_cache_store(tokens, kind, 24)
+    cache, key, _, query = written("torch", arguments)
     for _ in range(20):
-        actual = call.run("triton", in_place=True, is_neox=False)
+        actual = written("triton", arguments, in_place=True)
         assert torch.equal(actual[0], cache)
         assert torch.equal(actual[1], key)
         assert torch.equal(actual[3], query)
@@ -201,16 +173,15 @@ def test_store_is_bitwise_repeatable_in_place(tokens, kind, device):
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["bf16", "fp8", "packed"])
 def test_cache_past_two_to_the_31_elements(kind, device):
-    slots = 2**31 // 576 + 1000
-    cache = empty_cache(kind, slots, device)
-    call = Call(kind, 130, 0, device)
-    call.slots = torch.randperm(900, device=device)[:130] + slots - 900
-    small = empty_cache(kind, 900, device)
-    k_nope, k_rope = call.kv[:, :512], call.kv[:, 512:]
-    latent_cache.store(k_nope, k_rope, cache, call.slots, impl="triton", **call.options)
-    latent_cache.store(k_nope, k_rope, small, call.slots - (slots - 900), impl="torch", **call.options)
-    assert torch.equal(cache[-900:].view(torch.uint8), small.view(torch.uint8))
-    assert (cache[:1000].view(torch.uint8) == 0x7F).all()
+    arguments = Calls(device).latent_cache_store(130, kind)
+    small, slots = arguments["cache"], arguments["slots"]
+    before = 2**31 // 576
+    big = poison(before + len(small), *small.view(torch.uint8).shape[1:], dtype=torch.uint8, device=device)
+    moved = {"cache": big.view(small.dtype), "slots": slots.where(slots < 0, slots + before)}
+    latent_cache.store(**(arguments | moved), impl="triton")
+    latent_cache.store(**arguments, impl="torch")
+    assert torch.equal(big[before:], small.view(torch.uint8))
+    assert (big[:1000] == 0x7F).all()
 
 
 @pytest.mark.parametrize("kind, scale", [("bf16", None), ("fp8", 37.5), ("fp8", 1.0)])
@@ -219,16 +190,14 @@ def test_cache_past_two_to_the_31_elements(kind, device):
 def test_aiter_is_called_as_it_wants(heads, is_neox, kind, scale, monkeypatch):
     """With a query, the fused call rotates it into q_all and leaves its first part; without, it writes the cache."""
     fake_aiter.install(monkeypatch)
-    call = Call(kind, 7, heads, torch.device("cpu"))
-    call.kv = torch.randn(7, 576).bfloat16()  # AITER does not saturate: stay below 448 after scaling
-    k_nope, k_rope = call.kv[:, :512], call.kv[:, 512:]
-    q_rope = call.query[..., 512:].clone() if heads else None
-    options = {**call.options, "is_neox": is_neox, "kv_scale": scale, "q_rope": q_rope, "q_all": None}
+    call = Calls(torch.device("cpu")).latent_cache_store(7, kind, heads)
+    del call["k_rope_out"]
+    kv = torch.randn(7, 576).bfloat16()  # AITER does not saturate: stay below 448 after scaling
+    call |= {"k_nope": kv[:, :512], "k_rope": kv[:, 512:], "is_neox": is_neox, "kv_scale": scale}
 
     def arguments() -> latent_cache.Store:
-        cache = empty_cache(kind, 27, call.device)
-        q_all = torch.cat([call.query[..., :512], torch.full_like(q_rope, float("nan"))], dim=-1) if heads else None
-        return latent_cache.store.call(k_nope, k_rope, cache, call.slots, **{**options, "q_all": q_all})
+        own = {name: call[name].clone() for name in ("cache", "q_rope", "q_all") if name in call}
+        return latent_cache.store.call(**(call | own))
 
     expected, actual = arguments(), arguments()
     reference.store(expected)
@@ -239,13 +208,9 @@ def test_aiter_is_called_as_it_wants(heads, is_neox, kind, scale, monkeypatch):
 
 
 def test_aiter_declines_what_it_cannot_write():
-    call = Call("bf16", 7, 0, torch.device("cpu"))
-
     def reason(kind: str = "bf16", **change) -> str | None:
-        scale = 37.5 if kind == "fp8" else None
-        options = {**call.options, "kv_scale": scale, **change}
-        arguments = (call.kv[:, :512], call.kv[:, 512:], empty_cache(kind, 27, call.device), call.slots)
-        return aiter.declines_store(latent_cache.store.call(*arguments, **options))
+        call = {**Calls(torch.device("cpu")).latent_cache_store(7, kind), "k_rope_out": None, **change}
+        return aiter.declines_store(latent_cache.store.call(**call))
 
     assert reason() is None
     assert reason("fp8") is None

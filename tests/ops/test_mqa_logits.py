@@ -8,7 +8,7 @@ import types
 import pytest
 import torch
 
-from nsa_backend_plugin.layouts import INDEX_DIM, INDEX_LAYOUTS, INDEX_PAGE_SIZE, index_page_bytes
+from nsa_backend_plugin.layouts import INDEX_DIM, INDEX_LAYOUTS
 from nsa_backend_plugin.ops import mqa_logits
 from nsa_backend_plugin.ops._torch import index_pages
 from nsa_backend_plugin.ops._torch.logits import weighted_logits
@@ -17,43 +17,13 @@ from nsa_backend_plugin.ops.arch import fp8_dtype, pretended
 from nsa_backend_plugin.ops.call import Step
 from nsa_backend_plugin.ops.mqa_logits import deep_gemm
 from nsa_backend_plugin.ops.mqa_logits import triton as triton_logits
-from tests.ops.common import assert_close, permuted_block_table, poison, slots_of
+from tests.ops.common import assert_close
 from tests.ops.implementations import run, runnable
+from tools.calls import Calls, poison, row_slots
 
 BAR = 2e-4
 PAGED, RAGGED = runnable(mqa_logits.paged), runnable(mqa_logits.ragged)
 EDGE_LENGTHS = [0, 1, 63, 64, 65, 127, 130]
-
-
-def paged_inputs(
-    device: torch.device,
-    lengths: list[int],
-    heads: int,
-    next_n: int,
-    layout: str,
-    page_size: int = INDEX_PAGE_SIZE,
-) -> dict:
-    """Arguments of `paged`; every byte of the cache that no request owns is NaN, scales too."""
-    table, pages = permuted_block_table(lengths, page_size, device)
-    cache = poison(pages, index_page_bytes(page_size), dtype=torch.uint8, device=device)
-    fp8 = fp8_dtype(device)
-    for row, length in enumerate(lengths):
-        if length:
-            keys = torch.randn(length, INDEX_DIM, device=device)
-            value, scale = quantize_rows(keys, "fp32", fp8)
-            slots = slots_of(table, length, row, page_size)
-            index_pages.write(value, scale, cache, slots, layout=layout, page_size=page_size)
-    batch = len(lengths)
-    return {
-        "q": (torch.randn(batch, next_n, heads, INDEX_DIM, device=device) * 8).to(fp8),
-        "cache": cache,
-        "weights": torch.randn(batch * next_n, heads, device=device),
-        "context_lens": torch.tensor(lengths, dtype=torch.int32, device=device),
-        "block_table": table,
-        "max_context_len": max(max(lengths), 1),
-        "layout": layout,
-        "page_size": page_size,
-    }
 
 
 def check_paged(impl: str, arguments: dict) -> None:
@@ -75,14 +45,14 @@ def check_paged(impl: str, arguments: dict) -> None:
 @pytest.mark.parametrize("layout", INDEX_LAYOUTS)
 @pytest.mark.parametrize("heads, next_n", [(64, 1), (32, 2), (12, 3), (1, 4), (128, 4), (64, 6)])
 def test_paged(device, impl, layout, heads, next_n):
-    arguments = paged_inputs(device, EDGE_LENGTHS, heads, next_n, layout)
+    arguments = Calls(device).mqa_logits_paged(EDGE_LENGTHS, heads, next_n, layout)
     check_paged(impl, arguments)
 
 
 @pytest.mark.parametrize("impl", PAGED)
 @pytest.mark.parametrize("layout", INDEX_LAYOUTS)
 def test_paged_lengths_of_each_query(device, impl, layout):
-    arguments = paged_inputs(device, [130, 64, 5], 32, 2, layout)
+    arguments = Calls(device).mqa_logits_paged([130, 64, 5], 32, 2, layout)
     arguments["context_lens"] = torch.tensor([[130, 7], [0, 64], [5, 5]], dtype=torch.int32, device=device)
     check_paged(impl, arguments)
 
@@ -91,19 +61,19 @@ def test_paged_lengths_of_each_query(device, impl, layout):
 @pytest.mark.parametrize("page_size", [16, 48, 128])
 def test_paged_page_sizes(device, impl, page_size):
     for layout in INDEX_LAYOUTS:
-        arguments = paged_inputs(device, [0, 15, 17, 150], 16, 1, layout, page_size)
+        arguments = Calls(device).mqa_logits_paged([0, 15, 17, 150], 16, 1, layout, page_size)
         check_paged(impl, arguments)
 
 
 def test_paged_gathered_preshuffled_tiles(device, monkeypatch):
     """What architectures do that do not load a tile in memory order."""
     monkeypatch.setattr(triton_logits, "_loads_in_memory_order", lambda arch: False)
-    check_paged("triton", paged_inputs(device, EDGE_LENGTHS, 32, 2, "preshuffled"))
+    check_paged("triton", Calls(device).mqa_logits_paged(EDGE_LENGTHS, 32, 2, "preshuffled"))
 
 
 @pytest.mark.parametrize("impl", PAGED)
 def test_paged_all_lengths_zero(device, impl):
-    arguments = paged_inputs(device, [0, 0, 0], 64, 1, "row_major")
+    arguments = Calls(device).mqa_logits_paged([0, 0, 0], 64, 1, "row_major")
     arguments["max_context_len"] = 64
     assert torch.isneginf(run(mqa_logits.paged, impl, **arguments, clean=True)).all()
 
@@ -111,7 +81,7 @@ def test_paged_all_lengths_zero(device, impl):
 @pytest.mark.parametrize("impl", PAGED)
 def test_paged_garbage_table_entries(device, impl):
     """Entries past a request's pages may name pages that do not exist."""
-    arguments = paged_inputs(device, [1, 130, 0], 64, 1, "row_major")
+    arguments = Calls(device).mqa_logits_paged([1, 130, 0], 64, 1, "row_major")
     expected = mqa_logits.paged(**arguments, clean=True, impl="torch")
     for row, pages in enumerate((1, 3, 0)):
         arguments["block_table"][row, pages:] = 2**31 - 1
@@ -126,7 +96,7 @@ def test_paged_long(device, impl, layout, batch, next_n):
     lengths = torch.randint(0, 3000, (batch,)).tolist()
     for row, length in enumerate((2049, 0, 1, 2047, 2048)):
         lengths[row % batch] = length
-    arguments = paged_inputs(device, lengths, 64, next_n, layout)
+    arguments = Calls(device).mqa_logits_paged(lengths, 64, next_n, layout)
     check_paged(impl, arguments)
 
 
@@ -135,7 +105,7 @@ def test_paged_long(device, impl, layout, batch, next_n):
 @pytest.mark.parametrize("layout", INDEX_LAYOUTS)
 def test_paged_cache_past_4_gib(device, impl, layout):
     """Page offsets past 2^31 bytes, and past 2^32."""
-    arguments = paged_inputs(device, [300, 65], 64, 1, layout)
+    arguments = Calls(device).mqa_logits_paged([300, 65], 64, 1, layout)
     small, table = arguments["cache"], arguments["block_table"]
     pages = 2**32 // small.shape[1] + 1000
     if torch.cuda.mem_get_info()[0] < pages * small.shape[1] * 1.1:
@@ -150,7 +120,7 @@ def test_paged_cache_past_4_gib(device, impl, layout):
 @pytest.mark.gpu
 @pytest.mark.parametrize("impl", PAGED)
 def test_paged_reruns_are_bitwise_equal(device, impl):
-    arguments = paged_inputs(device, torch.randint(1, 5000, (33,)).tolist(), 64, 2, "row_major")
+    arguments = Calls(device).mqa_logits_paged(torch.randint(1, 5000, (33,)).tolist(), 64, 2, "row_major")
     first = run(mqa_logits.paged, impl, **arguments, clean=True)
     for _ in range(20):
         assert torch.equal(run(mqa_logits.paged, impl, **arguments, clean=True), first)
@@ -159,7 +129,7 @@ def test_paged_reruns_are_bitwise_equal(device, impl):
 @pytest.mark.gpu
 @pytest.mark.parametrize("impl", PAGED)
 def test_paged_graph_replays_with_other_lengths(device, impl):
-    arguments = paged_inputs(device, [2000, 700, 64, 1], 64, 1, "row_major")
+    arguments = Calls(device).mqa_logits_paged([2000, 700, 64, 1], 64, 1, "row_major")
     out = torch.empty(4, 2000, device=device)
     run(mqa_logits.paged, impl, **arguments, out=out)
     torch.cuda.synchronize()
@@ -174,23 +144,6 @@ def test_paged_graph_replays_with_other_lengths(device, impl):
         assert_close(torch.where(expected == float("-inf"), expected, out), expected, BAR)
 
 
-def ragged_inputs(device: torch.device, tokens: int, keys: int, heads: int) -> dict:
-    fp8 = fp8_dtype(device)
-    value, scale = quantize_rows(torch.randn(keys, INDEX_DIM, device=device), "fp32", fp8)
-    start = torch.randint(0, keys + 1, (tokens,), device=device).int()
-    end = torch.minimum(start + torch.randint(0, keys, (tokens,), device=device).int(), torch.full_like(start, keys))
-    start[0], end[0] = 0, keys  # a full row
-    start[-1], end[-1] = keys, keys  # an empty one
-    return {
-        "q": (torch.randn(tokens, heads, INDEX_DIM, device=device) * 8).to(fp8),
-        "k": value,
-        "k_scale": scale,
-        "weights": torch.randn(tokens, heads, device=device),
-        "row_start": start,
-        "row_end": end,
-    }
-
-
 def check_ragged(impl: str, arguments: dict) -> None:
     expected = mqa_logits.ragged(**arguments, clean=True, impl="torch")
     actual = run(mqa_logits.ragged, impl, **arguments, clean=True, out=torch.full_like(expected, float("nan")))
@@ -202,13 +155,13 @@ def check_ragged(impl: str, arguments: dict) -> None:
 @pytest.mark.parametrize("impl", RAGGED)
 @pytest.mark.parametrize("tokens, keys, heads", [(1, 1, 64), (5, 65, 64), (9, 300, 12), (3, 129, 1), (6, 64, 128)])
 def test_ragged(device, impl, tokens, keys, heads):
-    arguments = ragged_inputs(device, tokens, keys, heads)
+    arguments = Calls(device).mqa_logits_ragged(tokens, keys, heads)
     check_ragged(impl, arguments)
 
 
 @pytest.mark.parametrize("impl", RAGGED)
 def test_ragged_ignores_nan_keys_outside_its_range(device, impl):
-    arguments = ragged_inputs(device, 6, 200, 32)
+    arguments = Calls(device).mqa_logits_ragged(6, 200, 32)
     arguments["row_start"][:] = 10
     arguments["row_end"][:] = 150
     expected = mqa_logits.ragged(**arguments, clean=True, impl="torch")
@@ -226,14 +179,14 @@ def test_ragged_long(device, impl, tokens, keys):
         free = torch.cuda.mem_get_info()[0]
         if free < 24 * 2**30:
             pytest.skip("needs 24 GiB of GPU memory")
-        arguments = ragged_inputs(device, tokens, keys, 64)
+        arguments = Calls(device).mqa_logits_ragged(tokens, keys, 64)
         arguments["row_start"][:] = keys - 5000
         arguments["row_end"][:] = keys
         actual = run(mqa_logits.ragged, impl, **arguments)[:, -5000:]
         k, scale = arguments["k"][-5000:], arguments["k_scale"][-5000:]
         assert_close(actual, weighted_logits(arguments["q"], k, scale, arguments["weights"]), BAR)
         return
-    arguments = ragged_inputs(device, tokens, keys, 64)
+    arguments = Calls(device).mqa_logits_ragged(tokens, keys, 64)
     check_ragged(impl, arguments)
 
 
@@ -248,7 +201,7 @@ def apart(tensor: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("per_query", [False, True])
 def test_paged_with_any_strides(device, impl, per_query):
     """Weights and lengths whose values lie apart, rows of the table that do."""
-    arguments = paged_inputs(device, [130, 64 if per_query else 0, 65], 32, 2, "row_major")
+    arguments = Calls(device).mqa_logits_paged([130, 64 if per_query else 0, 65], 32, 2, "row_major")
     if per_query:
         arguments["context_lens"] = torch.tensor([[130, 7], [0, 64], [5, 5]], dtype=torch.int32, device=device)
         arguments["max_context_len"] = 130
@@ -261,7 +214,7 @@ def test_paged_with_any_strides(device, impl, per_query):
 
 @pytest.mark.parametrize("impl", RAGGED)
 def test_ragged_with_any_strides(device, impl):
-    arguments = ragged_inputs(device, 6, 200, 32)
+    arguments = Calls(device).mqa_logits_ragged(6, 200, 32)
     expected = mqa_logits.ragged(**arguments, clean=True, impl="torch")
     changed = {name: apart(arguments[name]) for name in ("k_scale", "weights", "row_start", "row_end")}
     assert_close(run(mqa_logits.ragged, impl, **(arguments | changed), clean=True), expected, BAR)
@@ -281,7 +234,7 @@ def test_ragged_without_rows_or_keys(device, impl, tokens, keys):
 
 @pytest.mark.parametrize("impl", ["torch", *PAGED])
 def test_paged_without_requests_or_pages(device, impl):
-    arguments = paged_inputs(device, [0, 0], 32, 1, "row_major")
+    arguments = Calls(device).mqa_logits_paged([0, 0], 32, 1, "row_major")
     nothing = {name: arguments[name][:0] for name in ("q", "weights", "context_lens", "block_table")}
     assert run(mqa_logits.paged, impl, **(arguments | nothing)).shape == (0, 1)
     no_pages = {"cache": arguments["cache"][:0], "block_table": arguments["block_table"][:, :0]}
@@ -314,7 +267,7 @@ def test_outliers(device, impl, outliers, paged, record_property):
     if paged:
         table = torch.randperm(keys // 64, device=device).int()
         cache = torch.zeros(keys // 64, 8448, dtype=torch.uint8, device=device)
-        slots = slots_of(table[None], keys, 0, 64)
+        slots = row_slots(table, keys, 64)
         index_pages.write(k, k_scale, cache, slots, layout="row_major", page_size=64)
         lengths = torch.full((rows,), keys, dtype=torch.int32, device=device)
         arguments = (q[:, None], cache, weights, lengths, table.expand(rows, -1).contiguous(), keys)
@@ -395,9 +348,9 @@ def library(monkeypatch):
 @pytest.mark.parametrize("given", [False, True])
 def test_deep_gemm_is_called_as_it_wants(library, clean, given):
     cpu = torch.device("cpu")
-    arguments = paged_inputs(cpu, [130, 0, 65], 32, 2, "row_major")
+    arguments = Calls(cpu).mqa_logits_paged([130, 0, 65], 32, 2, "row_major")
     arguments |= {name: apart(arguments[name]) for name in ("weights", "context_lens")}
-    ragged = ragged_inputs(cpu, 6, 200, 32)
+    ragged = Calls(cpu).mqa_logits_ragged(6, 200, 32)
     ragged |= {name: apart(ragged[name]) for name in ("k_scale", "weights", "row_start", "row_end")}
     for function, run_adapter, inputs in (
         (mqa_logits.paged, deep_gemm.paged, arguments),
@@ -414,7 +367,7 @@ def test_deep_gemm_is_called_as_it_wants(library, clean, given):
 
 
 def test_deep_gemm_makes_its_schedule_once_per_step(library):
-    arguments = paged_inputs(torch.device("cpu"), [130, 0, 65], 32, 1, "row_major")
+    arguments = Calls(torch.device("cpu")).mqa_logits_paged([130, 0, 65], 32, 1, "row_major")
     for layer, step in enumerate([Step()] * 3 + [Step()] * 2):
         q = torch.randn(3, 1, 32, INDEX_DIM).to(arguments["q"].dtype)
         deep_gemm.paged(mqa_logits.paged.call(**(arguments | {"q": q}), step=step))
@@ -432,7 +385,7 @@ def on_sm_90(function, arguments: dict):
 
 def test_what_deep_gemm_cannot_do_is_declined():
     cpu = torch.device("cpu")
-    arguments = paged_inputs(cpu, [130, 0, 65], 32, 1, "row_major")
+    arguments = Calls(cpu).mqa_logits_paged([130, 0, 65], 32, 1, "row_major")
     assert deep_gemm.declines_paged(on_sm_90(mqa_logits.paged, arguments)) is None
     queries = ("q", "weights", "context_lens", "block_table")
     for changed, why in (
@@ -440,16 +393,16 @@ def test_what_deep_gemm_cannot_do_is_declined():
         ({"cache": arguments["cache"][:0]}, "cache is empty"),
         ({"block_table": arguments["block_table"][:, :0]}, "block_table without pages"),
         ({name: arguments[name][:0] for name in queries}, "q is empty"),
-        (paged_inputs(cpu, [5], 12, 1, "row_major"), "12 heads: 32 or 64 only"),
-        (paged_inputs(cpu, [5], 32, 3, "row_major"), "next_n 3: 1 or 2 only"),
-        (paged_inputs(cpu, [5], 32, 1, "row_major", 16), "page size 16: 64 only"),
+        (Calls(cpu).mqa_logits_paged([5], 12, 1, "row_major"), "12 heads: 32 or 64 only"),
+        (Calls(cpu).mqa_logits_paged([5], 32, 3, "row_major"), "next_n 3: 1 or 2 only"),
+        (Calls(cpu).mqa_logits_paged([5], 32, 1, "row_major", 16), "page size 16: 64 only"),
     ):
         assert deep_gemm.declines_paged(on_sm_90(mqa_logits.paged, arguments | changed)) == why
-    per_query = paged_inputs(cpu, [5], 32, 2, "row_major")
+    per_query = Calls(cpu).mqa_logits_paged([5], 32, 2, "row_major")
     per_query["context_lens"] = torch.tensor([[5, 3]], dtype=torch.int32)
     assert "context_lens of each query" in deep_gemm.declines_paged(mqa_logits.paged.call(**per_query))
 
-    ragged = ragged_inputs(cpu, 6, 200, 32)
+    ragged = Calls(cpu).mqa_logits_ragged(6, 200, 32)
     assert deep_gemm.declines_ragged(on_sm_90(mqa_logits.ragged, ragged)) is None
     no_keys = {"k": ragged["k"][:0], "k_scale": ragged["k_scale"][:0]}
     assert deep_gemm.declines_ragged(on_sm_90(mqa_logits.ragged, ragged | no_keys)) == "k is empty"
@@ -481,7 +434,7 @@ BAD_PAGED = {
 
 @pytest.mark.parametrize("change, name", BAD_PAGED.values(), ids=BAD_PAGED.keys())
 def test_paged_refuses(change, name):
-    arguments = paged_inputs(torch.device("cpu"), [5, 6], 16, 1, "row_major")
+    arguments = Calls(torch.device("cpu")).mqa_logits_paged([5, 6], 16, 1, "row_major")
     with pytest.raises(ValueError, match=name):
         mqa_logits.paged(**(arguments | change))
 
@@ -492,7 +445,7 @@ def test_declines_where_fp8_is_missing():
 
 @pytest.mark.parametrize("arch, largest", [("sm_90", 4096), ("gfx950", 4096), ("gfx1201", 2048)])
 def test_batches_whose_lengths_do_not_fit_registers_are_declined(arch, largest):
-    arguments = paged_inputs(torch.device("cpu"), [1], 32, 1, "row_major")
+    arguments = Calls(torch.device("cpu")).mqa_logits_paged([1], 32, 1, "row_major")
     for batch, why in ((largest, None), (largest + 1, f"batch {largest + 1}: at most {largest}")):
         rows = {name: arguments[name].expand(batch, *arguments[name].shape[1:]) for name in ("weights", "context_lens")}
         rows |= {"q": arguments["q"].repeat(batch, 1, 1, 1), "block_table": arguments["block_table"].repeat(batch, 1)}

@@ -8,14 +8,9 @@ import torch
 from nsa_backend_plugin.layouts import fp8_max
 from nsa_backend_plugin.ops import norm_quant
 from tests.ops.implementations import run, runnable
+from tools.calls import Calls
 
 IMPLS = ["torch", *runnable(norm_quant.rms)]
-
-
-def inputs(tokens: int, width: int, device: torch.device, dtype=torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [tokens, width], a slice of wider rows of magnitudes 1e-3 to 1e3; weight [width]."""
-    x = torch.randn(tokens, width + 576, device=device) * 10 ** (6 * torch.rand(tokens, 1, device=device) - 3)
-    return x.to(dtype)[:, :width], torch.rand(width, device=device).to(dtype) + 0.5
 
 
 def assert_rounded(values: torch.Tensor, scales: torch.Tensor, want: torch.Tensor) -> None:
@@ -37,7 +32,7 @@ def normalized(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tenso
 @pytest.mark.parametrize("impl", IMPLS)
 def test_values_times_scales_are_the_norm(impl, tokens, device):
     for width, dtype in [(1536, torch.bfloat16), (128, torch.float16), (2048, torch.bfloat16), (640, torch.float32)]:
-        x, weight = inputs(tokens, width, device, dtype)
+        x, weight = Calls(device, dtype).norm_quant_rms(tokens, width).values()
         values, scales = run(norm_quant.rms, impl, x, weight, eps=1e-5)
         assert values.shape == x.shape
         assert scales.shape == (tokens, width // 128)
@@ -52,7 +47,7 @@ def test_values_times_scales_are_the_norm(impl, tokens, device):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_scales_that_are_powers_of_two(impl, device):
-    x, weight = inputs(64, 1536, device)
+    x, weight = Calls(device).norm_quant_rms(64, 1536).values()
     values, scales = run(norm_quant.rms, impl, x, weight, scale_format="ue8m0")
     _, exact = norm_quant.rms(x, weight, impl="torch")
     assert torch.equal(scales.frexp().mantissa, torch.full_like(scales, 0.5))
@@ -64,14 +59,14 @@ def test_scales_that_are_powers_of_two(impl, device):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_columns_of_scales_are_aligned(impl, device):
     for tokens in (1, 4, 7):
-        _, scales = run(norm_quant.rms, impl, *inputs(tokens, 512, device))
+        _, scales = run(norm_quant.rms, impl, **Calls(device).norm_quant_rms(tokens, 512))
         assert scales.stride() == (1, -(-tokens // 4) * 4)
         assert scales.data_ptr() % 16 == 0
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_zeros_have_the_smallest_scale(impl, device):
-    x, weight = inputs(3, 256, device)
+    x, weight = Calls(device).norm_quant_rms(3, 256).values()
     x[1] = 0
     values, scales = run(norm_quant.rms, impl, x, weight)
     assert not values[1].float().any()
@@ -82,7 +77,7 @@ def test_zeros_have_the_smallest_scale(impl, device):
 @pytest.mark.parametrize("impl", runnable(norm_quant.rms))
 def test_bytes_are_the_references(impl, device):
     """But for sums in another order, which may turn a rounding."""
-    x, weight = inputs(40, 1536, device)
+    x, weight = Calls(device).norm_quant_rms(40, 1536).values()
     values, scales = run(norm_quant.rms, impl, x, weight)
     want, want_scales = norm_quant.rms(x, weight, impl="torch")
     assert (values.view(torch.uint8) == want.view(torch.uint8)).float().mean() > 0.98

@@ -14,8 +14,8 @@ import torch
 from nsa_backend_plugin.ops import concat, dense_mla, index_key_cache, indexer_prep, latent_cache, mqa_logits, topk
 from nsa_backend_plugin.ops import sparse_mla as sparse
 from tests.ops import naive
-from tests.ops.common import permuted_block_table, poison, slots_of
 from tests.ops.naive import FN, FNUZ
+from tools.calls import block_table, poison, row_slots, slots_of
 
 CPU = torch.device("cpu")
 LAYOUTS = ("row_major", "preshuffled")
@@ -102,8 +102,8 @@ def test_index_key_store(layout, scale_format, flavour, page_size, dtype):
 @pytest.mark.parametrize("page_size", [16, 64])
 def test_index_key_gather(layout, flavour, page_size):
     lengths = [page_size + 3, 0, 5]
-    table, pages = permuted_block_table(lengths, page_size, CPU)
-    slots = torch.cat([slots_of(table, n, b, page_size) for b, n in enumerate(lengths)]).tolist()
+    table, pages = block_table(lengths, page_size, CPU)
+    slots = slots_of(table, lengths, page_size).tolist()
     cache = filled_cache(pages, page_size, slots, layout, flavour)
     table[1] = 10**6  # garbage past the length
     values, scale = index_key_cache.gather(
@@ -124,8 +124,8 @@ def test_mqa_logits_paged(layout, flavour, clean, per_row):
     lengths = [[20, 21], [0, 1], [37, 38]]
     if per_row:
         lengths = [[20, 3], [0, 1], [37, 11]]
-    table, pages = permuted_block_table([max(pair) for pair in lengths], page_size, CPU)
-    used = [slots_of(table, max(pair), b, page_size).tolist() for b, pair in enumerate(lengths)]
+    table, pages = block_table([max(pair) for pair in lengths], page_size, CPU)
+    used = [row_slots(row, max(pair), page_size).tolist() for row, pair in zip(table, lengths, strict=True)]
     cache = filled_cache(pages, page_size, [slot for slots in used for slot in slots], layout, flavour)
     table[1, 1:] = -9
     q = torch.randn(3, next_n, heads, 128).to(flavour)
@@ -265,8 +265,8 @@ def test_sparse_mla(kind, value_dim):
 @pytest.mark.parametrize("kind", ["fp32", "bf16"])
 def test_dense_mla(page_size, kind):
     lengths = [0, page_size + 1, 1, 7]
-    table, pages = permuted_block_table(lengths, page_size, CPU)
-    used = torch.cat([slots_of(table, n, b, page_size) for b, n in enumerate(lengths)]).tolist()
+    table, pages = block_table(lengths, page_size, CPU)
+    used = slots_of(table, lengths, page_size).tolist()
     kv, _, rows = latent_rows(kind, pages * page_size, used)
     table[0] = -3  # garbage past the length
     q = torch.randn(4, 2, 576, dtype=kv.dtype)

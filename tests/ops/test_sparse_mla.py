@@ -7,28 +7,26 @@ import dataclasses
 import pytest
 import torch
 
-from nsa_backend_plugin.layouts import FP8_DTYPES
-from nsa_backend_plugin.ops import latent_cache, sparse_mla
+from nsa_backend_plugin.ops import sparse_mla
 from nsa_backend_plugin.ops._triton import mla_launch
-from nsa_backend_plugin.ops.arch import fp8_dtype
 from nsa_backend_plugin.ops.call import Step
 from nsa_backend_plugin.ops.sparse_mla import reference
 from nsa_backend_plugin.ops.sparse_mla import triton as sparse_triton
 from tests.conftest import HAS_GPU
-from tests.ops.common import assert_close, poison
+from tests.ops.common import assert_close
 from tests.ops.implementations import bar, runnable
 from tests.ops.implementations import run as or_skip
+from tools.calls import Calls, poison
 
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 QUERY_DIM = 576
-SCALE = 192**-0.5
 KINDS = ["bf16", "fp16", "fp8", "packed"]
 BARS = {"bf16": 5e-6, "fp16": 5e-6, "fp8": 2e-4, "packed": 2e-4}
 LSE_BAR = 1e-4
-KV_SCALE = 0.5
 
 
 IMPLS = runnable(sparse_mla.attend)
+inputs = Calls(DEVICE).sparse_mla_attend
 #: What our own say when they decline a call of these tests: a cache of another kind, queries of another type.
 NOT_THEIRS = {
     "cuda": ("only packed fp8 rows",),
@@ -41,48 +39,6 @@ def splits_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the interpreter too: a CPU counts as one core, which would never split."""
     if not HAS_GPU:
         monkeypatch.setattr(sparse_triton, "core_count", lambda device: 132)
-
-
-def cache(rows: torch.Tensor, slots: torch.Tensor, total: int, kind: str) -> torch.Tensor:
-    """A latent cache of `total` slots that holds rows [N, 576] at slots [N], and NaN everywhere else."""
-    if kind == "packed":
-        stored = latent_cache.quantize(rows, impl="torch")
-    elif kind == "fp8":
-        stored = (rows / KV_SCALE).to(fp8_dtype(rows.device))
-    else:
-        stored = rows.to(torch.float16 if kind == "fp16" else torch.bfloat16)
-    width = stored.shape[-1]
-    nan = 0x80 if stored.dtype == FP8_DTYPES[1] else 0xFF
-    raw = torch.full((total, width * stored.itemsize), nan, dtype=torch.uint8, device=rows.device)
-    raw[slots] = stored.contiguous().view(torch.uint8).view(len(slots), -1)
-    return raw.view(stored.dtype).view(total, 1, width)
-
-
-def inputs(
-    tokens: int,
-    heads: int,
-    topk: int,
-    kind: str = "bf16",
-    q_size: float = 1.0,
-    kv_size: float = 1.0,
-    missing: float = 0.1,
-) -> dict:
-    """Arguments of `attend`: random slots in random order, a share of them missing; slots nobody selects are NaN."""
-    used = max(topk, 24) + 5
-    total = 2 * used
-    slots = torch.randperm(total, device=DEVICE)[:used]
-    kv = cache((torch.randn(used, QUERY_DIM, device=DEVICE) * kv_size).bfloat16(), slots, total, kind)
-    pick = torch.rand(tokens, used, device=DEVICE).argsort(dim=1)[:, :topk]
-    indices = slots[pick].int()
-    indices[torch.rand(tokens, topk, device=DEVICE) < missing] = -1
-    dtype = torch.float16 if kind == "fp16" else torch.bfloat16
-    return {
-        "q": (torch.randn(tokens, heads, QUERY_DIM, device=DEVICE) * q_size).to(dtype),
-        "kv": kv,
-        "indices": indices,
-        "softmax_scale": SCALE,
-        "kv_scale": KV_SCALE if kind == "fp8" else None,
-    }
 
 
 def expected(arguments: dict) -> tuple[torch.Tensor, torch.Tensor]:
@@ -172,7 +128,7 @@ def test_no_tokens_and_no_indices(impl: str) -> None:
 @pytest.mark.parametrize("q_size", [1e-4, 1.0, 1e4])
 @pytest.mark.parametrize("impl", IMPLS)
 def test_magnitudes(impl: str, q_size: float, kv_size: float, kind: str) -> None:
-    arguments = inputs(1, 8, 80 if HAS_GPU else 33, kind, q_size, kv_size)
+    arguments = inputs(1, 8, 80 if HAS_GPU else 33, kind, q_size=q_size, kv_size=kv_size)
     check(impl, arguments, bar(sparse_mla.attend, impl, kind, BARS[kind]))
 
 

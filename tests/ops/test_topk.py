@@ -9,32 +9,11 @@ from nsa_backend_plugin.engine import kernels
 from nsa_backend_plugin.ops import dispatch, preferences, topk
 from nsa_backend_plugin.ops.arch import device_arch
 from nsa_backend_plugin.ops.topk import cuda
-from tests.ops.common import poison
 from tests.ops.implementations import run, runnable
+from tools.calls import LOGITS, Calls, poison
 
 kernels.register()
 IMPLEMENTATIONS = runnable(topk.select)
-
-
-def rows_of(kind: str, rows: int, columns: int, device: torch.device) -> torch.Tensor:
-    noise = torch.randn(rows, columns, device=device)
-    if kind == "normal":
-        return noise
-    if kind == "narrow":  # few leading key bits differ
-        return 100 + noise
-    if kind == "plateau":  # what ReLU makes: most logits are exactly 0
-        return (noise - 1.5).relu()
-    if kind == "equal":
-        return torch.full_like(noise, 7.0)
-    if kind == "zeros":  # -0 and +0 are ties
-        return torch.where(noise > 0, 0.0, -0.0)
-    if kind == "inf":
-        return torch.where(noise > -1, noise, float("-inf"))
-    assert kind == "ascending"  # an order that would fool a threshold taken from a prefix
-    return torch.arange(columns, device=device).float().expand(rows, -1).contiguous()
-
-
-KINDS = ("normal", "narrow", "plateau", "equal", "zeros", "inf", "ascending")
 
 
 def skip_known_limit(impl: str, kind: str, columns: int) -> None:
@@ -43,7 +22,7 @@ def skip_known_limit(impl: str, kind: str, columns: int) -> None:
         pytest.skip("known limit of sgl_kernel's fast_topk")
 
 
-def check(actual: torch.Tensor, logits: torch.Tensor, lengths: torch.Tensor, k: int, row_starts=None) -> None:
+def check(actual: torch.Tensor, logits: torch.Tensor, lengths: torch.Tensor, k: int, row_starts=None, **_) -> None:
     """The right number of distinct, valid indices; the same multiset of logits as a full sort; then -1."""
     assert actual.shape == (logits.shape[0], k)
     for row, length in enumerate(lengths.tolist()):
@@ -58,103 +37,88 @@ def check(actual: torch.Tensor, logits: torch.Tensor, lengths: torch.Tensor, k: 
         assert torch.equal(candidates[index].sort(descending=True).values, expected), f"row {row}: not the top {k}"
 
 
-def select(impl: str, logits: torch.Tensor, lengths: torch.Tensor, k: int, **kwargs) -> torch.Tensor:
-    """The call, into a poisoned output, with NaN in every column that is no candidate; skips what declines."""
-    starts = kwargs.get("row_starts")
-    first = torch.zeros_like(lengths) if starts is None else starts
-    column = torch.arange(logits.shape[1], device=logits.device)
-    inside = (column >= first[:, None]) & (column < (first + lengths)[:, None])
-    storage = poison(logits.shape[0], logits.shape[1] + 8, dtype=torch.float32, device=logits.device)
-    view = storage[:, : logits.shape[1]]  # row stride other than the width
-    view.copy_(logits.masked_fill(~inside, float("nan")))
-    out = poison(logits.shape[0], k, dtype=torch.int32, device=logits.device)
-    return run(topk.select, impl, view, lengths, k, out=out, **kwargs)
+def select(impl: str, arguments: dict, **options) -> torch.Tensor:
+    """The call, into a poisoned output; skips what declines."""
+    out = poison(len(arguments["logits"]), arguments["k"], dtype=torch.int32, device=arguments["logits"].device)
+    return run(topk.select, impl, out=out, **arguments, **options)
+
+
+def equals_reference(impl: str, arguments: dict) -> bool:
+    want = topk.select(**arguments, deterministic=True, impl="torch")
+    return torch.equal(select(impl, arguments, deterministic=True), want)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LOGITS)
 @pytest.mark.parametrize("columns, k", [(300, 48), (9001, 512), (9001, 1)])
 def test_select(device, impl, kind, columns, k):
-    logits = rows_of(kind, 6, columns, device)
-    lengths = torch.tensor([0, 1, max(k - 1, 1), k, k + 1, columns], dtype=torch.int32, device=device)
-    check(select(impl, logits, lengths, k), logits, lengths, k)
+    arguments = Calls(device).topk_select([0, 1, max(k - 1, 1), k, k + 1, columns], columns, k, kind)
+    check(select(impl, arguments), **arguments)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LOGITS)
 def test_deterministic_equals_reference(device, impl, kind):
-    logits = rows_of(kind, 4, 9001, device)
-    lengths = torch.tensor([9001, 8500, 32, 200], dtype=torch.int32, device=device)
-    actual = select(impl, logits, lengths, 128, deterministic=True)
-    assert torch.equal(actual, topk.select(logits, lengths, 128, deterministic=True, impl="torch"))
+    assert equals_reference(impl, Calls(device).topk_select([9001, 8500, 32, 200], 9001, 128, kind))
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("page_size", [1, 16, 64])
 @pytest.mark.parametrize("shared_table", [False, True])
 def test_row_starts_and_page_table(device, impl, page_size, shared_table):
-    rows, columns, k = 7, 500, 32
-    logits = torch.randn(rows, columns, device=device)
-    starts = torch.randint(0, 200, (rows,), device=device).int()
-    lengths = torch.tensor([0, 1, 31, 32, 33, 290, 300], dtype=torch.int32, device=device)
+    rows, lengths = 7, [0, 1, 31, 32, 33, 290, 300]
+    arguments = Calls(device).topk_select(lengths, 500, 32, starts=torch.randint(0, 200, (rows,)).tolist())
     tables = 3 if shared_table else rows
     pages = -(-300 // page_size)
     table = torch.randperm(tables * pages, device=device).int().view(tables, pages)
     page_rows = torch.randint(0, tables, (rows,), device=device).int() if shared_table else None
-    kwargs = {"row_starts": starts, "page_table": table, "page_rows": page_rows, "page_size": page_size}
-    actual = select(impl, logits, lengths, k, deterministic=True, **kwargs)
-    expected = topk.select(logits, lengths, k, deterministic=True, impl="torch", **kwargs)
-    assert torch.equal(actual, expected)
+    arguments |= {"page_table": table, "page_rows": page_rows, "page_size": page_size}
+    assert equals_reference(impl, arguments)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("offset", [0, 1, 2, 3])
 def test_unaligned_rows(device, impl, offset):
-    logits = torch.randn(3, 401, device=device)
-    starts = torch.full((3,), offset, dtype=torch.int32, device=device)
-    lengths = torch.tensor([398, 50, 397], dtype=torch.int32, device=device)
-    check(select(impl, logits, lengths, 48, row_starts=starts), logits, lengths, 48, starts)
+    arguments = Calls(device).topk_select([398, 50, 397], 401, 48, starts=[offset] * 3)
+    check(select(impl, arguments), **arguments)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_no_rows(device, impl):
-    logits = torch.empty(0, 100, device=device)
-    assert select(impl, logits, torch.empty(0, dtype=torch.int32, device=device), 16).shape == (0, 16)
+    assert select(impl, Calls(device).topk_select([], 100, 16)).shape == (0, 16)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LOGITS)
 @pytest.mark.parametrize(
     "rows, columns", [(1, 8192), (8, 131_072), (20, 65_536), (64, 32768), (133, 20000), (300, 3000), (3, 1_000_000)]
 )
 def test_select_2048(device, impl, kind, rows, columns):
     skip_known_limit(impl, kind, columns)
-    logits = rows_of(kind, rows, columns, device)
-    lengths = torch.randint(0, columns + 1, (rows,), device=device).int()
+    lengths = torch.randint(0, columns + 1, (rows,)).tolist()
     for row, length in enumerate((columns, 0, 1, 2047, 2048, 2049)):
         lengths[row % rows] = length
     lengths[0] = columns
-    check(select(impl, logits, lengths, 2048), logits, lengths, 2048)
+    arguments = Calls(device).topk_select(lengths, columns, 2048, kind)
+    check(select(impl, arguments), **arguments)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("blocks", [2, 4, 8])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LOGITS)
 @pytest.mark.parametrize("rows, columns", [(3, 30_000), (3, 40_000), (2, 163_840), (20, 70_001), (2, 600_000)])
 def test_rows_shared_by_a_cluster(device, monkeypatch, blocks, kind, rows, columns):
     """Shares of every size in registers, and larger; more clusters than fit at once."""
     if not cuda._clusters(device_arch(device)):
         pytest.skip("no clusters on this GPU")
     monkeypatch.setattr(cuda, "_cluster", lambda *shape: blocks)
-    logits = rows_of(kind, rows, columns, device)
-    lengths = torch.randint(2048, columns + 1, (rows,), device=device).int()
-    lengths[0] = columns
+    lengths = [columns, *torch.randint(2048, columns + 1, (rows - 1,)).tolist()]
+    arguments = Calls(device).topk_select(lengths, columns, 2048, kind)
     page_table = torch.randperm(-(-columns // 64), device=device).int().repeat(rows, 1)
-    check(select("cuda", logits, lengths, 2048), logits, lengths, 2048)
-    for kwargs in ({}, {"page_table": page_table, "page_size": 64}):
-        actual = select("cuda", logits, lengths, 2048, deterministic=True, **kwargs)
-        assert torch.equal(actual, topk.select(logits, lengths, 2048, deterministic=True, impl="torch", **kwargs))
+    check(select("cuda", arguments), **arguments)
+    for paged in ({}, {"page_table": page_table, "page_size": 64}):
+        assert equals_reference("cuda", arguments | paged)
 
 
 @pytest.mark.gpu
@@ -162,12 +126,9 @@ def test_rows_shared_by_a_cluster(device, monkeypatch, blocks, kind, rows, colum
 @pytest.mark.parametrize("kind", ["plateau", "equal", "normal"])
 @pytest.mark.parametrize("rows, columns", [(4, 100_000), (140, 12_000)])
 def test_deterministic_reruns(device, impl, kind, rows, columns):
-    logits = rows_of(kind, rows, columns, device)
-    lengths = torch.full((rows,), columns, dtype=torch.int32, device=device)
-    first = select(impl, logits, lengths, 2048, deterministic=True)
-    assert torch.equal(first, topk.select(logits, lengths, 2048, deterministic=True, impl="torch"))
+    arguments = Calls(device).topk_select([columns] * rows, columns, 2048, kind)
     for _ in range(20):
-        assert torch.equal(select(impl, logits, lengths, 2048, deterministic=True), first)
+        assert equals_reference(impl, arguments)
 
 
 @pytest.mark.gpu
@@ -186,10 +147,10 @@ def test_logits_past_2_31_elements(device, impl):
 @pytest.mark.gpu
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_graph_replays_with_other_lengths(device, impl):
-    logits = torch.randn(4, 40_000, device=device)
-    lengths = torch.full((4,), 40_000, dtype=torch.int32, device=device)
+    arguments = Calls(device).topk_select([40_000] * 4, 40_000, 2048)
+    logits, lengths = arguments["logits"], arguments["lengths"]
     out = torch.empty(4, 2048, dtype=torch.int32, device=device)
-    select(impl, logits, lengths, 2048)
+    select(impl, arguments)
     topk.select(logits, lengths, 2048, out=out, impl=impl)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

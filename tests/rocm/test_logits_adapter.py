@@ -9,8 +9,9 @@ import triton
 from nsa_backend_plugin.ops import index_key_cache, mqa_logits
 from nsa_backend_plugin.ops.arch import pretended
 from nsa_backend_plugin.ops.mqa_logits import ROW_GUARD, aiter
-from tests.ops.common import assert_close, permuted_block_table, poison, slots_of
+from tests.ops.common import assert_close
 from tests.rocm.simulated_host import install_fakes
+from tools.calls import block_table, poison, slots_of
 
 FN, FNUZ = FLAVOURS = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
 LENGTHS = [192, 1, 64, 0, 192]  # as wide as the table: a store past a row's end meets the next row
@@ -27,9 +28,9 @@ def fakes(monkeypatch):
 
 
 def _paged(dtype):
-    table, pages = permuted_block_table(LENGTHS, 64, torch.device("cpu"))
+    table, pages = block_table(LENGTHS, 64, torch.device("cpu"))
     cache = poison(pages, 64 * 132, dtype=torch.uint8, device=torch.device("cpu"))
-    slots = torch.cat([slots_of(table, n, row, 64) for row, n in enumerate(LENGTHS)])
+    slots = slots_of(table, LENGTHS, 64)
     index_key_cache.store(torch.randn(len(slots), 128), cache, slots, fp8_dtype=dtype, impl="torch", **PRESHUFFLED)
     query = torch.randn(len(LENGTHS), 1, HEADS, 128).to(dtype)
     return query, cache, torch.randn(len(LENGTHS), HEADS), torch.tensor(LENGTHS, dtype=torch.int32), table, 192
