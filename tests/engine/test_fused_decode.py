@@ -429,8 +429,9 @@ def test_main_lane_is_issued_first_and_joined_last(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(query_projection, "project", logged("project", query_projection.project))
     case.prepare()
     separate = [] if merged else ["q_b_proj"]
+    start = ["fork", "q_a"] if early else ["q_a", "fork"]
     first, second = (
-        ["q_a", "project", "side", "key_store", "main"],
+        [*start, "project", "side", "key_store", "main"],
         [*separate, "bmm", "store", "side", "select", "main"],
     )
     assert log == [*first, "fork", *second, "join"]

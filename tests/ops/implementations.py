@@ -19,6 +19,7 @@ DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 #: adapter's docstring says why.
 BARS = {
     ("dense_mla.decode", "fa3", "bf16"): 1e-5,
+    ("dense_mla.decode", "flash_mla", "bf16"): 2e-5,
     ("sparse_mla.attend", "fa3", "bf16"): 1e-5,
     ("sparse_mla.attend", "flash_mla", "packed"): 1e-5,
     ("sparse_mla.attend", "flash_mla_unpacked", "packed"): 5e-5,

@@ -28,6 +28,7 @@ from nsa_backend_plugin.ops import (
     topk,
 )
 from nsa_backend_plugin.ops.call import Declined
+from tests.conftest import HAS_GPU
 from tests.ops.cases import VARIANTS, filled, valid
 from tests.ops.implementations import DEVICE, run
 from tools.calls import Calls
@@ -155,7 +156,9 @@ def runs() -> Iterator[tuple[Any, str, str, str]]:
             continue
         for variant in ("", *VARIANTS.get(function, ())):
             if isinstance(valid(function, variant)[name], torch.Tensor):
-                yield from ((function, variant, name, impl) for impl in function.available(DEVICE))
+                # On a GPU torch itself adds up misaligned rows in another order.
+                kernels = (impl for impl in function.available(DEVICE) if impl != "torch" or not HAS_GPU)
+                yield from ((function, variant, name, impl) for impl in kernels)
 
 
 @pytest.mark.parametrize("layout", [strided, apart, shifted])

@@ -14,10 +14,10 @@ those of speculative decoding (verification of drafts, the draft model's extend)
     join
 
 The main stream's kernels are issued first after each fork: inside graph capture the other order spreads the side lane
-over many streams. The side stream starts before the first GEMM where that leaves it room: SGLang's, of more tokens, takes
-every multiprocessor and waits for all of them. Where q_b_proj and wq_b cannot be one GEMM, q_b_proj follows the second fork. Of few tokens, the norm
-is part of that product (projections.py). q_all is complete when the layer's attention gets its two halves, so
-`concat.q_all` is a view there and nothing is concatenated (the cat-skip path).
+over many streams. The side stream starts before the first GEMM where that leaves it room: SGLang's, of more tokens,
+takes every multiprocessor and waits for all of them. Where q_b_proj and wq_b cannot be one GEMM, q_b_proj follows the
+second fork. Of few tokens, the norm is part of that product (projections.py). q_all is complete when the layer's
+attention gets its two halves, so `concat.q_all` is a view there and nothing is concatenated (the cat-skip path).
 """
 
 from __future__ import annotations

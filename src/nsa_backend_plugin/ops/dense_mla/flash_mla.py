@@ -1,4 +1,8 @@
-"""FlashMLA's dense decode over bf16 pages of 64 tokens, any head count, on Hopper."""
+"""FlashMLA's dense decode over bf16 pages of 64 tokens, any head count, on Hopper.
+
+Of queries and rows that are both 1e4 large its result was 9.7e-6 from the reference's (cosine distance; H200, sglang
+0.5.17's wheel): its rounding of the weights.
+"""
 
 from __future__ import annotations
 

@@ -7,7 +7,8 @@
 
 #include "block.cuh"
 
-// Logits in global memory. Loads are 16 bytes wide and aligned: the first may begin up to 3 logits before the row.
+// Logits in global memory. Loads are 16 bytes wide and aligned: the first may begin up to 3 logits before the row, in
+// the same allocation. What is left of the row behind the last whole vector may end it, and is loaded one by one.
 // With kBlocks > 1 every tile is divided among the blocks of the cluster, and this is one block's share.
 template <int kVectorsPerThread, int kBlocks = 1>
 struct Row {
@@ -28,12 +29,20 @@ struct Row {
   }
   __device__ __forceinline__ int tiles() const { return tile_count; }
   __device__ __forceinline__ int vector_count() const { return (length + lead + 3) / 4; }
+  __device__ __forceinline__ int left_from(int vector) const { return length + lead - 4 * vector; }
 
   __device__ __forceinline__ u32 load_vectors(const int (&at)[kVectors], u32 (&keys)[kSlots]) const {
     float4 values[kVectors];
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      values[v] = at[v] < vector_count() ? __ldg(vectors + at[v]) : make_float4(0.f, 0.f, 0.f, 0.f);
+      values[v] = left_from(at[v]) >= 4 ? __ldg(vectors + at[v]) : make_float4(0.f, 0.f, 0.f, 0.f);
+    }
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {  // of one thread, after the loads of all
+      const int left = left_from(at[v]);
+      const float* rest = reinterpret_cast<const float*>(vectors + at[v]);
+      if (left > 0 && left < 4)
+        values[v] = make_float4(rest[0], left > 1 ? rest[1] : 0.f, left > 2 ? rest[2] : 0.f, 0.f);
     }
     u32 exists = 0;
 #pragma unroll
