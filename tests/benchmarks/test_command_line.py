@@ -150,6 +150,10 @@ def test_values_are_checked_before_anything_is_built(words: tuple[str, ...], err
         (("--workload", "dense_decode", "--head-dim", "128"), "--head-dim=128: workload dense_decode has no head_dim"),
         (("--workload", "standard", "--param", "heads=3"), "heads=3: expected a multiple of kv_heads=8"),
         (("--workload", "sparse_prefill", "--param", "context=7"), "context=7: expected at least tokens=2048"),
+        (
+            ("--workload", "sparse_prefill", "--param", "context=4096", "--param", "overlap=50"),
+            "overlap=50: expected context - tokens of at least 2 * topk=4096",
+        ),
         (("--workload", "norm_quant", "--param", "width=100"), "width: 100: expected a multiple of 128"),
         (("--workload", "sparse_decode", "--param", "kv=fp4"), "kv='fp4': expected 'packed' or 'bf16'"),
     ],

@@ -187,6 +187,14 @@ def attention_calls() -> Iterator[Call]:
                         )
                         given = " ".join(slots)
                         yield f"sparse {impl} {kind} {heads} heads {tokens} x {keys} {given}", call
+    for impl in runs_here("sparse_mla", "union"):
+        for kind in ("bf16", "packed"):
+            for heads in (1, 12, 32):  # in groups of eight, four and two
+                indices = torch.arange(150, device=DEVICE).int().repeat(21, 1)
+                indices[2:4] += 150  # a group of two that shares among eight that do not, or the reverse
+                options = {"context": torch.arange(300, device=DEVICE).int()} if kind == "packed" else {}
+                call = partial(sparse_mla.attend, randn(21, heads, 576), caches[kind], indices, SCALE, **options)
+                yield f"sparse {impl} {kind} {heads} heads", partial(call, return_lse=True, impl=impl)
     table, lengths = ints(2, 0, 1, 3, 1, 2).view(2, 3), ints(170, 0)
     plain = {"kv_scale": None}, kv
     fp8_rows = {"kv_scale": 0.5}, caches["fp8"]
