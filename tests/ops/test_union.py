@@ -16,8 +16,9 @@ from tests.ops.common import assert_close, poison
 from tests.ops.test_sparse_mla import BARS, SCALE, cache
 
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
-#: Of packed rows the common one, for the rounding to bf16.
-UNION_BARS = {**BARS, "packed": 5e-5}
+#: Of packed rows its own, for the rounding to bf16. Of the few rows that a CPU is given one may be most of a result,
+#: and the weights' rounding does not average out.
+UNION_BARS = {**BARS, "packed": 5e-5, "bf16": BARS["bf16"] if HAS_GPU else 2e-5}
 TOPK, TOKENS = (2048, 133) if HAS_GPU else (16, 5)
 
 pytestmark = pytest.mark.skipif(

@@ -1,9 +1,9 @@
 """Sparse MLA prefill with few heads: adjacent queries share one gather of the rows that they select.
 
 Neighbours in a prompt select nearly the same rows (examples/tiny_dsa/README.md has how many), and few heads leave a
-matrix unit's 64 rows empty. Groups of 2, 4 or 8 queries, whose heads fill those rows, are attended to the union of their
-rows (`_union_kernel.py`), which the device finds (`_union_lists.py`). A group whose union is too large to pay is computed
-as it would be without this file. The device decides: nothing waits for it, and a graph captures it.
+matrix unit's 64 rows empty. Groups of 2, 4 or 8 queries, whose heads fill those rows, are attended to the union of
+their rows (`_union_kernel.py`), which the device finds (`_union_lists.py`). A group whose union is too large to pay is
+computed as it would be without this file. The device decides: nothing waits for it, and a graph captures it.
 
 A query's result is that of its own rows, but for the order of the sums, which depends on its neighbours. A row that is
 not finite spoils the queries of its group, also those that do not select it: 0 times infinity is no number.
