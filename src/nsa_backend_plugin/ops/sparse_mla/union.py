@@ -21,7 +21,7 @@ import torch
 from nsa_backend_plugin.layouts import LATENT_DIM, ROPE_DIM
 from nsa_backend_plugin.ops._cuda import mla as cuda_mla
 from nsa_backend_plugin.ops._torch.mla import Result, result
-from nsa_backend_plugin.ops._triton import early_launch, mla_launch
+from nsa_backend_plugin.ops._triton import early_launch
 from nsa_backend_plugin.ops._triton.launch import launch
 from nsa_backend_plugin.ops._triton.mla_launch import LOG2_E
 from nsa_backend_plugin.ops._triton.support import available as triton_available
@@ -58,12 +58,12 @@ def declines_attend(call: Attend) -> Reason:
         return f"a cache of {call.kv.shape[0]} slots: at most {_union_lists.most_slots(group)} beside the owners' bits"
     if call.kind == "packed":
         reason = _context.declines(call)
-        if reason is None and call.context is not None and call.context.shape[0] > MOST_CONTEXT_PER_QUERY * tokens:
-            reason = f"a context of {call.context.shape[0]} slots for {tokens} queries: unpacking it would not pay"
-        if reason is None and call.arch != "cpu":
-            reason = cuda.declines_attend(call)
-        return reason
-    return mla_launch.declines(call, call.kind)
+        if reason is not None:
+            return reason
+        assert call.context is not None
+        if call.context.shape[0] > MOST_CONTEXT_PER_QUERY * tokens:
+            return f"a context of {call.context.shape[0]} slots for {tokens} queries: unpacking it would not pay"
+    return cuda.declines_attend(call) if _alone_in_cuda(call) else triton.declines_attend(call)
 
 
 def attend(call: Attend) -> Result:
@@ -105,9 +105,14 @@ def attend(call: Attend) -> Result:
     return result(out, lse)
 
 
+def _alone_in_cuda(call: Attend) -> bool:
+    """Whether the CUDA kernel computes the queries that share nothing; in the interpreter it cannot."""
+    return call.kind == "packed" and call.arch != "cpu"
+
+
 def _alone(call: Attend, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(out, lse) of the queries that share nothing. lengths: [T] int32, -1 of the others, which get any result."""
-    if call.kind == "packed" and call.arch != "cpu":
+    if _alone_in_cuda(call):
         keys, leading = call.indices.shape[1], call.lengths is not None
         done = cuda_mla.attend(call, cuda.CONFIGS, call.indices, lengths, keys, leading=leading)
     else:
