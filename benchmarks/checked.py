@@ -18,6 +18,7 @@ def _batch_spec(spec: str) -> str:
 
 Count = Annotated[int, Field(ge=1, le=1 << 31)]
 Heads = Annotated[int, Field(ge=1, le=1024)]
+Percent = Annotated[int, Field(ge=0, le=100)]
 Positive = Annotated[float, Field(gt=0)]
 BatchSpec = Annotated[str, AfterValidator(_batch_spec)]
 

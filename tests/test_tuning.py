@@ -28,6 +28,17 @@ def test_mla_tiles_are_tried_and_right(tmp_path: Path) -> None:
     assert all("problem" not in row and row["us"] > 0 for row in rows)
 
 
+def test_sharing_rows_is_tried_and_right(tmp_path: Path) -> None:
+    """As above; today's way, nothing shared, all shared."""
+    out = tmp_path / "tune.json"
+    command = [sys.executable, "-m", "tools.tune_union", "--tiny", "--kinds", "bf16", "--heads", "8", f"--out={out}"]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    rows = json.loads(out.read_text())["rows"]
+    assert len(rows) == 3
+    assert all("problem" not in row and row["us"] > 0 for row in rows)
+
+
 @pytest.mark.parametrize("name", tune_projection.NAMES)
 def test_projection_variants_are_of_the_call_that_is_timed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[cuda._Sizes] = []

@@ -150,6 +150,10 @@ def test_values_are_checked_before_anything_is_built(words: tuple[str, ...], err
         (("--workload", "dense_decode", "--head-dim", "128"), "--head-dim=128: workload dense_decode has no head_dim"),
         (("--workload", "standard", "--param", "heads=3"), "heads=3: expected a multiple of kv_heads=8"),
         (("--workload", "sparse_prefill", "--param", "context=7"), "context=7: expected at least tokens=2048"),
+        (
+            ("--workload", "sparse_prefill", "--param", "context=4096", "--param", "overlap=50"),
+            "overlap=50: expected context - tokens of at least 2 * topk=4096",
+        ),
         (("--workload", "norm_quant", "--param", "width=100"), "width: 100: expected a multiple of 128"),
         (("--workload", "sparse_decode", "--param", "kv=fp4"), "kv='fp4': expected 'packed' or 'bf16'"),
     ],
@@ -318,7 +322,7 @@ def test_availability_is_asked_before_inputs_are_built(monkeypatch: pytest.Monke
 def test_own_kernels_are_those_that_live_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = {(o.name, n): registry.is_own(o.name, n) for o in operations() for n in o.implementations()}
     for (operation, name), is_own in own.items():
-        assert is_own == (name in ("torch", "triton", "cuda", "tilelang")), (operation, name)
+        assert is_own == (name in ("torch", "triton", "cuda", "union", "tilelang")), (operation, name)
     assert backends.is_own("triton+cuda", "indexer_chain")
     assert not backends.is_own("torch", "topk")  # the reference is neither
     assert not backends.is_peer("default", "topk")

@@ -24,6 +24,7 @@ import evaluate  # noqa: E402
 import export  # noqa: E402
 import model as tiny  # noqa: E402
 import muon  # noqa: E402
+import overlap  # noqa: E402
 import train  # noqa: E402
 from config import RECIPES, Mode, ModelConfig, Phase  # noqa: E402
 from tokenizer import Encoder  # noqa: E402
@@ -417,3 +418,20 @@ def test_server_generate(api):
     else:
         assert path == "/generate"
         assert (body["text"], body["sampling_params"]["temperature"]) == ("hello", 0)
+
+
+# What adjacent queries share
+
+
+def test_selections_are_those_of_the_model():
+    """Of the queries that select at all: as many rows as top-k has, none of a later token, and the unions of groups."""
+    network = small_model(1)
+    ids = torch.randint(512, (1, 29))
+    layers = overlap.selections(network, ids)
+    assert len(layers) == SMALL.num_layers
+    for chosen in layers:
+        assert chosen.shape == (21, 29)
+        assert (chosen.sum(1) == 8).all()
+        assert not chosen.triu(9).any()
+        pairs = [int((chosen[i] | chosen[i + 1]).sum()) for i in range(0, 20, 2)]
+        assert overlap.union_share(chosen, 2) == pytest.approx(sum(pairs) / 80)

@@ -98,6 +98,12 @@ def attention_calls() -> Iterator[Case]:
                 behind = torch.arange(keys, device=DEVICE) >= lengths[:, None]
                 leading |= {"indices": leading["indices"].masked_fill(behind, -1), "lengths": lengths}
                 yield from ((sparse_mla.attend, {**given, "return_lse": True}) for given in (some, leading))
+    for kind in ("bf16", "packed"):
+        for heads in (1, 12, 32):  # in groups of eight, four and two
+            shared = MAKE.sparse_mla_attend(21, heads, 150, kind, missing=0.0)
+            indices = shared["indices"]
+            indices[:2], indices[4:] = indices[0].clone(), indices[0].clone()  # all but two select the same rows
+            yield sparse_mla.attend, {**shared, "context": indices.unique(), "return_lse": True}
     for heads in (12, 128):
         for kind in ("bf16", "fp8"):
             yield dense_mla.decode, MAKE.dense_mla_decode([170, 0], heads, kind=kind)

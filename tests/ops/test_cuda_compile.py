@@ -9,6 +9,7 @@ import pytest
 from nsa_backend_plugin.ops._cuda import jit
 from nsa_backend_plugin.ops.dense_mla import cuda as dense_mla
 from nsa_backend_plugin.ops.projection import cuda as projection
+from nsa_backend_plugin.ops.sparse_mla import _union_lists
 from nsa_backend_plugin.ops.sparse_mla import cuda as sparse_mla
 from nsa_backend_plugin.ops.topk import cuda as topk
 from tests.ops.test_cuda_jit import needs_nvrtc
@@ -25,6 +26,14 @@ def test_fp8_decode(module: ModuleType, arch: str) -> None:
 @pytest.mark.parametrize("module", [sparse_mla, dense_mla], ids=["packed", "plain"])
 def test_fp8_decode_declines_without_fp8_conversion(module: ModuleType) -> None:
     assert "not sm_80" in (module.available("sm_80") or "")
+
+
+@pytest.mark.parametrize("group", [2, 4, 8])
+def test_lists_of_shared_rows(group: int) -> None:
+    """Three blocks fit a multiprocessor's shared memory."""
+    needs_nvrtc("sm_90")
+    assert jit.compiles(_union_lists._SOURCE, "sm_90", _union_lists._defines(group)) is None
+    assert 3 * (_union_lists._shared_bytes(group) + 1024) <= 228 * 1024
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90", "sm_100"])

@@ -213,6 +213,7 @@ def _target(arch: str) -> str:
 
 def _options(source: Path, arch: str, defines: _Defines) -> list[str]:
     flags = [f"-D{name}={value}" for name, value in defines]
+    flags.append("--device-as-default-execution-space")  # NVRTC 13.0 takes generic lambdas for the host
     return ["--std=c++17", f"--gpu-architecture={_target(arch)}", f"-I{source.parent}", f"-I{_SHARED}", *flags]
 
 

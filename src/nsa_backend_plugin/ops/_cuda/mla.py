@@ -139,7 +139,8 @@ def attend(
 ) -> Result:
     """Attend every row of call.q to its keys, at most `keys`.
 
-    table: [tokens, N] int32, slots of packed rows, or pages of plain ones, of which a token has lengths [tokens] keys.
+    table: [tokens, N] int32, slots of packed rows, or pages of plain ones, of which a token has lengths [tokens] keys;
+    packed rows without lengths `keys`. A length below 0 leaves a token's result undefined.
     """
     q, kv, arch = call.q, call.kv, call.arch
     out, lse = call.output(), call.new_lse()

@@ -16,25 +16,17 @@ import triton.language as tl
 
 from nsa_backend_plugin.ops._torch.mla import Result
 from nsa_backend_plugin.ops._triton.launch import launch
-from nsa_backend_plugin.ops._triton.packed_rows import unpack
 from nsa_backend_plugin.ops.call import Reason
-from nsa_backend_plugin.ops.sparse_mla import Attend, flash_mla
+from nsa_backend_plugin.ops.sparse_mla import Attend, _context, flash_mla
 
-#: Rows whose bf16 copy lives for the time of one layer: 288 MiB.
-MOST_ROWS = 1 << 18
 _BLOCK = 1024
 
 available = flash_mla.available
 
 
 def declines_attend(call: Attend) -> Reason:
-    if call.kind != "packed":
-        return f"kv is {call.kind}: only packed rows"
-    if call.context is None:
-        return "the caller does not say which slots may be selected (context)"
-    if not 0 < call.context.shape[0] <= MOST_ROWS:
-        return f"a context of {call.context.shape[0]} slots: 1 to {MOST_ROWS}"
-    return flash_mla.declines_attend(call)
+    reason = _context.declines(call)
+    return flash_mla.declines_attend(call) if reason is None else reason
 
 
 @triton.jit
@@ -46,21 +38,8 @@ def _places_kernel(indices, places, out, count, BLOCK: tl.constexpr):
 
 
 def attend(call: Attend) -> Result:
-    context, kv = call.context, call.kv
-    assert context is not None
-    rows, dim = context.shape[0], call.q.shape[2]
-
-    def number() -> torch.Tensor:
-        """[slots] int32: the place of each slot in the context."""
-        places = torch.empty(kv.shape[0], dtype=torch.int32, device=kv.device)
-        places[context.long()] = torch.arange(rows, dtype=torch.int32, device=kv.device)
-        return places
-
-    places = call.step.once(("places of slots", kv.shape[0]), number, context)
-    words = kv.view(torch.uint8).view(kv.shape[0], -1).view(torch.int64)
-    unpacked = torch.empty(rows, dim, dtype=torch.bfloat16, device=kv.device)
-    unpack(words.index_select(0, context).view(torch.uint8), unpacked, call.value_dim)
+    rows, places = _context.unpacked(call)
     indices = torch.empty_like(call.indices)
     count = indices.numel()
     launch(_places_kernel, (triton.cdiv(count, _BLOCK),), call.indices, places, indices, count, BLOCK=_BLOCK)
-    return flash_mla.attend(replace(call, kv=unpacked[:, None], kind="bf16", indices=indices))
+    return flash_mla.attend(replace(call, kv=rows[:, None], kind="bf16", indices=indices))

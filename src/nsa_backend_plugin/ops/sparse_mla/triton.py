@@ -11,7 +11,7 @@ from nsa_backend_plugin.ops._torch.mla import Result
 from nsa_backend_plugin.ops._triton import mla_launch, quant, support
 from nsa_backend_plugin.ops.arch import core_count
 from nsa_backend_plugin.ops.call import Reason
-from nsa_backend_plugin.ops.sparse_mla import Attend
+from nsa_backend_plugin.ops.sparse_mla import Attend, _union_kernel
 
 available = support.available_for_large_tiles
 
@@ -54,4 +54,5 @@ def compile_cases(arch: str) -> Iterator[support.CompileCase]:
         kinds.append("packed")
     if support.has_e4m3(arch):
         kinds.append("fp8")
-    return mla_launch.compile_cases(arch, kinds, [0])
+    yield from mla_launch.compile_cases(arch, kinds, [0])
+    yield from _union_kernel.compile_cases(arch)

@@ -1,0 +1,152 @@
+"""Find the constants of sharing rows among adjacent queries (`ops/sparse_mla/union.py`): check, then time.
+
+    python -m tools.tune_union --out tune-union.json [--tokens 4096] [--tiny]
+
+Of every overlap between neighbours it times what computes each query alone today, the same through this implementation
+when it finds that nothing is to be shared, and every tile when all is shared. From that come
+  _union_kernel.TILES          the tile that is fastest where neighbours overlap most
+  union.MOST_PERCENT           the union's share of all slots up to which sharing is faster; printed for every tile
+  preferences.FEWEST_QUERIES_THAT_SHARE    the fewest tokens (--tokens) at which it gains, and costs little at overlap 0
+A wrong result is reported and never timed. --tiny: minimal shapes, to check the script itself, also without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.timing import clock
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated: before ops are imported
+
+import triton
+
+from benchmarks.workloads import Problem, workload
+from nsa_backend_plugin.ops.arch import device_arch
+from nsa_backend_plugin.ops.sparse_mla import _union_kernel, _union_lists, union
+from nsa_backend_plugin.ops.sparse_mla._union_kernel import Tile
+
+OVERLAPS = (0, 50, 80, 95)
+#: That fit sm_90's shared memory. The fourth spills up to 16 bytes a thread, the others nothing.
+TILES = (
+    Tile(64, 32, 8, 3),
+    Tile(64, 32, 8, 4),
+    Tile(64, 32, 8, 2),
+    Tile(64, 64, 8, 2),
+    Tile(32, 32, 8, 3),
+    Tile(32, 64, 8, 3),
+    Tile(32, 64, 8, 2),
+)
+
+
+def timed(problem: Problem, impl: str, device: torch.device, tiny: bool) -> dict[str, Any]:
+    """Microseconds of a call, or why there are none."""
+    try:
+        distance = problem.check(problem.run(impl, problem.inputs[0], True), problem.inputs[0])
+    except triton.runtime.errors.OutOfResources as error:
+        return {"problem": str(error).splitlines()[0]}
+    if not distance <= problem.bar:
+        return {"problem": f"wrong result: cosine distance {distance:.1e}"}
+    calls = [partial(problem.run, impl, item, False) for item in problem.inputs]
+    timing = clock.time_calls(calls, device, repeats=1 if tiny else 5, budget_s=0.2)
+    return {"us": timing.median_us, "distance": distance}
+
+
+def union_percent(problem: Problem, group: int) -> float:
+    """Mean share of a group's slots that their union is, of the first groups."""
+    indices = problem.inputs[0]["indices"][: 8 * group].cpu()
+    unions = [part.unique().numel() for part in indices.split(group)]
+    return 100 * sum(unions) / indices.numel()
+
+
+def lists_us(problem: Problem, group: int, device: torch.device) -> float:
+    """Microseconds of making the lists."""
+    calls = [
+        partial(
+            _union_lists.build, device_arch(device), item["indices"], None, None, group=group, tile=32, most_percent=100
+        )
+        for item in problem.inputs
+    ]
+    return clock.time_calls(calls, device, repeats=3, budget_s=0.1).median_us
+
+
+def tune(kind: str, heads: int, tokens: int, device: torch.device, tiny: bool) -> list[dict[str, Any]]:
+    arch = device_arch(device)
+    prefill = workload("sparse_prefill")
+    chosen = _union_kernel.TILES[arch]
+    sizes = {"topk": 16, "context": 64, "pool_slots": 256} if tiny else {"context": max(4 * tokens, 16384)}
+    if kind == "packed":
+        union.MOST_CONTEXT_PER_QUERY = 1 << 20
+    rows = []
+    for overlap in OVERLAPS[-1:] if tiny else OVERLAPS:
+        asked = {"tokens": tokens, "heads": heads, "kv": kind, "overlap": overlap, "listed": True, **sizes}
+        problem = prefill.build(prefill.complete(asked), device)
+        case = {"kind": kind, "heads": heads, "tokens": tokens, "overlap": overlap}
+        today = "cuda" if kind == "packed" and device.type == "cuda" else "triton"
+        alone = timed(problem, today, device, tiny)
+        rows.append({**case, "what": f"alone, {today}", **alone})
+        union.MOST_PERCENT[kind] = 0
+        rows.append({**case, "what": "nothing shared", **timed(problem, "union", device, tiny)})
+        union.MOST_PERCENT[kind] = 100
+        for tile in (chosen,) if tiny or kind == "packed" else TILES:
+            _union_kernel.TILES[arch] = tile
+            group = _union_kernel.group_size(heads, tile)
+            row = {**case, "what": str(tile), "group": group, **timed(problem, "union", device, tiny)}
+            row["lists_us"], row["union_percent"] = (
+                lists_us(problem, group, device),
+                union_percent(problem, group),
+            )
+            if "us" in row and "us" in alone:
+                row["gain"] = alone["us"] / row["us"]
+                # Time beyond the lists grows with the union.
+                row["even_percent"] = (
+                    row["union_percent"] * (alone["us"] - row["lists_us"]) / (row["us"] - row["lists_us"])
+                )
+            rows.append(row)
+        _union_kernel.TILES[arch] = chosen
+    return rows
+
+
+def line(row: dict[str, Any]) -> str:
+    name = f"{row['kind']} heads={row['heads']} tokens={row['tokens']} overlap={row['overlap']}: {row['what']}"
+    if "us" not in row:
+        return f"{name}: {row['problem']}"
+    if "gain" not in row:
+        return f"{name}: {row['us']:.1f} us"
+    return (
+        f"{name}: {row['us']:.1f} us, {row['gain']:.2f}x, groups of {row['group']}, lists {row['lists_us']:.1f} us, "
+        f"union {row['union_percent']:.0f}%, even at {row['even_percent']:.0f}%"
+    )
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description="Tune sharing rows among adjacent queries.")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file with every configuration's result")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4096])
+    parser.add_argument("--heads", type=int, nargs="+", default=[16, 8])
+    parser.add_argument("--kinds", nargs="+", choices=("bf16", "packed"), default=["bf16", "packed"])
+    parser.add_argument("--tiny", action="store_true", help="minimal shapes: checks the script, times nothing useful")
+    options = parser.parse_args(arguments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        import tools.triton_interpreter  # noqa: F401  (makes it convert floats as GPUs do)
+    rows: list[dict[str, Any]] = []
+    for kind in options.kinds:
+        for heads in options.heads:
+            for tokens in [4] if options.tiny else options.tokens:
+                made = tune(kind, heads, tokens, device, options.tiny)
+                print(*map(line, made), sep="\n", flush=True)
+                rows += made
+                options.out.write_text(json.dumps({"arch": device_arch(device), "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
