@@ -22,7 +22,6 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.engine.model import VOCAB, write_model
 from nsa_backend_plugin import serving
-from nsa_backend_plugin.engine import release
 from tests.engine import drafting, gpu_probe, tiny_tasks
 from tests.engine.drafting import Arm, at_once, result
 
@@ -36,16 +35,11 @@ SLEEPS = importlib.util.find_spec("torch_memory_saver") is not None
 
 @dataclass
 class Round:
-    """Of the answers to all prompts: tokens, their log-probabilities, cached tokens, verifications of drafts."""
+    """Of the answers to all prompts: tokens, their log-probabilities, cached tokens."""
 
     tokens: list[list[int]]
     logprobs: list[list[float]]
     cached: list[int]
-    verified: int
-
-    @property
-    def per_step(self) -> float:
-        return sum(map(len, self.tokens)) / max(self.verified, 1)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +55,6 @@ def ask(server: serving.Server, bodies: Sequence[dict[str, Any]]) -> Round:
         [answer["output_ids"] for answer in answers],
         [[row[0] for row in one.get("output_token_logprobs", ())] for one in said],
         [one["cached_tokens"] for one in said],
-        sum(one.get("spec_verify_ct", 0) for one in said),
     )
 
 
@@ -97,13 +90,11 @@ def forget(server: serving.Server) -> None:
 DEVICE_TOKENS, HOST_RATIO, PROMPTS, PROMPT_TOKENS = 12288, 6, 8, (3000, 6000)
 MEMORY = ("--enable-hierarchical-cache", f"--hicache-ratio={HOST_RATIO}", f"--max-total-tokens={DEVICE_TOKENS}")
 FILES = (*MEMORY, "--hicache-storage-backend=file", "--hicache-storage-prefetch-policy=wait_complete")
-FORGETS_DRAFTS = not release.mentions("sglang.srt.mem_cache.hicache_storage", "DRAFT_INDEXER")
 CACHES = {
     "memory": Arm(0, args=MEMORY),
     "files": Arm(0, args=FILES),
     "files bf16": Arm(0, kv="bfloat16", args=FILES),
     "files mla": Arm(0, kv="auto", kind="mla", args=(*FILES, "--page-size=64")),
-    "files, 3 steps": Arm(3, args=FILES),
 }
 
 
@@ -122,7 +113,7 @@ def cache_rounds(model: Path, log: Path, arm: Arm, gpu: int) -> list[Round]:
     tiny_tasks.write_long(tasks, tiny_tasks.data.RECALL, PROMPTS, PROMPT_TOKENS, seed=3)
     rows = [json.loads(line) for line in tasks.read_text().splitlines()]
     texts = [row["context"] + row["question"] for row in rows]
-    bodies = [drafting.body(text, **({} if arm.steps else {"return_logprob": True})) for text in texts]
+    bodies = [drafting.body(text, return_logprob=True) for text in texts]
     env = {**drafting.ENV, "SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR": str(store)}
     with serving.Server(model, arm.on(gpu).arguments, env, log_path=log) as server:
         rounds = [ask(server, bodies), ask(server, bodies)]
@@ -141,19 +132,16 @@ def caches(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
         {
             key: partial(cache_rounds, models[arm.kind], folder / f"{'-'.join(key).replace(' ', '-')}.log", arm)
             for key, arm in arms.items()
-            if not (arm.steps and FORGETS_DRAFTS)
         }
     )
 
 
 @pytest.mark.parametrize("name", CACHES)
 def test_a_cache_that_came_back_answers_as_one_that_never_left(caches: dict[Any, Any], name: str) -> None:
-    """From as many cached tokens as stock's, with as many drafts accepted, and as near to stock's answers.
+    """From as many cached tokens as stock's, and as near to stock's answers.
 
     A prompt's first answer is no measure: a cached prefix is in other chunks, which round otherwise.
     """
-    if CACHES[name].steps and FORGETS_DRAFTS:
-        pytest.skip("refused: this SGLang does not keep the index keys of a draft layer")
     ours, roomy, theirs, theirs_roomy = (result(caches, (name, which)) for which in cache_arms(CACHES[name]))
     assert max(ours[0].cached) < 256
     for number, (mine, other) in enumerate(zip(ours[1:], theirs[1:], strict=True), 1):
@@ -166,12 +154,8 @@ def test_a_cache_that_came_back_answers_as_one_that_never_left(caches: dict[Any,
         # One of eight answers may turn on a near tie.
         assert kept >= kept_by_stock - 0.13
         assert to_stock >= to_stock_roomy - 0.13
-        if CACHES[name].steps:
-            assert mine.per_step == pytest.approx(other.per_step, rel=0.1)
-            assert mine.per_step == pytest.approx(roomy[1].per_step, rel=0.1)
-        else:
-            assert logprob_difference(roomy[1], mine) < LOGPROB_BAR
-            assert logprob_difference(other, mine) < LOGPROB_BAR
+        assert logprob_difference(roomy[1], mine) < LOGPROB_BAR
+        assert logprob_difference(other, mine) < LOGPROB_BAR
 
 
 # Weights that change, memory that is given back

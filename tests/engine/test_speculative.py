@@ -263,26 +263,16 @@ def test_drafts_of_models_that_were_not_run_with_them_are_refused() -> None:
         launch.check_drafts(model("Glm4MoeLiteForCausalLM"), "NEXTN")
 
 
-@pytest.mark.parametrize("kept", [True, False])
-def test_a_hierarchical_cache_that_forgets_index_keys_of_drafts_is_refused(
-    kept: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As SGLang 0.5.17's; a model without an indexer has none to forget."""
-    monkeypatch.setattr(launch.release, "mentions", lambda target, text: kept)
+def test_drafts_over_a_hierarchical_cache_are_refused() -> None:
+    def check(algorithm: str | None, hierarchical: bool) -> None:
+        launch.check_hierarchical_cache(
+            SimpleNamespace(speculative_algorithm=algorithm, enable_hierarchical_cache=hierarchical)
+        )
 
-    def check(index_topk: int | None, algorithm: str | None, hierarchical: bool) -> None:
-        config = SimpleNamespace(architectures=["DeepseekV32ForCausalLM"], index_topk=index_topk)
-        given = SimpleNamespace(speculative_algorithm=algorithm, enable_hierarchical_cache=hierarchical)
-        launch.check_hierarchical_cache(SimpleNamespace(hf_config=config), given)
-
-    check(None, "EAGLE", True)
-    check(2048, None, True)
-    check(2048, "EAGLE", False)
-    refused = pytest.raises(
-        ValueError, match=r"--enable-hierarchical-cache with --speculative-algorithm EAGLE: SGLang .*32176"
-    )
-    with contextlib.nullcontext() if kept else refused:
-        check(2048, "EAGLE", True)
+    check(None, True)
+    check("EAGLE", False)
+    with pytest.raises(ValueError, match=r"--enable-hierarchical-cache with --speculative-algorithm EAGLE"):
+        check("EAGLE", True)
 
 
 def test_speculation_is_refused_on_rocm(monkeypatch: pytest.MonkeyPatch) -> None:
