@@ -328,6 +328,30 @@ def test_rows_that_pad_a_batch_have_length_zero(case: Case, monkeypatch: pytest.
     assert not asked[0]["rows_have_keys"]
 
 
+@pytest.mark.parametrize("mode, fewer", [("extend", True), ("decode", False), ("target_verify", False)])
+def test_a_prefill_that_is_run_to_capture_a_graph_sees_one_key_a_row(
+    monkeypatch: pytest.MonkeyPatch, mode: str, fewer: bool
+) -> None:
+    """Its tokens are in one page, whose few rows every multiprocessor would read; decode's graph keeps its calls."""
+    case = Case(monkeypatch, packed=True, is_neox=True)
+    q_rope, _, q_nope, *_, slots, _, _ = case.prepare()
+    real = case.attend(q_nope, q_rope, slots)
+    case.batch.forward_mode = forward_mode(mode)
+    case.backend.forward_metadata.indexer_seq_lens_cpu = None
+    asked: list[dict[str, Any]] = []
+    attend = sparse_mla.attend
+    monkeypatch.setattr(
+        dsa_backend.sparse_mla, "attend", lambda *args, **more: asked.append(more) or attend(*args, **more)
+    )
+    with dsa_backend.capture_mode.model_capture_mode():
+        out = case.attend(q_nope, q_rope, slots)
+    assert torch.isfinite(out).all()
+    assert torch.equal(out, real) != fewer
+    assert torch.equal(case.attend(q_nope, q_rope, slots), real)
+    assert asked[0]["rows_have_keys"] is asked[1]["rows_have_keys"] is True
+    assert asked[0]["lengths"].tolist() == ([1, 1, 1] if fewer else asked[1]["lengths"].tolist())
+
+
 def test_slots_of_an_earlier_draft_step_lead_no_row(case: Case) -> None:
     """IndexShare: a draft step attends to what was selected for a shorter context, or before the first to nothing."""
     case.batch.reuse_dsa_topk_indices = True

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from sglang.srt.layers.attention.dsa_backend import DeepseekSparseAttnBackend, DeepseekSparseAttnMultiStepBackend
+from sglang.srt.model_executor.runner_utils import capture_mode
 
 from nsa_backend_plugin import BACKEND_NAME
 from nsa_backend_plugin.engine import index_cache, query, unknown
@@ -161,16 +162,20 @@ class NsaPluginDSABackend(DeepseekSparseAttnBackend):
             raise ValueError(f"layer {layer.layer_id}: sparse attention was called without top-k indices")
         kv = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
         lengths = self._selected(q_all.shape[0], batch)
+        rows_have_keys = lengths is self.forward_metadata.dsa_cache_seqlens_int32
+        slots = self._pad_topk_indices(topk_indices, q_all.shape[0])
+        if capture_mode.is_capture_mode and self.queries_per_request(batch.forward_mode) is None:
+            slots, lengths = _one_key_each(slots, lengths)
         out = sparse_mla.attend(
             q_all,
             kv,
-            self._pad_topk_indices(topk_indices, q_all.shape[0]),
+            slots,
             layer.scaling,
             kv_scale=plain_fp8_scale(kv),
             value_dim=layer.v_head_dim,
             lengths=lengths,
             context=self._context(batch.forward_mode),
-            rows_have_keys=lengths is self.forward_metadata.dsa_cache_seqlens_int32,
+            rows_have_keys=rows_have_keys,
             step=self.step,
             workspace=self._workspace(q_all.shape[0]),
         )
@@ -218,6 +223,17 @@ class NsaPluginDSABackend(DeepseekSparseAttnBackend):
         return sparse_mla.workspace_bytes(
             tokens, self.num_q_heads, self.dsa_index_topk, self.device, value_dim=self.kv_lora_rank
         )
+
+
+def _one_key_each(slots: torch.Tensor, lengths: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What a prefill that is run to capture a graph attends to: its slots, and how many lead each row.
+
+    Nobody reads its result, and its tokens are all in one page: every multiprocessor would ask for the same few rows,
+    which took seconds for each captured size.
+    """
+    first = torch.full_like(slots, -1)
+    first[:, :1] = slots[:, :1]
+    return first, None if lengths is None else lengths.clamp_max(1)
 
 
 def prefill_rows(metadata: Any) -> Rows:
