@@ -10,7 +10,7 @@ import ctypes
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -59,13 +59,14 @@ class Config:
     """One compiled variant and the calls it is for.
 
     stages: tiles in flight. blocks_per_sm: that registers and shared memory allow. max_groups: tokens times groups of
-    16 heads.
+    16 heads. lengths: whether a token's number of rows is its own.
     """
 
     rows: Rows
     stages: int
     blocks_per_sm: int
     max_groups: int | None = None
+    lengths: bool = False
 
     @property
     def defines(self) -> dict[str, object]:
@@ -76,6 +77,7 @@ class Config:
             "ROW_BYTES": self.rows.row_bytes,
             "PITCH": self.rows.pitch,
             "PLAIN": int(self.rows.plain),
+            "LENGTHS": int(self.lengths or self.rows.plain),
         }
 
     @property
@@ -149,6 +151,8 @@ def attend(
         return as_result(out, lse)
     token_groups = tokens * groups(heads)
     config = _config(configs[arch], token_groups)
+    if lengths is not None and not config.rows.plain:
+        config = replace(config, lengths=True)
     if splits is None:
         splits = split_count(token_groups, keys, resident_blocks(q.device, config), config.rows.max_splits)
     result, result_lse, lse_unit = out.data_ptr(), 0 if lse is None else lse.data_ptr(), math.log(2)
