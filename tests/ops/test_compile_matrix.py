@@ -58,7 +58,7 @@ for target, too_large, options in (("sm_90", 16384, {}), ("gfx942", 8192, {"wave
 
 def test_the_table_is_of_the_present_kernels_and_a_sample_compiles_as_it_says(tmp_path):
     third = random.choice([target for target in compile_matrix.ALL_TARGETS if target not in SAMPLED])
-    for target, cases in (*((t, 12) for t in SAMPLED), (third, 8)):
+    for target, cases in (*((t, 5) for t in SAMPLED), (third, 4)):
         command = [sys.executable, "-m", "tools.compile_matrix", "--targets", target, "--sample", str(cases)]
         finished = subprocess.run([*command, "--check-table", str(TABLE)], capture_output=True, text=True, env=COMPILE)
         assert finished.returncode == 0, finished.stdout + finished.stderr
@@ -241,18 +241,22 @@ def test_only_what_has_changed_is_compiled_for_the_table(tmp_path):
 
 def test_tilelang_kernels_lower_for_amd_as_in_the_table(tmp_path):
     pytest.importorskip("tilelang", reason="TileLang is not installed")
+    """Of one target in each run."""
     sources, table = tmp_path / "sources", tmp_path / "table.csv"
-    command = [sys.executable, "-m", "tools.compile_tilelang"]
+    target = random.choice(compile_tilelang.DEFAULT_TARGETS)
+    command = [sys.executable, "-m", "tools.compile_tilelang", "--targets", target]
     finished = subprocess.run(
         [*command, "--sources", str(sources), "--write-table", str(table)], capture_output=True, text=True, env=COMPILE
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert table.read_text() == TILELANG_TABLE.read_text(), "--write-table docs/tilelang_table.csv renews it"
+    whole = [row for row in csv.DictReader(TILELANG_TABLE.read_text().splitlines()) if row["target"] == target]
+    rows = list(csv.DictReader(table.read_text().splitlines()))
+    assert rows == whole, "--write-table docs/tilelang_table.csv renews it"
     for source in sources.glob("*attend*"):
         text = source.read_text()
         assert "__builtin_amdgcn_mfma_f32_16x16x16bf16_1k" in text
         assert "buf_dyn_shmem" in text
-    assert len(list(sources.iterdir())) == len(table.read_text().splitlines()) - 1
+    assert len(list(sources.iterdir())) == len(rows)
 
 
 def test_a_tilelang_kernel_that_does_not_fit_is_reported(monkeypatch, capsys):

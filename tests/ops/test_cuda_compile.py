@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from types import ModuleType
 
 import pytest
@@ -38,13 +39,13 @@ def test_lists_of_shared_rows(group: int) -> None:
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90", "sm_100"])
 def test_topk(arch: str) -> None:
-    """On sm_90, where clusters may share a row, with every number of threads and blocks; elsewhere in one variant.
+    """On sm_90, where clusters may share a row, with three numbers of threads and blocks; elsewhere in one variant.
 
     Of each the deterministic one, which has more code.
     """
     needs_nvrtc(arch)
     variants = [variant for variant in topk._variants(arch) if variant.deterministic]
-    for variant in variants if arch == "sm_90" else variants[:1]:
+    for variant in random.sample(variants, 3) if arch == "sm_90" else variants[:1]:
         assert jit.compiles(topk._SOURCE, arch, topk._defines(variant)) is None
 
 
