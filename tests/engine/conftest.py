@@ -21,7 +21,11 @@ ROOT = HERE.parents[1]
 SERVER_ENV = {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0", "HF_HUB_OFFLINE": "1"}
 
 
-def run_python(program: Path | str, *arguments: object, env: dict[str, str] | None = None, timeout: float = 300) -> str:
+#: Seconds, of whatever a test starts. Four lanes and their servers share what may be two slow cores.
+HANGS_AFTER = 1200.0
+
+
+def run_python(program: Path | str, *arguments: object, env: dict[str, str] | None = None) -> str:
     """Stdout of a script, or of a module by name, in the tests' interpreter; a failure shows the end of its stderr."""
     command = ["-m", program] if isinstance(program, str) else [str(program)]
     done = subprocess.run(
@@ -30,7 +34,7 @@ def run_python(program: Path | str, *arguments: object, env: dict[str, str] | No
         env={**os.environ, **SERVER_ENV, **(env or {})},
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=HANGS_AFTER,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
@@ -72,7 +76,7 @@ def start_server(tmp_path_factory: pytest.TempPathFactory, forked) -> Callable[.
         log = logs / f"{len(list(logs.iterdir()))}.log"
         log.touch()
         variables = forked({**SERVER_ENV, **(env or {})})
-        return serving.Server(model, [*serving.CPU_ARGS, *args], variables, port, log_path=log)
+        return serving.Server(model, [*serving.CPU_ARGS, *args], variables, port, log_path=log, timeout=HANGS_AFTER)
 
     return make
 

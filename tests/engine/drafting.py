@@ -83,7 +83,7 @@ def train(folder: Path) -> Path:
         return Path(known)
     script = ROOT / "examples" / "tiny_dsa" / "draft_layer.py"
     threads = {"OMP_NUM_THREADS": str(min(8, os.cpu_count() or 1))}
-    run_python(script, "--folder", MODEL_2K, "--out", folder, env=threads, timeout=1200)
+    run_python(script, "--folder", MODEL_2K, "--out", folder, env=threads)
     return folder
 
 

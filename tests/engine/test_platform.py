@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from nsa_backend_plugin.serving import Server
-from tests.engine.conftest import SERVER_ENV
+from tests.engine.conftest import HANGS_AFTER, SERVER_ENV
 
 pytest.importorskip("sglang", reason="needs SGLang")
 
@@ -76,7 +76,8 @@ def server(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     config = folder / "server.yaml"
     config.write_text("attention-backend: nsa_plugin\nsleep-on-idle: true\n")
     args = ("--config", str(config))
-    with Server(models["dsa"], args, {**SERVER_ENV, "NSA_PLUGIN_CPU": "auto"}, log_path=folder / "log") as running:
+    env = {**SERVER_ENV, "NSA_PLUGIN_CPU": "auto"}
+    with Server(models["dsa"], args, env, log_path=folder / "log", timeout=HANGS_AFTER) as running:
         yield running
 
 

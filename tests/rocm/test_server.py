@@ -14,7 +14,7 @@ from nsa_backend_plugin.commands import demo
 from nsa_backend_plugin.ops.index_key_cache.reference import quantize_rows
 from nsa_backend_plugin.ops.indexer_prep.reference import normalize, rotate
 from tests import sglang_plugin
-from tests.engine.conftest import SERVER_ENV
+from tests.engine.conftest import HANGS_AFTER, SERVER_ENV
 from tests.engine.test_index_pages import _write
 from tests.rocm import simulated_host
 
@@ -53,7 +53,8 @@ def served(request, tmp_path_factory) -> Served:
     log = site / "server.log"
     questions = demo.load_questions(EXAMPLES / "demo" / "problems.jsonl")[:3]
     model: Path = EXAMPLES / "models" / "tiny-dsa"
-    with serving.Server(model, [*serving.CPU_ARGS, "--skip-server-warmup"], env, log_path=log) as server:
+    args = [*serving.CPU_ARGS, "--skip-server-warmup"]
+    with serving.Server(model, args, env, log_path=log, timeout=HANGS_AFTER) as server:
         right = demo.ask_all(server, questions)
     calls = [torch.load(path) for path in sorted(out.glob("*.call"))]
     pages = {int(path.stem): torch.load(path) for path in out.glob("*.pages")}
