@@ -41,7 +41,7 @@ def variants(today: cuda._Variant, sizes: cuda._Sizes, arch: str) -> Iterator[cu
         (1, 2, 4, 8), (1, 2, 4), WARPS_OF_DEPTH, WARPS_OF_ROWS
     ):
         share = -(-sizes.blocks // cluster)
-        if sizes.blocks < cluster:
+        if cluster > 1 and (sizes.kind.norm or sizes.blocks < cluster):
             continue
         if not 2 <= of_depth * of_rows <= 16 or at_once * of_depth >= share + at_once:
             continue

@@ -184,7 +184,7 @@ def _variants(arch: str, sizes: _Sizes, cores: int) -> tuple[_Variant, ...]:
     """
     kind, heads, rows, blocks = sizes
     cluster = 1
-    if blocks > 16 and _has_clusters(arch):
+    if blocks > 16 and _may_share(arch, kind):
         while cluster < 8 and 2 * cluster <= blocks:
             cluster *= 2
     share = -(-blocks // cluster)
@@ -197,8 +197,9 @@ def _variants(arch: str, sizes: _Sizes, cores: int) -> tuple[_Variant, ...]:
     return tuple(_Variant(kind, tiles, of_depth, of_rows, at_once, cluster, share) for tiles in _TOKEN_TILES)
 
 
-def _has_clusters(arch: str) -> bool:
-    return int(arch[3:]) >= 90
+def _may_share(arch: str, kind: _Kind) -> bool:
+    """Whether blocks may share the depth. They do not exchange what a norm needs."""
+    return int(arch[3:]) >= 90 and not kind.norm
 
 
 def _defines(variant: _Variant) -> dict[str, int]:

@@ -36,7 +36,7 @@ struct Shared {
   uint4 tokens[SHARE][TOKEN_TILES][2][VECTORS][32];  // [block of the depth][tile][half of its 128 bytes][vector][lane]
   float scale[SHARE][TOKENS];
   float squares[NORM ? SHARE : 1][TOKENS];
-  float sum_of_squares[TOKENS];  // of the block's part of the depth
+  float inverse_rms[TOKENS];
   float sums[WARPS_OF_DEPTH][WARPS_OF_ROWS][ELEMENTS];
 };
 static_assert(sizeof(Shared) == SHARED_BYTES, "the launcher asks for another size");
@@ -156,7 +156,7 @@ DEVICE void store_tokens(Shared& s, const Arguments& a, const Place& p) {
       float sum = 0.0f;
 #pragma unroll 4
       for (int block = 0; block < SHARE; ++block) sum += s.squares[block][threadIdx.x];
-      s.sum_of_squares[threadIdx.x] = sum;
+      s.inverse_rms[threadIdx.x] = rsqrtf(sum / a.depth + a.eps);
     }
 }
 
@@ -220,22 +220,11 @@ DEVICE void accumulate(float (&sums)[TOKEN_TILES][4], const Weights& w, const Sh
   }
 }
 
-// Of a token, from what every block of the cluster has of it.
-DEVICE float inverse_rms(Shared& s, const Arguments& a, int token) {
-  float sum = s.sum_of_squares[token];
-  if constexpr (CLUSTER > 1) {
-    sum = 0.0f;
-#pragma unroll
-    for (int block = 0; block < CLUSTER; ++block) sum += *in_block(&s.sum_of_squares[token], block);
-  }
-  return rsqrtf(sum / a.depth + a.eps);
-}
-
-DEVICE void store(Shared& s, const Arguments& a, int first_row, int element, float value) {
+DEVICE void store(const Shared& s, const Arguments& a, int first_row, int element, float value) {
   const int tile = element / 128, i = element / 32 % 4, lane = element % 32;
   const int row = first_row + lane / 4 + (i & 2) * 4, token = 8 * tile + lane % 4 * 2 + (i & 1);
   if (row >= a.rows || token >= a.tokens) return;
-  if constexpr (NORM) value *= inverse_rms(s, a, token);
+  if constexpr (NORM) value *= s.inverse_rms[token];
   const int64 at = token * a.out_token + blockIdx.y * a.out_head + row;
   if constexpr (OUT_F32)
     static_cast<float*>(a.out)[at] = value;
