@@ -110,13 +110,18 @@ TYPICAL = (Step(1, 8192), Step(64, 8192), Step(1, 8192, 4096, prefill=True))
 def examples(arch: str) -> dict[str, Model]:
     """Models of a report without one at hand, by a name that says what they are."""
     kv, layout = ("packed", "row_major") if is_cuda(arch) else ("bf16", "preshuffled" if is_rocm(arch) else "row_major")
-    v32 = Model(16, Indexer(64), kv=kv, layout=layout, quantized_q_lora=1536 if is_cuda(arch) else 0)
-    if arch == "sm_90":
-        q_b = Projection(11264, 1536, 8, fp8=True, norm=True)
-        v32 = replace(v32, projections=(Projection(2112, 7168, 8, fp8=True), q_b), absorbs=32, values=32)
+
+    def v32(heads: int) -> Model:
+        model = Model(heads, Indexer(64), kv=kv, layout=layout, quantized_q_lora=1536 if is_cuda(arch) else 0)
+        if arch != "sm_90":
+            return model
+        q_b = Projection(heads * (NOPE_DIM + ROPE_DIM) + 64 * INDEX_DIM, 1536, 8, fp8=True, norm=True)
+        per_head = 32 if heads <= 64 else 0  # W_UK and W_UV of more are cuBLAS's
+        return replace(model, projections=(Projection(2112, 7168, 8, fp8=True), q_b), absorbs=per_head, values=per_head)
+
     return {
-        "DeepSeek-V3.2, 16 heads": v32,
-        "DeepSeek-V3.2, 128 heads": replace(v32, heads=128),
+        "DeepSeek-V3.2, 16 heads": v32(16),
+        "DeepSeek-V3.2, 128 heads": v32(128),
         "DeepSeek-V3, 16 heads": Model(16),
         "DeepSeek-V3, 128 heads": Model(128),
     }
