@@ -304,8 +304,12 @@ def flash_mla(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 )
 @pytest.mark.usefixtures("flash_mla")
 def test_flash_mla_sparse(kind: str, heads: int, promises: dict[str, bool]) -> None:
-    assert adapter("sparse_mla", "flash_mla").available("sm_90") is None
-    check_sparse("flash_mla", kind, heads, **promises)
+    module = adapter("sparse_mla", "flash_mla")
+    assert module.available("sm_90") is None
+    check_sparse("flash_mla", kind, heads, want_lse=kind == "bf16", **promises)
+    if kind == "packed":
+        call = sparse_mla.attend.call(*sparse_inputs(kind, heads), SCALE, return_lse=True)
+        assert "log-sum-exp" in module.declines_attend(call)
 
 
 @pytest.mark.parametrize("heads", [8, 128])
@@ -358,9 +362,9 @@ def test_flash_mla_schedules_once_per_step() -> None:
     """One for all layers of the same shapes; of dense decode another for other lengths, which the fake would notice."""
     step = Step()
     for heads in (64, 64, 128):
-        check_sparse("flash_mla", "packed", heads, step=step)
+        check_sparse("flash_mla", "packed", heads, step=step, want_lse=False)
     assert len(SCHEDULES) == 2, "one for 64 heads, one for 128"
-    check_sparse("flash_mla", "packed", 64, step=step, lengths=True)
+    check_sparse("flash_mla", "packed", 64, step=step, want_lse=False, lengths=True)
     check_dense("flash_mla", 64, 64, step=step)
     check_dense("flash_mla", 64, 64, step=step)  # other tensors: the lengths are compared by place
     assert len(SCHEDULES) == 4
