@@ -18,6 +18,7 @@ REFUSALS = {
     "refused on a CPU": arguments.ON_DEVICE["cpu"],
     "refused on AMD": arguments.ON_DEVICE["rocm"],
     "refused between prefill and decode": arguments.IN_PAIRS,
+    "refused with a split prefill": arguments.WITH_PREFILL_CP,
 }
 
 

@@ -1,14 +1,16 @@
-"""Tensor-parallel and data-parallel attention give the answers of one GPU: run on a host with two GPUs.
+"""Tensor, data and context parallelism of attention give the answers of one GPU: run on a host with two GPUs.
 
 python -m pytest -m gpu tests/engine/test_gpu_parallel.py
 
-With `-k tasks` dense layers alone, with `-k experts` layers of experts that are parallel too, and drafts.
+With `-k tasks` dense layers alone, with `-k experts` layers of experts that are parallel too, and drafts, with
+`-k split` a prefill that is split over the GPUs.
 """
 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,31 +51,38 @@ ARGS = (
 ENV = {"TRITON_INTERPRET": "0", "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"}
 
 
-@pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Answer]]:
-    """Answers of every arm to the same long prompts: some one at a time, when a data-parallel rank idles."""
-    folder = tmp_path_factory.mktemp("parallel")
+def _ask(arms: dict[str, tuple[int, list[str]]], folder: Path) -> dict[str, list[Answer]]:
+    """Answers of every arm to the same long prompts: some one at a time, when a data-parallel rank idles.
+
+    "..., again" has those of a second time, when all but the last page of a prompt is in the cache.
+    """
     tiny_tasks.write_long(folder / "tasks.jsonl", tiny_tasks.data.RECALL, 60, PROMPT_TOKENS, seed=2)
     items = load_items(folder / "tasks.jsonl", 0, None)
 
-    def run(arm: str) -> list[Answer]:
-        port, args = ARMS[arm]
-        log = folder / f"{arm}.log"
-        with Server(MODEL_2K, [*args, *ARGS], ENV, port=port, log_path=log, timeout=180) as server:
-            for part, concurrency in ((items[:4], 1), (items, 32)):
-                found, _ = answer_all(
+    def run(arm: str) -> dict[str, list[Answer]]:
+        port, args = arms[arm]
+        log, found = folder / f"{arm}.log", {}
+        with Server(MODEL_2K, [*ARGS, *args], ENV, port=port, log_path=log, timeout=180) as server:
+            for label, part, concurrency in ((arm, items[:4], 1), (arm, items, 32), (f"{arm}, again", items, 8)):
+                found[label], _ = answer_all(
                     server.url,
                     part,
-                    folder / arm / "answers.jsonl",
-                    label=arm,
+                    folder / label / "answers.jsonl",
+                    label=label,
                     concurrency=concurrency,
                     max_tokens=64,
                     timeout=120,
                 )
+        assert ("Enabled DSA context parallel" in log.read_text()) == ("--enable-prefill-cp" in args)
         return found
 
-    with ThreadPoolExecutor(len(ARMS)) as pool:
-        return dict(zip(ARMS, pool.map(run, ARMS), strict=True))
+    with ThreadPoolExecutor(len(arms)) as pool:
+        return {label: found for of_arm in pool.map(run, arms) for label, found in of_arm.items()}
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Answer]]:
+    return _ask(ARMS, tmp_path_factory.mktemp("parallel"))
 
 
 @pytest.mark.parametrize("arm", ["tp2", "dp2"])
@@ -83,6 +92,34 @@ def test_two_gpus_answer_tasks_as_one(arm: str, answers: dict[str, list[Answer]]
     print(arm, sum(a.correct for a in answers[arm]), sum(a.correct for a in one), versus)
     assert sum(a.correct for a in one) >= 0.95 * len(one)
     assert versus.agreement >= 0.98
+    assert versus.logprob_difference is not None
+    assert versus.logprob_difference < 0.05
+
+
+#: Prefill over two GPUs, of whole prompts, several to a batch, and in chunks that lie behind others.
+SPLIT = ["--tp=2", "--attn-cp-size=2", "--enable-prefill-cp", "--cp-strategy=interleave"]
+SPLIT_ARMS = {
+    "one": (12000, ["--tp=1"]),
+    "split": (13400, SPLIT),
+    "split in chunks": (14800, [*SPLIT, "--chunked-prefill-size=1024"]),
+    "split, stock": (16200, [*SPLIT, "--attention-backend=dsa"]),
+}
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Answer]]:
+    return _ask(SPLIT_ARMS, tmp_path_factory.mktemp("split"))
+
+
+@pytest.mark.parametrize("arm", ["split", "split in chunks", "split, again", "split in chunks, again"])
+def test_a_split_prefill_answers_as_one_gpu(arm: str, split: dict[str, list[Answer]]) -> None:
+    ours, again = split[arm], ", again" * arm.endswith("again")
+    one, stock = split[f"one{again}"], split[f"split, stock{again}"]
+    versus, beside = compare(one, ours), compare(one, stock)
+    print(arm, *(sum(a.correct for a in answers) for answers in (ours, one, stock)), versus, beside)
+    assert sum(a.correct for a in one) >= 0.95 * len(one)
+    assert versus.agreement >= 0.98
+    assert versus.agreement >= beside.agreement - 0.02
     assert versus.logprob_difference is not None
     assert versus.logprob_difference < 0.05
 

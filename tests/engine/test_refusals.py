@@ -91,7 +91,8 @@ CASES: dict[str, tuple[str, list[str], dict[str, str], str | None, str | None]] 
     ),
     "flexkv": ("dsa", ["--enable-flexkv"], {}, None, "--enable-flexkv is set .*FlexKV"),
     "radix cache": ("mla", ["--radix-cache-backend=flexkv"], {}, None, "--radix-cache-backend is set .'flexkv'.*radix"),
-    "context parallel": ("dsa", ["--tp=2", "--attn-cp-size=2"], {}, None, r"--attn-cp-size is set \(2\).*context para"),
+    "context parallel": ("dsa", ["--tp=2", "--attn-cp-size=2"], {}, None, "--attn-cp-size 2 on cpu: .*NVIDIA GPUs"),
+    "zigzag": ("dsa", ["--cp-strategy=zigzag"], {}, None, r"--cp-strategy is set \('zigzag'\).*Use .*interleave"),
     "pipeline is served": ("dsa", ["--pp-size=2"], {}, None, None),
     "pipeline of pd": (
         "dsa",

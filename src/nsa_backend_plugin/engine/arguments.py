@@ -56,7 +56,8 @@ def host_receive_off(package: Path | None) -> float:
 
 _OWN_KERNELS = "runs kernels of its own"
 _HICACHE = "hierarchical cache (HiCache)"
-_PREFILL_CP = "prefill context parallelism"
+_CP_SPLIT = "another split of a prompt over GPUs than interleave (round-robin)"
+_USE_INTERLEAVE = "Use --enable-prefill-cp --cp-strategy interleave"
 _DRAFT_WINDOW = _no("a draft model that sees a part of the context", _UNSET)
 _HOOKED_MODULES = "hooks on the model's modules (some of them run as one kernel, which calls no hook)"
 
@@ -97,12 +98,14 @@ REFUSED: Mapping[str, Refused] = {
     "enable_pd_role_switch": _no("servers that change between prefill and decode"),
     "optimistic_prefill_attempts": _no("prefill before its decode server has answered", (0,)),
     "decoupled_spec_role": _no("a draft model in another server", ("null",)),
-    "enable_prefill_cp": _no(_PREFILL_CP),
-    "enable_prefill_context_parallel": _no(_PREFILL_CP),
-    "enable_dsa_prefill_context_parallel": _no(_PREFILL_CP),
-    "attn_cp_size": _no(_PREFILL_CP, (1,)),
-    "enable_cp_tp_group_sharing": _no(_PREFILL_CP),
-    "enable_cp_decode_attn_tp": _no(_PREFILL_CP),
+    "cp_strategy": _no(_CP_SPLIT, (None, "interleave"), advice=_USE_INTERLEAVE),
+    "dsa_prefill_cp_mode": _no(_CP_SPLIT, ("round-robin-split",), advice=_USE_INTERLEAVE),
+    "enable_prefill_context_parallel": _no(
+        "prefill context parallelism of models without an indexer",
+        advice=f"Start without it. For a model with an indexer: {_USE_INTERLEAVE}",
+    ),
+    "enable_cp_tp_group_sharing": _no("one group of GPUs for context and tensor parallelism"),
+    "enable_cp_decode_attn_tp": _no("attention's weights that decode splits over the GPUs of a split prefill"),
     "dcp_size": _no("decode context parallelism", (1,)),
     "enable_layernorm_sp": _no("sequence parallelism"),
     "enable_attn_tp_input_scattered": _no("an attention input that is scattered over GPUs"),
@@ -159,6 +162,12 @@ REFUSED: Mapping[str, Refused] = {
 _WITHOUT = "Start without it"
 _NVIDIA_ONLY = Refused("supports speculative decoding on NVIDIA GPUs only", _UNSET, advice=_WITHOUT)
 _PINNED_LORA = "cannot serve LoRA where there is no pinned memory"
+_NVIDIA_PREFILL_CP = "supports prefill context parallelism on NVIDIA GPUs only"
+_NO_PREFILL_CP: Mapping[str, Refused] = {
+    "enable_prefill_cp": Refused(_NVIDIA_PREFILL_CP, advice=_WITHOUT),
+    "enable_dsa_prefill_context_parallel": Refused(_NVIDIA_PREFILL_CP, advice=_WITHOUT),
+    "attn_cp_size": Refused(_NVIDIA_PREFILL_CP, (1,), advice=_WITHOUT),
+}
 #: What a device changes in `REFUSED`.
 ON_DEVICE: Mapping[str, Mapping[str, Refused]] = {
     "cuda": {},
@@ -169,6 +178,7 @@ ON_DEVICE: Mapping[str, Mapping[str, Refused]] = {
         "dsa_decode_backend": Refused(_OWN_KERNELS, (None, "tilelang", "aiter"), asked=True),
         "disaggregation_mode": _no("prefill/decode disaggregation", ("null",), advice=_WITHOUT),
         "enable_hierarchical_cache": _no(_HICACHE, advice=_WITHOUT),
+        **_NO_PREFILL_CP,
     },
     "cpu": {
         "speculative_algorithm": Refused("supports speculative decoding on NVIDIA GPUs only", _UNSET, advice=_WITHOUT),
@@ -179,6 +189,7 @@ ON_DEVICE: Mapping[str, Mapping[str, Refused]] = {
         "enable_hierarchical_cache": _no(_HICACHE, advice=_WITHOUT),
         # SGLang exchanges the ranks' tokens in pinned memory, by a Triton kernel and by collectives of GPUs.
         "enable_dp_attention": Refused("serves data-parallel attention on GPUs only", advice=_WITHOUT),
+        **_NO_PREFILL_CP,
     },
 }
 
@@ -194,12 +205,26 @@ IN_PAIRS: Mapping[str, Refused] = {
     "enable_hierarchical_cache": _no("hierarchical cache of prefill and decode servers", advice=_WITHOUT),
 }
 
+#: What a server whose prefill is split over GPUs refuses beside `REFUSED`: it was never tried there.
+WITH_PREFILL_CP: Mapping[str, Refused] = {
+    "disaggregation_mode": _no("prefill and decode servers that split prefill over GPUs", ("null",), advice=_WITHOUT),
+    "speculative_algorithm": _no("speculative decoding beside a prefill that is split over GPUs", _UNSET),
+    "dp_size": _no("data-parallel attention beside a prefill that is split over GPUs", (1,), asked=True),
+    "attn_dp_size": _no("data-parallel attention beside a prefill that is split over GPUs", (1,), asked=True),
+    "pp_size": _no("pipeline parallelism beside a prefill that is split over GPUs", (1,)),
+    "enable_mixed_chunk": _no("decode in the batches of a prefill that is split over GPUs"),
+    "enable_lora": _no("LoRA beside a prefill that is split over GPUs", (None, False)),
+    "lora_paths": _no("LoRA beside a prefill that is split over GPUs", _UNSET),
+    "enable_hierarchical_cache": _no("hierarchical cache beside a prefill that is split over GPUs"),
+}
+
 #: Arguments that concern attention and are taken with any value; some are checked elsewhere with the model at hand.
 SERVED: frozenset[str] = frozenset(
     _names("""
     attention_backend decode_attention_backend prefill_attention_backend device page_size kv_cache_dtype dtype
     model_path quantization torchao_config json_model_override_args context_length load_format
     tp_size dp_size attn_dp_size enable_dp_attention pp_size
+    enable_prefill_cp enable_dsa_prefill_context_parallel attn_cp_size
     disaggregation_mode disaggregation_bootstrap_port disaggregation_ib_device num_reserved_decode_tokens
     disaggregation_decode_extra_slots disaggregation_decode_polling_interval
     speculative_num_steps speculative_num_draft_tokens speculative_draft_model_path
@@ -225,7 +250,7 @@ NO_CONCERN: Mapping[str, str] = {
     lmcache_config_file flexkv_config_file unified_cache_external_linker_backend unified_cache_external_linker_config
     hisparse_config kv_canary_real_data kv_canary_sweep_interval
     decoupled_spec_bind_endpoint decoupled_spec_connect_endpoints decoupled_spec_rank spec_trace_dir
-    cp_strategy prefill_cp_mode dsa_prefill_cp_mode dcp_comm_backend dcp_replicate_q_proj
+    prefill_cp_mode dcp_comm_backend dcp_replicate_q_proj
     enable_megamoe_for_layernorm_sp enable_dynamic_chunking pp_max_micro_batch_size pp_async_batch_depth
     pdmux_config_path sm_group_num tbo_token_distribution_threshold
     speculative_adaptive_config speculative_dflash_block_size speculative_dspark_block_size
@@ -347,19 +372,19 @@ NO_CONCERN: Mapping[str, str] = {
     """,
 }
 
-_OFF = ("", "false", "0", "no", "n")
+OFF = ("", "false", "0", "no", "n")
 _ON = ("", "true", "1", "yes", "y")
 _FUSED_TOPK = Refused("selects tokens as physical slots", _ON, advice="Unset it")
 _HIP_PRESHUFFLE = Refused(
-    "has a layout of its own choice on ROCm", _OFF, advice="Unset it: NSA_PLUGIN_INDEX_LAYOUT=row_major is its like"
+    "has a layout of its own choice on ROCm", OFF, advice="Unset it: NSA_PLUGIN_INDEX_LAYOUT=row_major is its like"
 )
-_STOCK_SWITCH = Refused("does not run the kernels that it switches", _OFF, advice="Unset it")
+_STOCK_SWITCH = Refused("does not run the kernels that it switches", OFF, advice="Unset it")
 
 #: Environment variables of SGLang's DSA path that are refused with any (lower-case) value but `served`.
 REFUSED_VARIABLES: Mapping[str, Refused] = {
     "SGLANG_DSA_FUSE_TOPK": _FUSED_TOPK,
     "SGLANG_NSA_FUSE_TOPK": _FUSED_TOPK,
-    "SGLANG_DSA_TOPK_BROADCAST": Refused("does not broadcast one GPU's top-k to the others", _OFF, advice="Unset it"),
+    "SGLANG_DSA_TOPK_BROADCAST": Refused("does not broadcast one GPU's top-k to the others", OFF, advice="Unset it"),
     "SGLANG_DSA_TOPK_FLASHINFER_DETERMINISTIC": _STOCK_SWITCH,
     "SGLANG_DSA_TOPK_FLASHINFER_TIE_BREAK": Refused(_STOCK_SWITCH.why, ("",), advice="Unset it"),
     "SGLANG_DSA_HIP_DISABLE_PRESHUFFLE": _HIP_PRESHUFFLE,

@@ -49,6 +49,7 @@ def checked_resolution(resolve: Callable[..., Any], server_args: Any, *args: Any
     check_arguments(server_args, as_given=True)
     check_variables()
     check_platform(_device_kind(server_args))
+    _split_indexers_prefill(server_args)
     page_size = server_args.page_size  # as the user wrote it: SGLang replaces it for DSA models, with a warning only
     with _cpu_resolution(), rocm.resolution():
         result = resolve(server_args, *args, **kwargs)
@@ -58,6 +59,7 @@ def checked_resolution(resolve: Callable[..., Any], server_args: Any, *args: Any
         check_drafts(model, server_args.speculative_algorithm)
         check_kv_cache(model, server_args.kv_cache_dtype, server_args.speculative_algorithm)
         check_stages(model, server_args.pp_size)
+        check_context_parallel(model, server_args)
         check_hierarchical_cache(server_args)
     return result
 
@@ -86,6 +88,8 @@ def check_arguments(server_args: Any, as_given: bool = False) -> None:
     own = {name: (rule, f" on {kind}") for name, rule in arguments.ON_DEVICE[kind].items()}
     if (role := getattr(server_args, "disaggregation_mode", "null")) != "null":
         own |= {name: (rule, f" with --disaggregation-mode {role}") for name, rule in arguments.IN_PAIRS.items()}
+    if _splits_prefill(server_args):
+        own |= {name: (rule, " with --enable-prefill-cp") for name, rule in arguments.WITH_PREFILL_CP.items()}
     general = {name: (rule, "") for name, rule in arguments.REFUSED.items() if name not in own}
     for name, (rule, where) in (general | own).items():
         value = getattr(server_args, name, rule.served[0])  # a release without the argument
@@ -231,6 +235,30 @@ def check_stages(model: contract.ModelConfig, stages: int) -> None:
         )
 
 
+def check_context_parallel(model: contract.ModelConfig, server_args: Any) -> None:
+    """Raise ValueError for prefill context parallelism as nsa_plugin does not serve it."""
+    from sglang.srt.configs.model_config import is_deepseek_dsa
+
+    if not _splits_prefill(server_args):
+        if (size := getattr(server_args, "attn_cp_size", 1)) > 1:
+            raise ValueError(
+                f"--attn-cp-size {size} without --enable-prefill-cp: the GPUs of such a group would all compute the "
+                "same attention. Add --enable-prefill-cp --cp-strategy interleave, or start without it"
+            )
+        return
+    if not is_deepseek_dsa(model.hf_config):
+        raise ValueError(
+            f"--enable-prefill-cp with {', '.join(model.hf_config.architectures)}: nsa_plugin serves prefill context "
+            "parallelism of models with an indexer only. Start without it"
+        )
+    value = os.environ.get("SGLANG_ENABLE_CP_V2", "")
+    if hasattr(server_args, _SPLITS_INDEXED) and value and value.lower() in arguments.OFF:
+        raise ValueError(
+            f"SGLANG_ENABLE_CP_V2={value} with --enable-prefill-cp: nsa_plugin does not support SGLang's first prefill "
+            "context parallelism. Unset it"
+        )
+
+
 def check_exact(model_dtype: torch.dtype, device: torch.device, role: str = "null") -> None:
     """Raise ValueError when NSA_PLUGIN_EXACT is on where it cannot be exact. role: the disaggregation mode."""
     if not settings.enabled("NSA_PLUGIN_EXACT"):
@@ -292,6 +320,25 @@ def _check_page_size(name: str, page_size: int | None, served: tuple[int, ...]) 
         raise ValueError(
             f"--page-size {page_size} with {name}: nsa_plugin serves page size {', '.join(map(str, served))}"
         )
+
+
+#: Argument of SGLang 0.5.17 to 0.5.19: a prefill that is split is that of a model with an indexer.
+_SPLITS_INDEXED = "enable_dsa_prefill_context_parallel"
+
+
+def _splits_prefill(server_args: Any) -> bool:
+    """Whether prefill context parallelism was asked for."""
+    return bool(getattr(server_args, "enable_prefill_cp", False) or getattr(server_args, _SPLITS_INDEXED, False))
+
+
+def _split_indexers_prefill(server_args: Any) -> None:
+    """Tell a release with `_SPLITS_INDEXED` whose prefill --enable-prefill-cp splits.
+
+    It asks for its own backend's name, and would take ours for that of a model without an indexer.
+    """
+    asked = _splits_prefill(server_args) and server_args.cp_strategy is not None
+    if asked and hasattr(server_args, _SPLITS_INDEXED):
+        setattr(server_args, _SPLITS_INDEXED, True)
 
 
 def _backends(server_args: Any) -> tuple[str | None, str | None]:

@@ -162,7 +162,10 @@ class NsaPluginDSABackend(DeepseekSparseAttnBackend):
             raise ValueError(f"layer {layer.layer_id}: sparse attention was called without top-k indices")
         kv = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
         lengths = self._selected(q_all.shape[0], batch)
-        rows_have_keys = lengths is self.forward_metadata.dsa_cache_seqlens_int32
+        metadata = self.forward_metadata
+        # SGLang pads its own lengths, with 0, for data and context parallelism, but not what they were clipped from.
+        unpadded = metadata.dsa_cache_seqlens_int32.shape == metadata.dsa_seqlens_expanded.shape
+        rows_have_keys = unpadded and lengths is metadata.dsa_cache_seqlens_int32
         slots = self._pad_topk_indices(topk_indices, q_all.shape[0])
         if capture_mode.is_capture_mode and self.queries_per_request(batch.forward_mode) is None:
             slots, lengths = _one_key_each(slots, lengths)
@@ -184,7 +187,7 @@ class NsaPluginDSABackend(DeepseekSparseAttnBackend):
 
     def _selected(self, tokens: int, batch: Any) -> torch.Tensor | None:
         """[T] int32, the slots that lead each row of the top-k result: of a token at least one, of a row that pads the
-        batch (for a prefill graph, tensor or data parallelism) none.
+        batch (for a prefill graph, tensor, data or context parallelism) none.
 
         None where a graph's padding lies between the tokens: draft-extend, whose requests of one token have more rows.
         And where draft steps take what an earlier step or draft-extend selected, of a shorter context (IndexShare).
