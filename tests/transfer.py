@@ -1,4 +1,4 @@
-"""What moves caches between servers on a CPU: Mooncake's transfer engine over TCP, and the Debian libraries it loads.
+"""What moves caches between servers of a host: Mooncake's transfer engine over TCP, and the Debian libraries it loads.
 
     python -m tests.transfer
 
@@ -15,6 +15,8 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+
+from nsa_backend_plugin.serving import HOST
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Debian's package by library, each needed by the one before it; `mooncake/engine.so` is linked with the first.
@@ -33,12 +35,17 @@ class Missing(RuntimeError):
 @functools.cache
 def environment() -> dict[str, str]:
     """Variables for servers that transfer over TCP. Raises Missing."""
-    for module, wheel in (("mooncake", "mooncake-transfer-engine-non-cuda"), ("sglang_router", "sglang-router")):
-        if importlib.util.find_spec(module) is None:
-            raise Missing(f"the module {module} is missing: `make setup-test`, or pip install {wheel}")
+    require("mooncake", "mooncake-transfer-engine-non-cuda (on a GPU mooncake-transfer-engine-cuda13)")
     folders = [] if _installed() else sorted({str(path.parent) for path in _fetched().rglob("lib*.so*")})
     paths = os.pathsep.join(filter(None, [*folders, os.environ.get("LD_LIBRARY_PATH")]))
-    return {"MC_FORCE_TCP": "1", **({"LD_LIBRARY_PATH": paths} if paths else {})}
+    # A host without a network has no address that SGLang finds.
+    return {"MC_FORCE_TCP": "1", "SGLANG_HOST_IP": HOST, **({"LD_LIBRARY_PATH": paths} if paths else {})}
+
+
+def require(module: str, wheel: str) -> None:
+    """Raises Missing."""
+    if importlib.util.find_spec(module) is None:
+        raise Missing(f"the module {module} is missing: `make setup-test`, or pip install {wheel}")
 
 
 def _installed() -> bool:

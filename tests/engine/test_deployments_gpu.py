@@ -1,7 +1,9 @@
-"""Deployments of one GPU beside stock SGLang: a hierarchical cache, weights that change, memory given back, LoRA.
+"""Deployments of one GPU beside stock SGLang: a hierarchical cache, weights that change, memory given back, LoRA, and
+prefill and decode in two servers.
 
-Real servers: those of a part (`-k cache`, `-k weights`, `-k lora`) run at the same time, over the GPUs in turn. Nothing
-is timed, so that the parts may run at the same time too. tests/engine/drafting.py says where the small model is from.
+Real servers: those of a part (`-k cache`, `-k weights`, `-k lora`, `-k pairs`) run at the same time, over the GPUs in
+turn. Nothing is timed, so that the parts may run at the same time too. tests/engine/drafting.py says where the small
+model is from.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import importlib.util
 import json
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +25,8 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.engine.model import VOCAB, write_model
 from nsa_backend_plugin import serving
-from tests.engine import drafting, gpu_probe, tiny_tasks
+from tests import transfer
+from tests.engine import drafting, gpu_probe, pairs, tiny_tasks
 from tests.engine.drafting import Arm, at_once, result
 
 pytestmark = [pytest.mark.gpu, pytest.mark.engine]
@@ -49,7 +53,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def ask(server: serving.Server, bodies: Sequence[dict[str, Any]]) -> Round:
     """One after the other."""
-    answers = [server.post("/generate", body) for body in bodies]
+    return heard([server.post("/generate", body) for body in bodies])
+
+
+def heard(answers: Sequence[dict[str, Any]]) -> Round:
     said = [answer["meta_info"] for answer in answers]
     return Round(
         [answer["output_ids"] for answer in answers],
@@ -318,3 +325,141 @@ def test_lora_answers_as_stock(tuned: dict[Any, Any], adapter: str) -> None:
         print(adapter, name, "as stock", same, "log-probabilities differ by", difference, "without adapter", changed)
         assert same >= bar
         assert difference < LOGPROB_BAR
+
+
+# Prefill and decode in two servers
+
+needs_mooncake = pytest.mark.skipif(
+    importlib.util.find_spec("mooncake") is None, reason="needs mooncake-transfer-engine, for GPUs"
+)
+#: Backends of the prefill and the decode server.
+PAIRS = {
+    "ours": ("nsa_plugin", "nsa_plugin"),
+    "stock": ("dsa", "dsa"),
+    "stock prefills": ("dsa", "nsa_plugin"),
+    "stock decodes": ("nsa_plugin", "dsa"),
+}
+PAIR_KV = ("fp8_e4m3", "bfloat16")
+#: Prompts of `pair_bodies` by their place: of a few hundred tokens, and so long that index_topk is less than half.
+SHORT_ONES, LONG_ONES = slice(0, 4), slice(4, 16)
+KINDS = ("arithmetic", tiny_tasks.data.RECALL)
+#: Of 16 answers two may turn on a near tie.
+NEAR_TIES = 0.13
+#: Seconds for an answer, of which the first ones wait for kernels to be compiled.
+PATIENCE = 90.0
+
+
+def pair_bodies(folder: Path, seed: int) -> list[dict[str, Any]]:
+    folder.mkdir()
+    tiny_tasks.write_arithmetic(folder / "short", 4, 1, shots=3, seed=seed)
+    for kind in KINDS:
+        tiny_tasks.write_long(folder / kind, kind, 6, (4500, 7500), seed=seed)
+    names = ("short", *KINDS)
+    rows = [json.loads(line) for name in names for line in (folder / name).read_text().splitlines()]
+    return [drafting.body(row["context"] + row["question"], return_logprob=True) for row in rows]
+
+
+class Servers:
+    """Of one KV dtype: one of ours alone, and a prefill and a decode server of each backend."""
+
+    def __init__(self, folder: Path, kv: str, gpu: int):
+        self._bootstraps = {backend: serving.free_port() for backend in PAIRS["stock prefills"]}
+        control, self.leave_out = pairs.control_plugin(folder)
+        transfers = {**drafting.ENV, **transfer.environment()}
+        arm = Arm(0, kv).on(gpu)
+
+        def server(name: str, backend: str, env: dict[str, str], args: Sequence[str] = ()) -> serving.Server:
+            arguments = replace(arm, backend=backend, args=(*arm.args, *args)).arguments
+            return serving.Server(drafting.MODEL_2K, arguments, env, log_path=folder / f"{name}-{backend}.log")
+
+        self._servers = {"one": server("one", "nsa_plugin", drafting.ENV)}
+        for backend, port in self._bootstraps.items():
+            for mode, env in (("prefill", {**transfers, **control}), ("decode", transfers)):
+                self._servers[f"{mode} {backend}"] = server(mode, backend, env, pairs.arguments(mode, port))
+        self._started: dict[str, Any] = {}
+
+    def __enter__(self) -> Servers:
+        """Start those that can be started; `ask` raises the error of the others."""
+        self._started = at_once({name: partial(self._start, name) for name in self._servers})
+        return self
+
+    def _start(self, name: str, _: int) -> serving.Server:
+        return self._servers[name].start()
+
+    def __exit__(self, *exception: object) -> None:
+        for server in self._servers.values():
+            pairs.kill(server)
+
+    def _prefill(self, name: str) -> serving.Server:
+        return result(self._started, "one" if name == "one" else f"prefill {PAIRS[name][0]}")
+
+    def ask(self, name: str, body: dict[str, Any]) -> Any:
+        """Answer of a pair, or of the one server."""
+        prefill = self._prefill(name)
+        if name == "one":
+            return prefill.post("/generate", body, PATIENCE)
+        first, second = PAIRS[name]
+        return pairs.ask(prefill, result(self._started, f"decode {second}"), self._bootstraps[first], body, PATIENCE)
+
+    def in_turn(self, name: str, bodies: Sequence[dict[str, Any]], _: int = 0) -> Round:
+        return heard([self.ask(name, body) for body in bodies])
+
+    def in_turn_and_at_once(self, name: str, bodies: Sequence[dict[str, Any]], _: int = 0) -> dict[str, Round]:
+        """Prompts that no cache has, and the same again, with cached prefixes and in batches."""
+        forget(self._prefill(name))
+        in_turn = self.in_turn(name, bodies)
+        with ThreadPoolExecutor(len(bodies)) as pool:
+            return {"in turn": in_turn, "at once": heard(list(pool.map(partial(self.ask, name), bodies)))}
+
+
+def pair_rounds(folder: Path, kv: str, gpu: int) -> dict[str, Any]:
+    """What one server and each pair answer, or the error of those that do not."""
+    folder.mkdir()
+    bodies, others = pair_bodies(folder / "bodies", seed=1), pair_bodies(folder / "others", seed=2)
+    rounds: dict[str, Any] = {}
+    with Servers(folder, kv, gpu) as servers:
+        # Those of a turn share no server: what forgets its prefixes must be idle.
+        for turn in (("one", "ours", "stock"), ("stock prefills", "stock decodes")):
+            rounds |= at_once({name: partial(servers.in_turn_and_at_once, name, bodies) for name in turn})
+        # Others, because the decode server still has the index keys of the first in its memory.
+        servers.leave_out.touch()
+        asked = {"others": "one", "others without index keys": "ours"}
+        return rounds | at_once({name: partial(servers.in_turn, who, others) for name, who in asked.items()})
+
+
+@pytest.fixture(scope="module")
+def paired(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
+    folder = tmp_path_factory.mktemp("pairs")
+    return at_once({kv: partial(pair_rounds, folder / kv, kv) for kv in PAIR_KV})
+
+
+@needs_mooncake
+@pytest.mark.parametrize("name", [name for name in PAIRS if name != "stock"])
+@pytest.mark.parametrize("kv", PAIR_KV)
+def test_pairs_answer_as_one_server(paired: dict[Any, Any], kv: str, name: str) -> None:
+    """Where stock has a part in it, as nearly as two servers of stock's do."""
+    rounds = result(paired, kv)
+    one, pair = result(rounds, "one"), result(rounds, name)
+    assert min(map(len, one["in turn"].tokens)) > 1, "nothing is decoded"
+    for how in ("in turn", "at once"):
+        same, difference = same_share(one[how], pair[how]), logprob_difference(one[how], pair[how])
+        least = 1.0 if name == "ours" else same_share(one[how], result(rounds, "stock")[how])
+        print(kv, name, how, "same", same, "stock's", least, "log-probabilities differ by", difference)
+        print("leading tokens", leading(one[how], pair[how]), "of", list(map(len, one[how].tokens)))
+        assert same >= least - NEAR_TIES
+        assert difference < LOGPROB_BAR
+
+
+@needs_mooncake
+@pytest.mark.parametrize("kv", PAIR_KV)
+def test_pairs_without_the_index_keys_answer_otherwise(paired: dict[Any, Any], kv: str) -> None:
+    """The negative control: prompts that are no longer than index_topk need no indexer.
+
+    A long one may still be answered when what it asks for happens to be selected.
+    """
+    rounds = result(paired, kv)
+    one, pair = result(rounds, "others"), result(rounds, "others without index keys")
+    equal = [a == b for a, b in zip(one.tokens, pair.tokens, strict=True)]
+    print(kv, "equal", equal, "leading tokens", leading(one, pair), "of", list(map(len, one.tokens)))
+    assert sum(equal[SHORT_ONES]) >= 3
+    assert sum(equal[LONG_ONES]) <= 6

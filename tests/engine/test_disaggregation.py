@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import random
 import re
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +18,8 @@ import pytest
 import requests
 
 from nsa_backend_plugin.serving import HOST, Child, Server, free_port
-from tests import sglang_plugin, transfer
+from tests import transfer
+from tests.engine import pairs
 
 pytest.importorskip("sglang", reason="needs SGLang")
 
@@ -45,17 +44,6 @@ PATIENCE = 120.0
 #: Slots of the decode server: two of these long answers do not fit, and one of them must wait in the host's memory.
 SLOTS = 1024
 LONG, LONG_TOKENS = 448, 72
-#: A plugin of SGLang for the negative control: no index keys are sent while a file is there.
-LEAVES_OUT = """
-import os
-from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
-def send(original, sender, kv_indices, state_indices=None, **rest):
-    return original(sender, kv_indices, None if os.path.exists(os.environ["LEAVE_OUT"]) else state_indices, **rest)
-
-def register():
-    HookRegistry.register("sglang.srt.disaggregation.mooncake.conn.MooncakeKVSender.send", send, HookType.AROUND)
-"""
 
 
 def _tokens(count: int, seed: int) -> list[int]:
@@ -149,11 +137,6 @@ def _answer(reply: dict[str, Any]) -> dict[str, list]:
     }
 
 
-def _room(bootstrap: int) -> dict[str, Any]:
-    """What the router adds to a request, so that the two servers find one another."""
-    return {"bootstrap_host": HOST, "bootstrap_port": bootstrap, "bootstrap_room": random.getrandbits(48)}
-
-
 def _ask_directly(server: Server, room: dict[str, Any], timeout: float = PATIENCE) -> requests.Response:
     return requests.post(f"{server.url}/generate", json=_body(PROMPTS[5], **room), timeout=timeout)
 
@@ -168,58 +151,45 @@ def _wait_idle(server: Server) -> None:
         time.sleep(0.2)
 
 
-def _kill(server: Server) -> None:
-    """End it at once: an orderly end takes SGLang six seconds."""
-    if server.running():
-        os.killpg(server._process.pid, signal.SIGKILL)
-    server.stop()
-
-
 @contextlib.contextmanager
 def _started(*servers: Server) -> Iterator[None]:
     """Start servers side by side; all end with the block."""
     with contextlib.ExitStack() as stack:
         for server in servers:
-            stack.callback(_kill, server)
+            stack.callback(pairs.kill, server)
         with ThreadPoolExecutor() as pool:
             list(pool.map(Server.start, servers))
         yield
-
-
-def _control_plugin(folder: Path) -> dict[str, str]:
-    """Environment of a prefill server with the plugin of the negative control."""
-    (folder / "leaves_out.py").write_text(LEAVES_OUT)
-    sglang_plugin.declare(folder, "leaves_out", "leaves_out:register")
-    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
-    return {"PYTHONPATH": path, "LEAVE_OUT": str(folder / "now")}
 
 
 @pytest.fixture(scope="module", params=["dsa", "mla"])
 def pair(request, models, start_server, reference, tmp_path_factory) -> Iterator[Pair]:
     """In float32: what else is in a batch hardly changes an answer."""
     kind, bootstrap, folder = request.param, free_port(), tmp_path_factory.mktemp("pair")
+    transfer.require("sglang_router", "sglang-router")
     environment = {**transfer.environment(), **IMPATIENT}
+    control, leave_out = pairs.control_plugin(folder)
 
     def start(env: Mapping[str, str], port: int | None = None, args: Sequence[str] = ()) -> Server:
         return start_server(models[kind], ("--dtype=float32", "--skip-server-warmup", *args), env, port)
 
     def role(mode: str, env: Mapping[str, str] | None = None, port: int | None = None) -> Server:
-        args = [f"--disaggregation-mode={mode}", f"--disaggregation-bootstrap-port={bootstrap}"]
+        args = pairs.arguments(mode, bootstrap)
         if mode == "decode":
             args += [f"--max-total-tokens={SLOTS}", "--num-reserved-decode-tokens=16"]
         return start({**environment, **(env or {})}, port, args)
 
     # MLA models keep their cache in float32, and test_parity shows that one server then answers as transformers does.
     alone = [start({})] if kind == "dsa" else []
-    prefill, decode = role("prefill", _control_plugin(folder)), role("decode")
+    prefill, decode = role("prefill", control), role("decode")
     with _started(prefill, decode, *alone), Router(prefill, bootstrap, decode, folder / "router.log") as router:
         known: dict[tuple[int, ...], dict[str, list]] = {}
-        pair = Pair(prefill, decode, router, bootstrap, role, lambda p: known[tuple(p)], folder / "now")
+        pair = Pair(prefill, decode, router, bootstrap, role, lambda p: known[tuple(p)], leave_out)
         asked = [(p, NEW_TOKENS) for p in PROMPTS] + [(LONG_PROMPT, LONG_TOKENS)]
         if alone:
             asked += [(p, NEW_TOKENS) for p in CONTROLS]
             known |= {tuple(p): _answer(alone[0].post("/generate", _body(p, n))) for p, n in asked}
-            _kill(alone[0])
+            pairs.kill(alone[0])
         else:
             reference.learn(kind, [p for p, _ in asked], [pair.ask(p, n).json()["output_ids"] for p, n in asked])
             known |= {tuple(p): reference(kind, p) for p, _ in asked}
@@ -250,7 +220,7 @@ def test_clients_that_leave(pair):
         pass
     for server in (pair.prefill, pair.decode):
         with pytest.raises(requests.Timeout):
-            _ask_directly(server, _room(pair.bootstrap), timeout=1)
+            _ask_directly(server, pairs.room(pair.bootstrap), timeout=1)
     for server in (pair.prefill, pair.decode):
         _wait_idle(server)
     pair.check_all()
@@ -270,7 +240,7 @@ def test_without_the_index_keys_answers_differ(pair):
 
 @on_dsa
 def test_layouts_that_differ_do_not_meet(pair):
-    stranger, room = pair.role("decode", {"NSA_PLUGIN_INDEX_LAYOUT": "preshuffled"}), _room(pair.bootstrap)
+    stranger, room = pair.role("decode", {"NSA_PLUGIN_INDEX_LAYOUT": "preshuffled"}), pairs.room(pair.bootstrap)
     with _started(stranger), ThreadPoolExecutor() as pool:
         prefilling = pool.submit(_ask_directly, pair.prefill, room, timeout=10)
         with pytest.raises(requests.RequestException):
@@ -290,13 +260,13 @@ def test_layouts_that_differ_do_not_meet(pair):
 @on_dsa
 def test_a_killed_server_is_an_error_to_the_other_side_which_goes_on(pair):
     with pair.stream() as events:
-        _kill(pair.decode)
+        pairs.kill(pair.decode)
         with contextlib.suppress(requests.RequestException):
             assert b"data: [DONE]" not in list(events)
     assert pair.ask(PROMPTS[0]).status_code >= 500
     successor = pair.role("decode", port=pair.decode.port)
     with ThreadPoolExecutor() as pool, contextlib.ExitStack() as stack:
-        prefilling = pool.submit(_ask_directly, pair.prefill, _room(pair.bootstrap))
+        prefilling = pool.submit(_ask_directly, pair.prefill, pairs.room(pair.bootstrap))
         stack.enter_context(_started(successor))
         assert prefilling.result().status_code >= 500
         _wait_idle(pair.prefill)
@@ -304,8 +274,8 @@ def test_a_killed_server_is_an_error_to_the_other_side_which_goes_on(pair):
         while not pair.ask(PROMPTS[0]).ok and time.monotonic() < deadline:
             time.sleep(0.5)  # the router looks after its servers from time to time
         pair.check_all()
-        _kill(pair.prefill)
+        pairs.kill(pair.prefill)
         assert pair.ask(PROMPTS[0]).status_code >= 500
-        assert _ask_directly(successor, _room(pair.bootstrap)).status_code >= 500
+        assert _ask_directly(successor, pairs.room(pair.bootstrap)).status_code >= 500
         _wait_idle(successor)
         successor.get("/health")
