@@ -2,11 +2,11 @@
 
     python -m tools.tune_union --out tune-union.json [--tokens 4096] [--tiny]
 
-Of every overlap between neighbours it times what computes each query alone today, the same through this implementation
-when it finds that nothing is to be shared, and every tile when all is shared. From that come
+Of every overlap between neighbours it times Triton, which computes each query alone, this implementation as it is
+served, and every tile when all is shared. From that come
   _union_kernel.TILES          the tile that is fastest where neighbours overlap most
   union.MOST_PERCENT           the union's share of all slots up to which sharing is faster; printed for every tile
-  preferences.FEWEST_QUERIES_THAT_SHARE    the fewest tokens (--tokens) at which it gains, and costs little at overlap 0
+  the preference of `ops/preferences.py`: the fewest tokens (--tokens) at which it gains, and costs little at overlap 0
 A wrong result is reported and never timed. --tiny: minimal shapes, to check the script itself, also without a GPU.
 """
 
@@ -70,33 +70,28 @@ def union_percent(problem: Problem, group: int) -> float:
 def lists_us(problem: Problem, group: int, device: torch.device) -> float:
     """Microseconds of making the lists."""
     calls = [
-        partial(
-            _union_lists.build, device_arch(device), item["indices"], None, None, group=group, tile=32, most_percent=100
-        )
+        partial(_union_lists.build, device_arch(device), item["indices"], None, group=group, tile=32, most_percent=100)
         for item in problem.inputs
     ]
     return clock.time_calls(calls, device, repeats=3, budget_s=0.1).median_us
 
 
-def tune(kind: str, heads: int, tokens: int, device: torch.device, tiny: bool) -> list[dict[str, Any]]:
+def tune(heads: int, tokens: int, device: torch.device, tiny: bool) -> list[dict[str, Any]]:
     arch = device_arch(device)
     prefill = workload("sparse_prefill")
-    chosen = _union_kernel.TILES[arch]
+    chosen, served = _union_kernel.TILES[arch], union.MOST_PERCENT
     sizes = {"topk": 16, "context": 64, "pool_slots": 256} if tiny else {"context": max(4 * tokens, 16384)}
-    if kind == "packed":
-        union.MOST_CONTEXT_PER_QUERY = 1 << 20
     rows = []
     for overlap in OVERLAPS[-1:] if tiny else OVERLAPS:
-        asked = {"tokens": tokens, "heads": heads, "kv": kind, "overlap": overlap, "listed": True, **sizes}
+        asked = {"tokens": tokens, "heads": heads, "kv": "bf16", "overlap": overlap, "listed": True, **sizes}
         problem = prefill.build(prefill.complete(asked), device)
-        case = {"kind": kind, "heads": heads, "tokens": tokens, "overlap": overlap}
-        today = "cuda" if kind == "packed" and device.type == "cuda" else "triton"
-        alone = timed(problem, today, device, tiny)
-        rows.append({**case, "what": f"alone, {today}", **alone})
-        union.MOST_PERCENT[kind] = 0
-        rows.append({**case, "what": "nothing shared", **timed(problem, "union", device, tiny)})
-        union.MOST_PERCENT[kind] = 100
-        for tile in (chosen,) if tiny or kind == "packed" else TILES:
+        case = {"heads": heads, "tokens": tokens, "overlap": overlap}
+        alone = timed(problem, "triton", device, tiny)
+        rows.append({**case, "what": "alone", **alone})
+        union.MOST_PERCENT = served
+        rows.append({**case, "what": "as served", **timed(problem, "union", device, tiny)})
+        union.MOST_PERCENT = 100
+        for tile in (chosen,) if tiny else TILES:
             _union_kernel.TILES[arch] = tile
             group = _union_kernel.group_size(heads, tile)
             row = {**case, "what": str(tile), "group": group, **timed(problem, "union", device, tiny)}
@@ -112,11 +107,12 @@ def tune(kind: str, heads: int, tokens: int, device: torch.device, tiny: bool) -
                 )
             rows.append(row)
         _union_kernel.TILES[arch] = chosen
+    union.MOST_PERCENT = served
     return rows
 
 
 def line(row: dict[str, Any]) -> str:
-    name = f"{row['kind']} heads={row['heads']} tokens={row['tokens']} overlap={row['overlap']}: {row['what']}"
+    name = f"heads={row['heads']} tokens={row['tokens']} overlap={row['overlap']}: {row['what']}"
     if "us" not in row:
         return f"{name}: {row['problem']}"
     if "gain" not in row:
@@ -132,20 +128,18 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON file with every configuration's result")
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096])
     parser.add_argument("--heads", type=int, nargs="+", default=[16, 8])
-    parser.add_argument("--kinds", nargs="+", choices=("bf16", "packed"), default=["bf16", "packed"])
     parser.add_argument("--tiny", action="store_true", help="minimal shapes: checks the script, times nothing useful")
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         import tools.triton_interpreter  # noqa: F401  (makes it convert floats as GPUs do)
     rows: list[dict[str, Any]] = []
-    for kind in options.kinds:
-        for heads in options.heads:
-            for tokens in [4] if options.tiny else options.tokens:
-                made = tune(kind, heads, tokens, device, options.tiny)
-                print(*map(line, made), sep="\n", flush=True)
-                rows += made
-                options.out.write_text(json.dumps({"arch": device_arch(device), "rows": rows}, indent=1))
+    for heads in options.heads:
+        for tokens in [4] if options.tiny else options.tokens:
+            made = tune(heads, tokens, device, options.tiny)
+            print(*map(line, made), sep="\n", flush=True)
+            rows += made
+            options.out.write_text(json.dumps({"arch": device_arch(device), "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

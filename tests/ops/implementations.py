@@ -23,7 +23,6 @@ BARS = {
     ("sparse_mla.attend", "fa3", "bf16"): 1e-5,
     ("sparse_mla.attend", "flash_mla", "packed"): 1e-5,
     ("sparse_mla.attend", "flash_mla_unpacked", "packed"): 5e-5,
-    ("sparse_mla.attend", "union", "packed"): 5e-5,
 }
 
 

@@ -36,6 +36,8 @@ INSTRUCTIONS = {
     "sm_90": (r"wgmma\.mma_async\.m64n\d+k32", r"(wgmma\.mma_async|mma\.sync)\.m\d+n\d+k16"),
     "sm_100": (r"tcgen05\.mma\.kind::f8f6f4", r"mma\.sync\.m16n8k16"),
 }
+#: Bytes a lane of the kernels whose `CompileCase` allows some.
+SPILLS = {"sparse_mla.union": 16}
 
 SPILLING_KERNEL = """
 import triton, triton.language as tl
@@ -77,7 +79,7 @@ def test_what_the_table_says_of_every_case():
         assert {row["kernel"].split(".")[0] for row in rows if row["target"] == target} == operations
     for row in rows:
         assert int(row["registers"]) > 0, row
-        assert int(row["spill_bytes"]) == 0, row
+        assert int(row["spill_bytes"]) <= SPILLS.get(row["kernel"].split()[0], 0), row
         assert int(row["shared_bytes"]) <= compile_matrix.hardware(row["target"]).shared_per_program, row
         assert 0 < float(row["occupancy"]) <= 1, row
         if row["target"] not in INSTRUCTIONS:

@@ -268,17 +268,6 @@ def test_table_names_known_operations_and_files_with_a_source():
         assert row.source
 
 
-@pytest.mark.parametrize("changes", [{}, {"tokens": 1023}, {"heads": 17}, {"kv": "fp8"}, {"context": 0}])
-@pytest.mark.parametrize("kv", ["bf16", "packed"])
-def test_queries_share_rows_from_the_threshold_on(kv, changes):
-    """Off until a threshold is set; packed rows need their context."""
-    assert preferences._sharing(None) == ()
-    facts = {"kv": kv, "tokens": 1024, "heads": 16, "context": 4096} | changes
-    found = [row.order[0] for row in preferences._sharing(1024) if row.holds(facts)]
-    taken = not changes or (kv == "bf16" and "context" in changes)
-    assert found == (["union"] if taken else [])
-
-
 def test_no_implementation_at_all(folder, monkeypatch):
     monkeypatch.setattr(dispatch, "_unavailable", lambda *a: "not today")
     dispatch.forget_plans()

@@ -17,21 +17,13 @@ from tests.ops.test_sparse_mla import BARS
 from tools.calls import SOFTMAX_SCALE, latent_cache, poison, stored
 
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
-#: Of packed rows its own, for the rounding to bf16. Of the few rows that a CPU is given one may be most of a result,
-#: and the weights' rounding does not average out.
-UNION_BARS = {**BARS, "packed": 5e-5, "bf16": BARS["bf16"] if HAS_GPU else 2e-5}
+#: Of the few rows that a CPU is given one may be most of a result, and the weights' rounding does not average out.
+UNION_BARS = {**BARS, "bf16": BARS["bf16"] if HAS_GPU else 2e-5}
 TOPK, TOKENS = (2048, 133) if HAS_GPU else (16, 5)
 
 pytestmark = pytest.mark.skipif(
     union.available(device_arch(DEVICE)) is not None, reason=str(union.available(device_arch(DEVICE)))
 )
-
-
-@pytest.fixture(autouse=True)
-def any_context(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """Few queries over a packed context, whose unpacking would not pay, are taken too."""
-    if "declines" not in request.node.name:
-        monkeypatch.setattr(union, "MOST_CONTEXT_PER_QUERY", 1 << 20)
 
 
 def neighbours(tokens: int, topk: int, overlap: float, slots: torch.Tensor) -> torch.Tensor:
@@ -61,7 +53,6 @@ def inputs_and_slots(tokens: int, heads: int, kind: str, overlap: float, topk: i
         "kv": latent_cache(stored(torch.randn(used, 576, device=DEVICE), kind), slots.long(), 2 * used),
         "indices": indices,
         "softmax_scale": SOFTMAX_SCALE,
-        "context": indices.unique() if kind == "packed" else None,
     }
     return arguments, slots
 
@@ -84,12 +75,12 @@ def check(arguments: dict, kind: str) -> None:
     for out in (None, poison(*q.shape[:2], 512, dtype=q.dtype, device=DEVICE)):
         got, lse = sparse_mla.attend(**arguments, out=out, return_lse=True, impl="union")
         assert_close(got, want, UNION_BARS[kind])
-        assert_close(lse, want_lse.float(), 1e-5 if kind == "packed" else 1e-6)
+        assert_close(lse, want_lse.float(), 1e-6)
         if not HAS_GPU:
             break
 
 
-def shared(arguments: dict, kind: str) -> list[bool]:
+def shared(arguments: dict) -> list[bool]:
     """Which groups of the call share their rows."""
     heads = arguments["q"].shape[1]
     tile = _union_kernel.TILES[device_arch(DEVICE)]
@@ -97,20 +88,19 @@ def shared(arguments: dict, kind: str) -> list[bool]:
         device_arch(DEVICE),
         arguments["indices"],
         arguments.get("lengths"),
-        None,
         group=_union_kernel.group_size(heads, tile),
         tile=tile.keys,
-        most_percent=union.MOST_PERCENT[kind],
+        most_percent=union.MOST_PERCENT,
     )
     return (lists.counts > 0).tolist()
 
 
-@pytest.mark.parametrize("kind", ["bf16", "fp16", "packed"])
+@pytest.mark.parametrize("kind", ["bf16", "fp16"])
 @pytest.mark.parametrize("overlap", [0.0, 0.5, 0.8, 0.95, 1.0])
 def test_overlaps(overlap: float, kind: str) -> None:
     arguments = inputs(TOKENS, 16, kind, overlap)
     if overlap in (0.0, 1.0):  # the last group has one query, which has nothing to share
-        assert shared(arguments, "packed" if kind == "packed" else "bf16") == [overlap == 1.0] * (TOKENS // 4) + [False]
+        assert shared(arguments) == [overlap == 1.0] * (TOKENS // 4) + [False]
     check(arguments, kind)
 
 
@@ -121,18 +111,17 @@ def test_heads_and_tokens(tokens: int, heads: int) -> None:
     check(inputs(tokens, heads, "bf16", 0.9), "bf16")
 
 
-@pytest.mark.parametrize("kind", ["bf16", "packed"])
-def test_rows_of_other_lengths(kind: str) -> None:
+def test_rows_of_other_lengths() -> None:
     """Each row ends elsewhere, one is empty; with the promise and without, where -1 may also stand between."""
-    arguments = inputs(8, 16, kind, 1.0)
+    arguments = inputs(8, 16, "bf16", 1.0)
     indices = arguments["indices"].sort(dim=1).values
-    lengths = torch.randint(TOPK // 2, TOPK + 1, (8,), dtype=torch.int32, device=DEVICE)
+    lengths = torch.randint(TOPK - TOPK // 8, TOPK + 1, (8,), dtype=torch.int32, device=DEVICE)
     lengths[5] = 0
     arguments["indices"] = indices.where(torch.arange(TOPK, device=DEVICE) < lengths[:, None], -1)
-    assert shared(arguments, kind) == [True, True]
-    check({**arguments, "lengths": lengths}, kind)
+    assert shared(arguments) == [True, True]
+    check({**arguments, "lengths": lengths}, "bf16")
     arguments["indices"] = arguments["indices"].where(torch.rand(8, TOPK, device=DEVICE) > 0.1, -1)
-    check(arguments, kind)
+    check(arguments, "bf16")
 
 
 def test_nothing_is_read_behind_a_promised_length() -> None:
@@ -149,13 +138,12 @@ def test_nothing_is_read_behind_a_promised_length() -> None:
     assert_close(lse, want_lse.float(), 1e-6)
 
 
-@pytest.mark.parametrize("kind", ["bf16", "packed"])
-def test_a_slot_named_twice_counts_twice(kind: str) -> None:
+def test_a_slot_named_twice_counts_twice() -> None:
     """Its group is computed alone; the other one shares."""
-    arguments = inputs(8, 16, kind, 1.0)
+    arguments = inputs(8, 16, "bf16", 1.0)
     arguments["indices"][2, 5:9] = arguments["indices"][2, 4]
-    assert shared(arguments, kind) == [False, True]
-    check(arguments, kind)
+    assert shared(arguments) == [False, True]
+    check(arguments, "bf16")
 
 
 def test_groups_of_empty_rows() -> None:
@@ -173,7 +161,7 @@ def test_one_row_dominates_where_it_is_not_owned() -> None:
     kv[loud] = 0.0
     kv[loud, 0, 0] = 3e4
     indices[1, 7] = loud
-    assert shared(arguments, "bf16") == [True]
+    assert shared(arguments) == [True]
     check(arguments, "bf16")
 
 
@@ -185,11 +173,10 @@ def test_lists(topk: int, group: int) -> None:
     slots = torch.randperm(12 * topk + 10, device=DEVICE)[: 9 * topk + 5].int()
     indices = torch.cat([neighbours(group, topk, share, slots) for share in (1.0, 0.9, 0.7, 0.0)])[: 4 * group - 1]
     indices[torch.rand_like(indices, dtype=torch.float) < 0.1] = -1
-    places = torch.randperm(12 * topk + 10, device=DEVICE).int()
     lengths = torch.randint(0, topk + 1, indices.shape[:1], device=DEVICE).int()
-    for led, placed in ((None, None), (lengths, places)):
+    for led in (None, lengths):
         options = {"group": group, "tile": tile, "most_percent": 75}
-        lists = _union_lists.build(device_arch(DEVICE), indices, led, placed, **options)
+        lists = _union_lists.build(device_arch(DEVICE), indices, led, **options)
         for number, count in enumerate(lists.counts.tolist()):
             first = number * group
             members = [row.tolist() for row in indices[first : first + group]]
@@ -202,10 +189,9 @@ def test_lists(topk: int, group: int) -> None:
             whole = [topk] * len(members) if led is None else led[first : first + group].tolist()
             assert lists.alone[first : first + group].tolist() == ([-1] * len(members) if pays else whole)
             if pays:
-                row_of = union_rows if placed is None else [int(places[slot]) for slot in union_rows]
                 owners = [sum(1 << j for j, m in enumerate(kept) if slot in m) for slot in union_rows]
-                padding = [row_of[0] << group] * (-count % tile)
-                want = [row << group | bits for row, bits in zip(row_of, owners, strict=True)] + padding
+                padding = [union_rows[0] << group] * (-count % tile)
+                want = [row << group | bits for row, bits in zip(union_rows, owners, strict=True)] + padding
                 assert lists.entries[number, : len(want)].tolist() == want
 
 
@@ -214,25 +200,22 @@ def test_lists(topk: int, group: int) -> None:
 def test_a_union_larger_than_half_the_table(topk: int) -> None:
     """Eight queries that share nothing: the table would be full, so the search ends before."""
     indices = torch.randperm(8 * topk, device=DEVICE).int().view(8, topk)
-    lists = _union_lists.build("sm_90", indices, None, None, group=8, tile=32, most_percent=100)
+    lists = _union_lists.build("sm_90", indices, None, group=8, tile=32, most_percent=100)
     assert lists.counts.tolist() == [0]
     assert lists.alone.tolist() == [topk] * 8
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["bf16", "packed"])
-def test_reruns_are_bitwise_equal(kind: str) -> None:
-    arguments = inputs(64, 16, kind, 0.9)
+def test_reruns_are_bitwise_equal() -> None:
+    arguments = inputs(64, 16, "bf16", 0.9)
     first = sparse_mla.attend(**arguments, impl="union")
     for _ in range(20):
         assert torch.equal(first, sparse_mla.attend(**arguments, impl="union"))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["bf16", "packed"])
-def test_a_graph_decides_anew_at_every_replay(kind: str) -> None:
-    arguments, slots = inputs_and_slots(64, 16, kind, 1.0)
-    arguments["context"] = slots if kind == "packed" else None
+def test_a_graph_decides_anew_at_every_replay() -> None:
+    arguments, slots = inputs_and_slots(64, 16, "bf16", 1.0)
     indices = arguments["indices"]
     lengths = torch.full((64,), TOPK, dtype=torch.int32, device=DEVICE)
     sparse_mla.attend(**arguments, lengths=lengths, return_lse=True, impl="union")  # compiles
@@ -246,25 +229,23 @@ def test_a_graph_decides_anew_at_every_replay(kind: str) -> None:
         out.fill_(float("nan"))
         graph.replay()
         want, want_lse = exact(arguments)
-        assert_close(out, want, UNION_BARS[kind])
+        assert_close(out, want, UNION_BARS["bf16"])
         assert_close(lse, want_lse.float(), 1e-5)
 
 
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"kv": "fp8"}, "only bf16 and packed rows"),
+        ({"kv": "fp8"}, "only bf16 rows"),
+        ({"kv": "packed"}, "only bf16 rows"),
         ({"heads": 33}, "33 heads: those of two queries do not fit a tile"),
         ({"topk": 8192}, "top-k 8192: at most 8191"),
         ({"slots": (1 << 27) + 1}, "at most 134217728 beside the owners' bits"),
-        ({"kv": "packed"}, "does not say which slots may be selected"),
-        ({"kv": "packed", "context": 16 * 16 + 1}, "a context of 257 slots for 16 queries"),
-        ({"kv": "packed", "context": 16 * 16}, None),
         ({}, None),
     ],
 )
 def test_declines_with_a_reason(changes: dict, words: str | None) -> None:
-    asked = {"kv": "bf16", "heads": 16, "topk": 2048, "slots": 1000, "context": 0} | changes
+    asked = {"kv": "bf16", "heads": 16, "topk": 2048, "slots": 1000} | changes
     with pretended("sm_90") as device:
         dtype = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "packed": torch.uint8}[asked["kv"]]
         call = sparse_mla.attend.call(
@@ -273,7 +254,6 @@ def test_declines_with_a_reason(changes: dict, words: str | None) -> None:
             torch.empty(16, asked["topk"], dtype=torch.int32, device=device),
             SOFTMAX_SCALE,
             kv_scale=1.0 if asked["kv"] == "fp8" else None,
-            context=torch.empty(asked["context"], dtype=torch.int32, device=device) if asked["context"] else None,
         )
         reason = union.declines_attend(call)
     assert reason is None if words is None else words in str(reason)
@@ -287,8 +267,7 @@ def test_where_it_is_available() -> None:
 @pytest.mark.parametrize("group", [2, 4, 8])
 def test_the_lists_are_smaller_than_the_indices(group: int) -> None:
     for topk in (1, 100, 512, 2048, 4096):
-        for percent in union.MOST_PERCENT.values():
-            rows, entries = _union_lists.size(group, topk, 32, percent)
-            assert rows + 31 <= entries <= rows + 63 + 32
-            assert entries % 16 == 0
-            assert rows <= group * topk * percent / 100
+        rows, entries = _union_lists.size(group, topk, 32, union.MOST_PERCENT)
+        assert rows + 31 <= entries <= rows + 63 + 32
+        assert entries % 16 == 0
+        assert rows <= group * topk * union.MOST_PERCENT / 100

@@ -66,3 +66,4 @@ class CompileCase:
     num_stages: int = 3
     divisible: Sequence[str] = ()  # arguments known to be multiples of 16 (pointers: 16-byte aligned)
     options: Mapping[str, Any] = field(default_factory=dict)  # other launch options, such as enable_fp_fusion
+    most_spill_bytes: int = 0  # a lane, of a configuration that was measured to be the fastest nonetheless

@@ -55,7 +55,6 @@ def build(
     arch: str,
     indices: torch.Tensor,
     lengths: torch.Tensor | None,
-    places: torch.Tensor | None,
     *,
     group: int,
     tile: int,
@@ -63,9 +62,8 @@ def build(
 ) -> Lists:
     """Lists of the queries' slots indices [tokens, K], `group` queries each.
 
-    places: [slots] int32, what stands for a slot in the lists; None = the slot itself. tile: rows read at once.
-    most_percent: that a union may be of all its queries' slots, to be shared. The lists are allocated here: at most
-    most_percent of the indices' bytes, and padding for each group.
+    tile: rows read at once. most_percent: that a union may be of all its queries' slots, to be shared. The lists are
+    allocated here: at most most_percent of the indices' bytes, and padding for each group.
     """
     tokens, topk = indices.shape
     groups = -(-tokens // group)
@@ -73,12 +71,11 @@ def build(
     make = functools.partial(torch.empty, dtype=torch.int32, device=indices.device)
     lists = Lists(make(groups, stride), make(groups), make(tokens))
     if arch == "cpu":
-        _in_torch(lists, indices, lengths, places, group, tile, most_rows, most_percent)
+        _in_torch(lists, indices, lengths, group, tile, most_rows, most_percent)
         return lists
     arguments = _Arguments(
         indices=indices.data_ptr(),
         lengths=0 if lengths is None else lengths.data_ptr(),
-        places=0 if places is None else places.data_ptr(),
         lists=lists.entries.data_ptr(),
         counts=lists.counts.data_ptr(),
         alone=lists.alone.data_ptr(),
@@ -107,7 +104,6 @@ class _Arguments(ctypes.Structure):
     _fields_ = (
         ("indices", ctypes.c_void_p),
         ("lengths", ctypes.c_void_p),
-        ("places", ctypes.c_void_p),
         ("lists", ctypes.c_void_p),
         ("counts", ctypes.c_void_p),
         ("alone", ctypes.c_void_p),
@@ -144,7 +140,6 @@ def _in_torch(
     lists: Lists,
     indices: torch.Tensor,
     lengths: torch.Tensor | None,
-    places: torch.Tensor | None,
     group: int,
     tile: int,
     most_rows: int,
@@ -170,7 +165,6 @@ def _in_torch(
         for token in members:
             lists.alone[token] = -1 if share else topk if lengths is None else lengths[token]
         if share:
-            row_of = {slot: slot if places is None else int(places[slot]) for slot in owners}
-            union = [row_of[slot] << group | bits for slot, bits in owners.items()]
+            union = [slot << group | bits for slot, bits in owners.items()]
             union += [union[0] >> group << group] * (-len(union) % tile)
             lists.entries[place, : len(union)] = torch.tensor(union, dtype=torch.int32)

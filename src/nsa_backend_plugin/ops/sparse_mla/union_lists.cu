@@ -34,7 +34,6 @@ static_assert(sizeof(Shared) == SHARED_BYTES, "the launcher asks for another siz
 struct Arguments {
   const int* __restrict__ indices;  // [tokens, topk] slots, -1 = none
   const int* __restrict__ lengths;  // [tokens] or null: of each row, how many lead
-  const int* __restrict__ places;   // [slots] or null: what to write in a slot's place
   int* __restrict__ lists;          // [groups, list_stride]: slot << GROUP | owners, padded to whole tiles
   int* __restrict__ counts;         // [groups] rows of the union; 0 where the queries are computed alone
   int* __restrict__ alone;          // [tokens] keys of a query that is computed alone, else -1
@@ -106,9 +105,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) union_lists(const Argument
 
   auto slots = [&](int query) { return a.indices + int64(first_token + query) * a.topk; };
 
-  // Every thread sees the same sums, so all leave the loop together; the next query's sums are others.
+  // Every thread sees the same sums, so all leave the loop together; the next query's sums are others. A union that is
+  // too large already is not shared whatever follows.
   int union_rows = 0, all_entries = 0, repeats = 0;
-  for (int query = 0; query < GROUP && union_rows <= MOST_ROWS; query++) {
+  for (int query = 0; query < GROUP && union_rows <= a.most_rows; query++) {
     const int count = shared.lengths[query];
     const int* list = slots(query);
     int rows = 0, entries = 0;
@@ -152,9 +152,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) union_lists(const Argument
   int place = sum_before(shared, rows);
   int* list = a.lists + int64(blockIdx.x) * a.list_stride;
   each_first([&](int slot, uint32 owners) {
-    const int row = a.places ? a.places[slot] : slot;
-    if (place == 0) shared.first_slot = row;
-    list[place++] = uint32(row) << GROUP | owners;
+    if (place == 0) shared.first_slot = slot;
+    list[place++] = uint32(slot) << GROUP | owners;
   });
   __syncthreads();
   // The last tile is filled up with a row that nobody owns; it must exist, for it is read.
