@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.run import environment
 from benchmarks.timing import clock
 
 if not torch.cuda.is_available():
@@ -213,11 +214,12 @@ def main(arguments: list[str]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         import tools.triton_interpreter  # noqa: F401  (makes it convert floats as GPUs do)
+    made_by = environment.collect(str(device))
     rows: list[dict[str, Any]] = []
     for shape in shapes(options.tiny):
         if options.only in str(shape):
             rows += tune(shape, device, print, options.tiny)
-            options.out.write_text(json.dumps({"arch": device_arch(device), "rows": rows}, indent=1))
+            options.out.write_text(json.dumps({"environment": made_by, "rows": rows}, indent=1))
     print("\n".join(table(rows)))
 
 

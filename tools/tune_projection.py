@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.run import environment
 from benchmarks.timing import clock
 from benchmarks.workloads import Problem
 from benchmarks.workloads import projection as workload
@@ -124,10 +125,11 @@ def main(words: list[str]) -> int:
     device = torch.device("cuda", 0)
     if reason := projection.linear.unavailable("cuda", device):
         parser.error(reason)
+    made_by = environment.collect(str(device))
     rows: list[dict[str, Any]] = []
     for name, tokens in itertools.product(options.only, options.tokens):
         rows += tune(name, tokens, options.heads, device)
-        options.out.write_text(json.dumps({"device": torch.cuda.get_device_name(), "rows": rows}, indent=1))
+        options.out.write_text(json.dumps({"environment": made_by, "rows": rows}, indent=1))
     print("\n".join(table(rows)))
     return 0
 

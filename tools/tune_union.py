@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.run import environment
 from benchmarks.timing import clock
 
 if not torch.cuda.is_available():
@@ -133,13 +134,14 @@ def main(arguments: list[str]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         import tools.triton_interpreter  # noqa: F401  (makes it convert floats as GPUs do)
+    made_by = environment.collect(str(device))
     rows: list[dict[str, Any]] = []
     for heads in options.heads:
         for tokens in [4] if options.tiny else options.tokens:
             made = tune(heads, tokens, device, options.tiny)
             print(*map(line, made), sep="\n", flush=True)
             rows += made
-            options.out.write_text(json.dumps({"arch": device_arch(device), "rows": rows}, indent=1))
+            options.out.write_text(json.dumps({"environment": made_by, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":
