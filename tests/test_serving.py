@@ -17,13 +17,16 @@ from nsa_backend_plugin import serving
 from tests.processes import gone
 
 LAUNCH_SERVER = """
-import http.server, subprocess, sys, time
+import http.server, os, subprocess, sys, time
 port = int(next(a for a in sys.argv if a.startswith("--port=")).split("=")[1])
 if "--die" in sys.argv:
     raise SystemExit("the real reason")
-if "--taken" in sys.argv:
+seen = next((a.split("=")[1] for a in sys.argv if a.startswith("--seen=")), "")
+taken = "--taken" in sys.argv or seen and not os.path.exists(seen)
+if taken:
+    seen and open(seen, "w").close()
     print(f"ERROR: [Errno 98] error while attempting to bind on address ('127.0.0.1', {port})", flush=True)
-if "--stuck" in sys.argv or "--taken" in sys.argv:
+if "--stuck" in sys.argv or taken:
     time.sleep(100)
 stubborn = "import time, signal; signal.signal(15, signal.SIG_IGN); time.sleep(100)"
 child = subprocess.Popen([sys.executable, "-c", stubborn])
@@ -72,9 +75,23 @@ def test_death_is_reported_with_the_log(tmp_path, fake_sglang):
 
 
 def test_a_taken_port_is_reported_at_once(tmp_path, fake_sglang):
-    server = serving.Server("model", ("--taken",), fake_sglang, log_path=tmp_path / "log", timeout=30)
-    with pytest.raises(serving.ServerError, match=f"port {server.port} is taken"):
+    port = serving.free_port()
+    server = serving.Server("model", ("--taken",), fake_sglang, port=port, log_path=tmp_path / "log", timeout=30)
+    with pytest.raises(serving.PortTakenError, match=f"port {port} is taken"):
         server.start()
+
+
+def test_a_port_of_its_own_choice_that_is_taken_is_chosen_anew_once(tmp_path, fake_sglang):
+    server = serving.Server(
+        "model", (f"--seen={tmp_path / 'seen'}",), fake_sglang, log_path=tmp_path / "log", timeout=30
+    )
+    first = server.port
+    with server:
+        assert server.port != first
+        assert server.get("/health") == b"ok"
+    always = serving.Server("model", ("--taken",), fake_sglang, log_path=log, timeout=30)
+    with pytest.raises(serving.PortTakenError):
+        always.start()
 
 
 def test_a_port_in_use_starts_nothing(tmp_path, fake_sglang):

@@ -59,6 +59,10 @@ class ServerError(RuntimeError):
     """The server died, or was not healthy in time; the message ends with the tail of its log."""
 
 
+class PortTakenError(ServerError):
+    """Another program listens on the server's port."""
+
+
 def free_port() -> int:
     """A TCP port that nothing listens on now.
 
@@ -227,19 +231,33 @@ class Server(Child):
     ):
         if port is not None and not 1 <= port <= 65535:
             raise ValueError(f"port {port}: expected 1 to 65535")
-        self.port = port or free_port()
-        self.url = f"http://{HOST}:{self.port}"
+        self._chooses_port = port is None
         self.timeout = timeout
         command = [python or sys.executable, "-m", "sglang.launch_server", f"--model-path={model_path}"]
-        super().__init__([*command, f"--host={HOST}", f"--port={self.port}", *args], env, log_path)
+        super().__init__([*command, f"--host={HOST}", *args], env, log_path)
+        self._use(port or free_port())
+
+    def _use(self, port: int) -> None:
+        self.port, self.url = port, f"http://{HOST}:{port}"
+        self.command = [*(word for word in self.command if not word.startswith("--port=")), f"--port={port}"]
 
     def start(self) -> Self:
         """Start and wait for health. Raises ServerError at once when the port is taken, and with the log's tail when
-        the server dies or is too late."""
+        the server dies or is too late. Instead of a port that it chose and that was taken since, it takes another, once.
+        """
+        try:
+            return self._start()
+        except PortTakenError:
+            if not self._chooses_port:
+                raise
+        self._use(free_port())
+        return self._start()
+
+    def _start(self) -> Self:
         try:
             _bind(self.port)
         except OSError as error:
-            raise ServerError(f"port {self.port} of {HOST} cannot be used: {error.strerror}") from None
+            raise PortTakenError(f"port {self.port} of {HOST} cannot be used: {error.strerror}") from None
         return super().start()
 
     def get(self, path: str, timeout: float = 60.0) -> bytes:
@@ -262,7 +280,7 @@ class Server(Child):
             if code is not None:
                 raise ServerError(f"the server exited with code {code}; end of {self.log_path}:\n{self.log_tail()}")
             if _PORT_TAKEN in (tail := self.log_tail()):  # SGLang's processes live on
-                raise ServerError(f"port {self.port} is taken; end of {self.log_path}:\n{tail}")
+                raise PortTakenError(f"port {self.port} is taken; end of {self.log_path}:\n{tail}")
             with contextlib.suppress(requests.RequestException):
                 self.get("/health", timeout=10.0)
                 return
