@@ -243,8 +243,7 @@ class Server(Child):
 
     def start(self) -> Self:
         """Start and wait for health. Raises ServerError at once when the port is taken, and with the log's tail when
-        the server dies or is too late. Instead of a port that it chose and that was taken since, it takes another, once.
-        """
+        the server dies or is too late. For a port of its own choice, taken since, it takes another, once."""
         try:
             return self._start()
         except PortTakenError:
