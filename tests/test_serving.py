@@ -82,9 +82,8 @@ def test_a_taken_port_is_reported_at_once(tmp_path, fake_sglang):
 
 
 def test_a_port_of_its_own_choice_that_is_taken_is_chosen_anew_once(tmp_path, fake_sglang):
-    server = serving.Server(
-        "model", (f"--seen={tmp_path / 'seen'}",), fake_sglang, log_path=tmp_path / "log", timeout=30
-    )
+    log = tmp_path / "log"
+    server = serving.Server("model", (f"--seen={tmp_path / 'seen'}",), fake_sglang, log_path=log, timeout=30)
     first = server.port
     with server:
         assert server.port != first
