@@ -33,7 +33,7 @@ Result = tuple[torch.Tensor, torch.Tensor | None]
 #: What our own say when they decline a call of these tests: a cache of another kind, queries of another type.
 NOT_THEIRS = {
     "cuda": ("only packed fp8 rows",),
-    "union": ("only bf16 rows", "those of two queries do not fit"),
+    "union": ("only bf16 rows", "those of four queries do not fit"),
     "tilelang": ("only bfloat16 and plain fp8 rows", "only bfloat16", "top-k 0", "no tokens"),
 }
 

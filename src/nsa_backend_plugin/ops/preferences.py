@@ -38,8 +38,8 @@ _UNTRIED_ROCM = "rule: AITER's kernels are tuned on the hardware, ours are only 
 _PUBLIC_ROCM = "rule: MI355X, 8 and 16 heads, Triton beat TileLang (SGLang pull requests 37847, 39106); not run here"
 
 TABLE: tuple[Preference, ...] = (
-    # Neighbours share a gather: 1.6 to 2.1 times Triton's speed where they have 95% of their rows in common, and all of
-    # them in prompts up to top-k tokens, 1.2 to 1.3 at 80%, 0.94 where they have nothing.
+    # Neighbours share a gather: 1.5 to 2.1 times Triton's speed where they have 95% of their rows in common, and all of
+    # them in prompts up to top-k tokens, 1.1 to 1.3 at 80%, 0.93 to 0.98 where they have nothing.
     Preference(
         "sparse_mla.attend",
         "sm_90",

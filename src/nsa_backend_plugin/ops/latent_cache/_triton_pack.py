@@ -136,11 +136,12 @@ def compile_cases(arch: str) -> Iterator[CompileCase]:
                 num_warps=warps,
                 divisible=("kv_ptr", "out_ptr", "kv_stride"),
             )
-            yield CompileCase(
-                f"dequantize.rows{rows}",
-                unpack_kernel,
-                dict(packed_ptr="*u8", out_ptr="*bf16", rows="i32"),
-                {**constants, "FP8": fp8_constants(PACKED_FP8)["FP8"]},
-                num_warps=warps,
-                divisible=("packed_ptr", "out_ptr"),
-            )
+            for gathers in (False, True):
+                yield CompileCase(
+                    f"dequantize{'.slots' * gathers}.rows{rows}",
+                    unpack_kernel,
+                    dict(packed_ptr="*u8", slots_ptr="*i32" if gathers else "*bf16", out_ptr="*bf16", rows="i32"),
+                    {**constants, "FP8": fp8_constants(PACKED_FP8)["FP8"], "GATHERS": gathers},
+                    num_warps=warps,
+                    divisible=("packed_ptr", "slots_ptr", "out_ptr"),
+                )

@@ -37,7 +37,6 @@ def unpacked(call: Attend) -> tuple[torch.Tensor, torch.Tensor]:
         return places
 
     places = call.step.once(("places of slots", kv.shape[0]), number, context)
-    words = kv.view(torch.uint8).view(kv.shape[0], -1).view(torch.int64)
     out = torch.empty(rows, call.q.shape[2], dtype=torch.bfloat16, device=kv.device)
-    unpack(words.index_select(0, context).view(torch.uint8), out, call.value_dim)
+    unpack(kv.view(torch.uint8).view(kv.shape[0], -1), out, call.value_dim, slots=context)
     return out, places

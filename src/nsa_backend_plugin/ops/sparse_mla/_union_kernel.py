@@ -1,6 +1,6 @@
 """Triton kernel of attention for groups of adjacent queries that share one gather, and the tiles that it runs with.
 
-One program attends all heads of a group of 2, 4 or 8 queries to the union of the rows that they select
+One program attends all heads of a group of 4 or 8 queries to the union of the rows that they select
 (`_union_lists.py`). A gathered row serves every query of the group; the bits beside its slot say which queries own it,
 and the scores of the others are masked. So each query's softmax is over its own rows alone, as exact as computed alone.
 
@@ -43,8 +43,8 @@ MOST_QUERIES = 8
 
 
 def group_size(heads: int, tile: Tile) -> int:
-    """Queries of a group: a power of two, as many as their heads fit the tile; 1 where two do not."""
-    return max(1, min(MOST_QUERIES, tile.rows // triton.next_power_of_2(heads)))
+    """Queries of a group: a power of two, as many as their heads fit the tile; 0 where those of one do not."""
+    return min(MOST_QUERIES, tile.rows // triton.next_power_of_2(heads))
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -139,7 +139,7 @@ def compile_cases(arch: str) -> Iterator[support.CompileCase]:
     """Groups of every size, with and without rows of padding."""
     tile = TILES.get(arch)
     if tile is not None:
-        for heads in (1, 8, 12, 16, 32):
+        for heads in (1, 8, 12, 16):
             yield case(arch, heads, tile)
 
 

@@ -42,7 +42,7 @@ class Lists:
 
 
 def available(arch: str) -> Reason:
-    return jit.compiles(_SOURCE, arch, _defines(2))
+    return jit.compiles(_SOURCE, arch, _defines(4))
 
 
 def size(group: int, topk: int, tile: int, most_percent: int) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """Sparse MLA prefill with few heads: adjacent queries share one gather of the rows that they select.
 
 Neighbours in a prompt select nearly the same rows (examples/tiny_dsa/README.md has how many), and few heads leave a
-matrix unit's 64 rows empty. Groups of 2, 4 or 8 queries, whose heads fill those rows, are attended to the union of
+matrix unit's 64 rows empty. Groups of 4 or 8 queries, whose heads fill those rows, are attended to the union of
 their rows (`_union_kernel.py`), which the device finds (`_union_lists.py`). A group whose union is too large to pay is
 computed as it would be without this file. The device decides: nothing waits for it, and a graph captures it.
 
@@ -25,9 +25,9 @@ from nsa_backend_plugin.ops._triton.support import available as triton_available
 from nsa_backend_plugin.ops.call import Reason
 from nsa_backend_plugin.ops.sparse_mla import Attend, _union_kernel, _union_lists, triton
 
-#: Share of a group's slots, in percent, up to which their union is attended at once instead of each query alone. Both
-#: take the same time at 47 to 49 with 16 heads, and at 40 to 54 with 8 (benchmarks/results/tune-union-h200.json).
-MOST_PERCENT = 40
+#: By the queries of a group, the share of their slots, in percent, up to which the union is attended at once instead of
+#: each query alone. Both take the same time at 46 to 49 and at 38 to 55 (benchmarks/results/tune-union-h200.json).
+MOST_PERCENT = {4: 45, 8: 38}
 
 
 def available(arch: str) -> Reason:
@@ -43,8 +43,8 @@ def declines_attend(call: Attend) -> Reason:
     if (call.value_dim, query_dim) != (LATENT_DIM, LATENT_DIM + ROPE_DIM):
         return f"value_dim {call.value_dim} of {query_dim}: only {LATENT_DIM} of {LATENT_DIM + ROPE_DIM}"
     group = _union_kernel.group_size(heads, _union_kernel.TILES[call.arch])
-    if group == 1:
-        return f"{heads} heads: those of two queries do not fit a tile"
+    if group not in MOST_PERCENT:
+        return f"{heads} heads: those of four queries do not fit a tile"
     if call.indices.shape[1] > _union_lists.MOST_SLOTS_OF_A_QUERY:
         return f"top-k {call.indices.shape[1]}: at most {_union_lists.MOST_SLOTS_OF_A_QUERY}"
     if call.kv.shape[0] > _union_lists.most_slots(group):
@@ -60,7 +60,7 @@ def attend(call: Attend) -> Result:
     tile = _union_kernel.TILES[call.arch]
     group = _union_kernel.group_size(heads, tile)
     lists = _union_lists.build(
-        call.arch, call.indices, call.lengths, group=group, tile=tile.keys, most_percent=MOST_PERCENT
+        call.arch, call.indices, call.lengths, group=group, tile=tile.keys, most_percent=MOST_PERCENT[group]
     )
     alone = triton.attend(replace(call, lengths=lists.alone))  # what it gives the others is overwritten
     out, lse = alone if isinstance(alone, tuple) else (alone, None)
