@@ -26,7 +26,7 @@ from nsa_backend_plugin.ops.call import Reason
 from nsa_backend_plugin.ops.sparse_mla import Attend, _union_kernel, _union_lists, triton
 
 #: By the queries of a group, the share of their slots, in percent, up to which the union is attended at once instead of
-#: each query alone. Both take the same time at 46 to 49 and at 38 to 55 (benchmarks/results/tune-union-h200.json).
+#: each query alone. Both take the same time at 46 to 49 and at 38 to 55 (benchmarks/results/tuning/union-h200.json).
 MOST_PERCENT = {4: 45, 8: 38}
 
 
