@@ -22,7 +22,7 @@ from nsa_backend_plugin.accuracy.questions import load_items
 from nsa_backend_plugin.serving import Server
 from tests.engine import drafting, tiny_tasks
 from tests.engine.drafting import Arm, at_once, result, same_share
-from tests.engine.test_gpu import COMMON, MODEL_2K, PROMPT_TOKENS
+from tests.engine.test_gpu import COMMON, EAGER_PREFILL, MODEL_2K, PROMPT_TOKENS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,6 +38,7 @@ ARMS = {
 }
 ARGS = (
     *COMMON,
+    EAGER_PREFILL,
     "--attention-backend=nsa_plugin",
     "--kv-cache-dtype=fp8_e4m3",
     "--mem-fraction-static=0.95",
