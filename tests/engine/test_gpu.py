@@ -44,7 +44,7 @@ COMMON = ("--sampling-backend=pytorch", "--grammar-backend=none")
 EAGER_PREFILL = "--cuda-graph-backend-prefill=disabled"
 # Processes share the GPU: each takes what its tokens need, and may start while others hold most of the memory.
 PROBE = (*COMMON, EAGER_PREFILL, "--mem-fraction-static=0.95", "--max-total-tokens=262144", "--max-running-requests=32")
-#: Prefill runs in graphs, as SGLang starts by default; of few sizes, which take seconds to capture and pad most batches.
+#: Prefill runs in graphs, as SGLang starts by default; of few sizes, which are captured soon and pad most batches.
 PREFILL_GRAPHS = ("--cuda-graph-bs-prefill", "2048", "4096", "8192")
 SERVER = (*COMMON, *PREFILL_GRAPHS, "--mem-fraction-static=0.95", "--max-total-tokens=300000")
 SERVER += ("--max-running-requests=32",)
