@@ -52,7 +52,7 @@ PLAIN = {
     topk.select: {"page_size", "deterministic"},
 }
 #: What our own say when they decline a plain call: rows of another kind.
-NOT_THEIRS = ("only packed fp8 rows", "only bf16 and packed rows", "only torch.float8_e4m3fn rows", "only bfloat16")
+NOT_THEIRS = ("only packed fp8 rows", "only bf16 rows", "only torch.float8_e4m3fn rows", "only bfloat16")
 OUTPUTS = {"out", "k_rope_out", "cache", "q_all"}  # written in place
 SCRATCH = {"workspace"}
 
