@@ -21,14 +21,8 @@ from tools import record
 RECORD = record.ROOT / "docs" / "tritons.json"
 _MLA_FP8 = "Tile(heads=64, keys=32, num_warps=8, num_stages=3"
 _MLA_BF16 = "Tile(heads=64, keys=64, num_warps=8, num_stages=2"
-    "Tile(heads=64, keys=32, num_warps=8, num_stages=3",
-    "Tile(heads=64, keys=64, num_warps=8, num_stages=2",
-)
 _LONG_ROWS = "sm_120 topk.select k 2048 long rows"
 _MANY_HEADS = "gfx1201 mqa_logits.paged 128 heads next_n 2 batch 2048"
-    "sm_120 topk.select k 2048 long rows",
-    "gfx1201 mqa_logits.paged 128 heads next_n 2 batch 2048",
-)
 #: What spills, by Triton, and stays. On sm_120, where nothing is tuned, 512 threads of 128 registers are too few by 24
 #: to 56 bytes a lane: 1024 threads and shorter passes spill too, and half the block would send long rows to the slow
 #: path. On sm_90 short rows are one register of 64 short: ptxas does not take 128, so that a second program fits on a
