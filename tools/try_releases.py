@@ -25,10 +25,12 @@ RECORD = record.ROOT / "docs" / "releases.json"
 _BASE = record.ROOT / "requirements" / "sglang-0.5.17-cpu.txt"
 #: Ours whatever a release asks for: torch has a build for CPUs, and numpy must suit Triton's interpreter.
 _OURS = ("torch", "numpy")
-#: What can break with a release: the hooks' targets, launch and refusals, index pages, every architecture, the answers
-#: of a server of each kind of model, and the demo. What these files have beside that is our own, or the patches'.
+#: What can break with a release: the hooks' targets, launch and refusals, index pages, every architecture, the metadata
+#: of a split prefill, the answers of a server of each kind of model, and the demo. What these files have beside that is
+#: our own, or the patches'.
 _TESTS = tuple(
-    f"tests/engine/test_{name}.py" for name in ("hooks", "refusals", "index_pages", "architectures", "parity", "demo")
+    f"tests/engine/test_{name}.py"
+    for name in ("hooks", "refusals", "index_pages", "architectures", "context_parallel", "parity", "demo")
 )
 _LEFT_OUT = "not (patch or whole or page64-chunked or preshuffled or give_the_same or leaves_no or dies_is or pipeline)"
 _PYTEST = ("-m", "pytest", "-q", "-m", "not gpu", "-k", _LEFT_OUT, *_TESTS)
