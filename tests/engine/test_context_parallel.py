@@ -271,6 +271,7 @@ ARGUMENTS = {
     "enable_prefill_cp": True,
     "cp_strategy": "interleave",
     "attn_cp_size": 2,
+    "tp_size": 2,
 }
 
 
@@ -294,7 +295,7 @@ def test_prefill_is_split_on_nvidia_only(device: str, monkeypatch: pytest.Monkey
 
 def a_model(**entries: Any) -> Any:
     config = SimpleNamespace(architectures=["DeepseekV32ForCausalLM" if entries else "DeepseekV3ForCausalLM"])
-    config.index_topk = None
+    config.index_topk, config.num_hidden_layers = None, 4
     return SimpleNamespace(hf_config=SimpleNamespace(**{**vars(config), **entries}))
 
 
@@ -306,6 +307,11 @@ def test_only_models_with_an_indexer_and_whole_requests_are_taken(monkeypatch: p
         launch.check_context_parallel(plain, SimpleNamespace(**ARGUMENTS))
     with pytest.raises(ValueError, match=r"^--attn-cp-size 2 without --enable-prefill-cp: .*Add --enable-prefill-cp"):
         launch.check_context_parallel(indexed, SimpleNamespace(attn_cp_size=2))
+    with pytest.raises(ValueError, match=r"^--attn-cp-size 2 with --tp 4: .*Make the two equal"):
+        launch.check_context_parallel(indexed, SimpleNamespace(**{**ARGUMENTS, "tp_size": 4}))
+    sharing = a_model(index_topk=2048, index_topk_freq=2)
+    with pytest.raises(ValueError, match=r"^--enable-prefill-cp with DeepseekV32ForCausalLM, whose layers share"):
+        launch.check_context_parallel(sharing, SimpleNamespace(**ARGUMENTS))
     older = SimpleNamespace(**ARGUMENTS, enable_dsa_prefill_context_parallel=True)
     for value, refused in (("", False), ("1", False), ("False", True)):
         monkeypatch.setenv("SGLANG_ENABLE_CP_V2", value)

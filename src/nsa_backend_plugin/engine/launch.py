@@ -251,6 +251,16 @@ def check_context_parallel(model: contract.ModelConfig, server_args: Any) -> Non
             f"--enable-prefill-cp with {', '.join(model.hf_config.architectures)}: nsa_plugin serves prefill context "
             "parallelism of models with an indexer only. Start without it"
         )
+    if "shared" in _indexers(model.hf_config):
+        raise ValueError(
+            f"--enable-prefill-cp with {', '.join(model.hf_config.architectures)}, whose layers share their top-k: "
+            "nsa_plugin was never run with it. Start without it"
+        )
+    if 1 < server_args.attn_cp_size < server_args.tp_size:
+        raise ValueError(
+            f"--attn-cp-size {server_args.attn_cp_size} with --tp {server_args.tp_size}: nsa_plugin was only run with "
+            "a prefill that is split over all GPUs. Make the two equal"
+        )
     value = os.environ.get("SGLANG_ENABLE_CP_V2", "")
     if hasattr(server_args, _SPLITS_INDEXED) and value and value.lower() in arguments.OFF:
         raise ValueError(
