@@ -39,8 +39,8 @@ _PUBLIC_ROCM = "rule: MI355X, 8 and 16 heads, Triton beat TileLang (SGLang pull 
 
 TABLE: tuple[Preference, ...] = (
     # Neighbours share a gather: 1.5 to 2.1 times Triton's speed where they have 95% of their rows in common, and all of
-    # them in prompts up to top-k tokens, 1.1 to 1.3 at 80%, 0.93 to 0.98 where they have nothing. Of a prompt of 1k tokens
-    # it takes 0.20 ms, as long as the host needs for its launches, and Triton 0.19.
+    # them in prompts up to top-k tokens, 1.1 to 1.3 at 80%, 0.93 to 0.98 where they have nothing. A call of a 1k prompt
+    # takes 0.20 ms, as long as the host needs for its launches, and Triton's 0.19.
     Preference(
         "sparse_mla.attend",
         "sm_90",
