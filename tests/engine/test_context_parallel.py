@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from nsa_backend_plugin import BACKEND_NAME
-from nsa_backend_plugin.engine import arguments, index_cache, launch
-from nsa_backend_plugin.layouts import index_page_bytes
+from nsa_backend_plugin.engine import arguments, launch
 from nsa_backend_plugin.ops import indexer_prep, mqa_logits, topk
 from nsa_backend_plugin.ops.call import Step
+from tests.engine import bare
 
 pytest.importorskip("sglang", reason="needs SGLang")
 dsa_backend = pytest.importorskip("nsa_backend_plugin.engine.gpu.dsa_backend")
@@ -76,9 +76,7 @@ class Gpus:
         pages = torch.randperm(3 * len(extends)).view(-1, 3)
         self.table = (pages[..., None] * 64 + torch.arange(64)).flatten(1).int()
         self.latents = torch.randn(pages.numel() * 64, 1, 576)
-        self.index_pages = torch.randint(0, 120, (pages.numel(), index_page_bytes()), dtype=torch.uint8)
-        for page in self.index_pages:  # finite fp32 scales of a live page
-            page[64 * 128 :] = (torch.rand(64) * 0.02 + 0.005).view(torch.uint8)
+        self.index_pages = bare.index_pages(pages.numel())
         self.batch = SimpleNamespace(
             forward_mode=batch_info.ForwardMode.EXTEND,
             input_ids=torch.zeros(len(self.visible), dtype=torch.int64),
@@ -123,30 +121,13 @@ class Gpus:
 
     def backend(self, cache: torch.Tensor) -> Any:
         """Ours, with just enough of a pool for SGLang's metadata of a prefill."""
-        made = object.__new__(dsa_backend.NsaPluginDSABackend)
-        made.device = torch.device("cpu")
-        made.req_to_token = self.table
-        made.req_to_token_pool = SimpleNamespace(req_to_token=self.table)
 
         def write(layer: Any, slots: torch.Tensor, k: torch.Tensor, k_rope: torch.Tensor) -> None:
             cache[slots] = torch.cat([k, k_rope], dim=-1)
 
-        made.token_to_kv_pool = SimpleNamespace(
-            page_size=64,
-            get_key_buffer=lambda layer_id: cache,
-            set_mla_kv_buffer=write,
-            get_index_k_with_scale_buffer=lambda layer_id: self.index_pages,
-        )
-        index_cache.declare_layout(made.token_to_kv_pool, "row_major")
-        made.real_page_size = made.physical_page_size = 64
-        made.dsa_index_topk, made.dsa_index_kpool = TOPK, 1
-        made.dsa_decode_impl = made.dsa_prefill_impl = BACKEND_NAME
-        made.dsa_kv_cache_store_fp8, made.speculative_num_draft_tokens = False, None
-        made._kv_shard_pool = made.attention_workspace = made.logits_buffer = None
-        made.set_dsa_prefill_impl = lambda forward_batch=None: None  # asks for the GPU
-        made.use_mha, made.use_fused_topk, made.hisparse_coordinator = False, True, None
-        made._arange_buf = torch.arange(256, dtype=torch.int32)
-        made.dsa_topk_backend = SimpleNamespace(should_use_topk_v2=lambda: False)
+        rows = {"get_key_buffer": lambda layer_id: cache, "set_mla_kv_buffer": write}
+        made = bare.backend(dsa_backend.NsaPluginDSABackend, self.table, self.index_pages, TOPK, **rows)
+        made.attention_workspace = made.logits_buffer = None
         return made
 
 
@@ -164,16 +145,7 @@ class Case:
         self.k, self.k_rope = torch.randn(tokens, 1, 512), torch.randn(tokens, 1, 64)
         self.index_q, self.gate = torch.randn(tokens, HEADS, 128), torch.rand(tokens, HEADS)
         self.cos_sin = torch.randn(WIDTH, 64)
-        self.indexer = SimpleNamespace(
-            layer_id=0,
-            n_heads=HEADS,
-            index_topk=TOPK,
-            softmax_scale=1.0,
-            use_dsa_indexer_fusion=False,
-            scale_fmt=None,
-            rotary_emb=SimpleNamespace(cos_sin_cache=self.cos_sin, is_neox_style=True),
-            _mask_init_and_local_tokens=lambda logits, lengths, starts=None: logits,
-        )
+        self.indexer = bare.indexer(self.cos_sin, HEADS, TOPK)
         self.cache = gpus.latents.clone()
         self.cache[gpus.batch.out_cache_loc] = torch.cat([self.k, self.k_rope], dim=-1)
 

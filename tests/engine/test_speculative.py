@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from nsa_backend_plugin.engine import index_cache, launch
-from nsa_backend_plugin.layouts import index_page_bytes
+from nsa_backend_plugin.engine import launch
 from nsa_backend_plugin.ops import indexer_prep, mqa_logits, topk
 from nsa_backend_plugin.ops.mqa_logits import aiter as aiter_logits
+from tests.engine import bare
 
 pytest.importorskip("sglang", reason="needs SGLang")
 dsa_backend = pytest.importorskip("nsa_backend_plugin.engine.gpu.dsa_backend")
@@ -39,29 +39,10 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Any:
     table = torch.zeros(4, WIDTH, dtype=torch.int32)
     for request, pages in enumerate((order[:3], order[3:4].repeat(3), order[[4, 5, 6]])):
         table[request] = (pages[:, None] * 64 + torch.arange(64)).flatten()
-    made = object.__new__(dsa_backend.NsaPluginDSABackend)
-    made.device = torch.device("cpu")
-    made.req_to_token = table
-    made.req_to_token_pool = SimpleNamespace(req_to_token=table)
-    made.index_pages = torch.randint(0, 120, (PAGES, index_page_bytes()), dtype=torch.uint8)
-    for page in made.index_pages:  # finite fp32 scales of a live page
-        page[64 * 128 :] = (torch.rand(64) * 0.02 + 0.005).view(torch.uint8)
-    made.token_to_kv_pool = SimpleNamespace(
-        page_size=64, get_index_k_with_scale_buffer=lambda layer_id: made.index_pages
-    )
-    index_cache.declare_layout(made.token_to_kv_pool, "row_major")
+    made = bare.backend(dsa_backend.NsaPluginDSABackend, table, bare.index_pages(PAGES), TOPK)
     made.speculative_num_draft_tokens = DRAFTS
-    made.real_page_size = made.physical_page_size = 64
-    made.dsa_index_topk, made.dsa_index_kpool = TOPK, 1
-    made.dsa_decode_impl = made.dsa_prefill_impl = "nsa_plugin"
-    made.enable_auto_select_prefill_impl = made.dsa_kv_cache_store_fp8 = False
-    made._kv_shard_pool = None
-    made.set_dsa_prefill_impl = lambda forward_batch=None: None  # asks for the GPU, for prefill
-    made.use_mha, made.use_fused_topk, made.hisparse_coordinator = False, True, None
     made.num_q_heads, made.kv_lora_rank = HEADS, 512
     made._memory_saver_adapter = SimpleNamespace(region=lambda tag: contextlib.nullcontext())
-    made._arange_buf = torch.arange(64, dtype=torch.int32)
-    made.dsa_topk_backend = SimpleNamespace(should_use_topk_v2=lambda: False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(stock, "seqlens_expand_triton", expand_on_cpu)
     monkeypatch.setattr(stock, "pad_dsa_cache_seqlens", lambda batch, lengths: lengths)
@@ -89,33 +70,20 @@ def forward_batch(mode: str, committed: list[int]) -> SimpleNamespace:
     )
 
 
-def an_indexer(cos_sin: torch.Tensor) -> SimpleNamespace:
-    return SimpleNamespace(
-        layer_id=0,
-        n_heads=HEADS,
-        index_topk=TOPK,
-        softmax_scale=1.0,
-        use_dsa_indexer_fusion=False,
-        scale_fmt=None,
-        rotary_emb=SimpleNamespace(cos_sin_cache=cos_sin, is_neox_style=True),
-        _mask_init_and_local_tokens=lambda logits, lengths: logits,
-    )
-
-
 def check_selection(backend: Any, visible: list[int], per_request: int) -> None:
     """select_slots of random queries against the metadata in force, row by row against its own request and length."""
     tokens = len(visible)
     query, gate = torch.randn(tokens, HEADS, 128), torch.rand(tokens, HEADS)
     positions, cos_sin = torch.tensor(visible) - 1, torch.randn(WIDTH, 64)
     rows, pool = backend.decode_rows(per_request), backend.token_to_kv_pool
-    slots = indexer_path.select_slots(an_indexer(cos_sin), query, gate, positions, pool, rows)
+    slots = indexer_path.select_slots(bare.indexer(cos_sin, HEADS, TOPK), query, gate, positions, pool, rows)
     quantized, weights = indexer_prep.query(query, gate, positions, cos_sin, weight_scale=HEADS**-0.5, is_neox=True)
     for row, length in enumerate(visible):
         table = backend.req_to_token[row // per_request]
         length_tensor = torch.tensor([length], dtype=torch.int32)
         logits = mqa_logits.paged(
             quantized[row : row + 1, None],
-            backend.index_pages,
+            pool.get_index_k_with_scale_buffer(0),
             weights[row : row + 1],
             length_tensor,
             (table[::64] // 64)[None],

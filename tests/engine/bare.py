@@ -1,0 +1,53 @@
+"""What stands in for a served model on a CPU: our backend with enough for SGLang's metadata, an indexer, its pages."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from nsa_backend_plugin import BACKEND_NAME
+from nsa_backend_plugin.engine import index_cache
+from nsa_backend_plugin.layouts import index_page_bytes
+
+
+def index_pages(count: int) -> torch.Tensor:
+    """Live pages: keys of any bits, scales that are finite."""
+    pages = torch.randint(0, 120, (count, index_page_bytes()), dtype=torch.uint8)
+    for page in pages:
+        page[64 * 128 :] = (torch.rand(64) * 0.02 + 0.005).view(torch.uint8)
+    return pages
+
+
+def indexer(cos_sin: torch.Tensor, heads: int, topk: int) -> SimpleNamespace:
+    return SimpleNamespace(
+        layer_id=0,
+        n_heads=heads,
+        index_topk=topk,
+        softmax_scale=1.0,
+        use_dsa_indexer_fusion=False,
+        scale_fmt=None,
+        rotary_emb=SimpleNamespace(cos_sin_cache=cos_sin, is_neox_style=True),
+        _mask_init_and_local_tokens=lambda logits, lengths, starts=None: logits,
+    )
+
+
+def backend(kind: type, table: torch.Tensor, pages: torch.Tensor, topk: int, **pool: Any) -> Any:
+    """Of a class of ours. table [requests, tokens] int32: slots; pool: more of the KV pool than its index keys."""
+    made = object.__new__(kind)
+    made.device = torch.device("cpu")
+    made.req_to_token = table
+    made.req_to_token_pool = SimpleNamespace(req_to_token=table)
+    made.token_to_kv_pool = SimpleNamespace(page_size=64, get_index_k_with_scale_buffer=lambda layer_id: pages, **pool)
+    index_cache.declare_layout(made.token_to_kv_pool, "row_major")
+    made.real_page_size = made.physical_page_size = 64
+    made.dsa_index_topk, made.dsa_index_kpool = topk, 1
+    made.dsa_decode_impl = made.dsa_prefill_impl = BACKEND_NAME
+    made.enable_auto_select_prefill_impl = made.dsa_kv_cache_store_fp8 = False
+    made.speculative_num_draft_tokens = made._kv_shard_pool = None
+    made.set_dsa_prefill_impl = lambda forward_batch=None: None  # asks for the GPU
+    made.use_mha, made.use_fused_topk, made.hisparse_coordinator = False, True, None
+    made._arange_buf = torch.arange(256, dtype=torch.int32)
+    made.dsa_topk_backend = SimpleNamespace(should_use_topk_v2=lambda: False)
+    return made
