@@ -22,7 +22,6 @@ from nsa_backend_plugin.ops._vendor import flash_mla as vendor_flash_mla
 from nsa_backend_plugin.ops._vendor import flashinfer as vendor_flashinfer
 from nsa_backend_plugin.ops._vendor import mla, probe
 from nsa_backend_plugin.ops.call import Step
-from nsa_backend_plugin.ops.sparse_mla import _context
 from nsa_backend_plugin.ops.sparse_mla.reference import rows
 from tests.ops import fake_aiter_attention
 from tests.ops.common import assert_close
@@ -326,8 +325,8 @@ def test_flash_mla_over_unpacked_rows_says_what_it_needs() -> None:
     q, kv, indices = sparse_inputs("packed", 64)
     call = sparse_mla.attend.call(q, kv, indices, SCALE)
     assert "does not say which slots" in module.declines_attend(call)
-    call.context = torch.arange(_context.MOST_ROWS + 1, dtype=torch.int32)
-    assert f"a context of {_context.MOST_ROWS + 1} slots" in module.declines_attend(call)
+    call.context = torch.arange(module.MOST_ROWS + 1, dtype=torch.int32)
+    assert f"a context of {module.MOST_ROWS + 1} slots" in module.declines_attend(call)
     q, kv, indices = sparse_inputs("bf16", 64)
     assert "only packed rows" in module.declines_attend(sparse_mla.attend.call(q, kv, indices, SCALE))
 

@@ -24,6 +24,13 @@ def available(arch: str) -> Reason:
 
 
 def declines_attend(call: Attend) -> Reason:
+    if call.kind == "packed" and call.return_lse:
+        return "the log-sum-exp of its decode over packed rows is up to 9e-3 off"
+    return limits(call)
+
+
+def limits(call: Attend) -> Reason:
+    """What neither kernel takes."""
     if call.kind == "fp8":
         return "kv is plain fp8: only bf16 and packed rows"
     if call.kind == "bf16" and call.kv.dtype != torch.bfloat16:
@@ -31,8 +38,6 @@ def declines_attend(call: Attend) -> Reason:
     topk = call.indices.shape[1]
     if topk == 0 or topk % 128:
         return f"top-k {topk}: only multiples of 128"
-    if call.kind == "packed" and call.return_lse:
-        return "the log-sum-exp of its decode over packed rows is up to 9e-3 off"
     return mla.limits(call, flash_mla.PAGE if call.kind == "packed" else 1)
 
 
