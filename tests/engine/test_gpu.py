@@ -46,8 +46,8 @@ EAGER_PREFILL = "--cuda-graph-backend-prefill=disabled"
 PROBE = (*COMMON, EAGER_PREFILL, "--mem-fraction-static=0.95", "--max-total-tokens=262144", "--max-running-requests=32")
 #: Prefill runs in graphs, as SGLang starts by default; of few sizes, which are captured soon and pad most batches.
 PREFILL_GRAPHS = ("--cuda-graph-bs-prefill", "2048", "4096", "8192")
-SERVER = (*COMMON, *PREFILL_GRAPHS, "--mem-fraction-static=0.95", "--max-total-tokens=300000")
-SERVER += ("--max-running-requests=32",)
+MEMORY = ("--mem-fraction-static=0.95", "--max-total-tokens=300000", "--max-running-requests=32")
+SERVER = (*COMMON, *PREFILL_GRAPHS, *MEMORY)
 PROMPT_TOKENS = (3000, 6000)
 
 

@@ -228,11 +228,8 @@ def check_stages(model: contract.ModelConfig, stages: int) -> None:
 
     SGLang hands the slots that one stage selected to the next, which has a pool and an allocation of its own.
     """
-    if stages > 1 and "shared" in _indexers(model.hf_config):
-        raise ValueError(
-            f"--pp-size {stages} with {', '.join(model.hf_config.architectures)}, whose layers share their top-k: "
-            "nsa_plugin was never run with it. Start without it"
-        )
+    if stages > 1:
+        _refuse_shared_topk(f"--pp-size {stages}", model)
 
 
 def check_context_parallel(model: contract.ModelConfig, server_args: Any) -> None:
@@ -251,11 +248,7 @@ def check_context_parallel(model: contract.ModelConfig, server_args: Any) -> Non
             f"--enable-prefill-cp with {', '.join(model.hf_config.architectures)}: nsa_plugin serves prefill context "
             "parallelism of models with an indexer only. Start without it"
         )
-    if "shared" in _indexers(model.hf_config):
-        raise ValueError(
-            f"--enable-prefill-cp with {', '.join(model.hf_config.architectures)}, whose layers share their top-k: "
-            "nsa_plugin was never run with it. Start without it"
-        )
+    _refuse_shared_topk("--enable-prefill-cp", model)
     if 1 < server_args.attn_cp_size < server_args.tp_size:
         raise ValueError(
             f"--attn-cp-size {server_args.attn_cp_size} with --tp {server_args.tp_size}: nsa_plugin was only run with "
@@ -306,6 +299,15 @@ def _indexers(config: Any) -> list[str]:
     if not is_deepseek_dsa(config):
         return []
     return ["shared" if dsa_layer_skips_topk(config, layer) else "full" for layer in range(config.num_hidden_layers)]
+
+
+def _refuse_shared_topk(argument: str, model: contract.ModelConfig) -> None:
+    """Raise ValueError where layers share their top-k."""
+    if "shared" in _indexers(model.hf_config):
+        raise ValueError(
+            f"{argument} with {', '.join(model.hf_config.architectures)}, whose layers share their top-k: "
+            "nsa_plugin was never run with it. Start without it"
+        )
 
 
 def _check_shared_topk(name: str, config: Any) -> None:

@@ -16,7 +16,7 @@ from nsa_backend_plugin.ops.call import Reason
 _SOURCE = Path(__file__).with_name("union_lists.cu")
 _THREADS = 512
 _TABLE_BITS = 14
-#: Rows of a union: half of the table. One more query's slots must find a place beside them.
+#: Rows of a union at most: half of the table. One more query's slots must find a place beside them.
 MOST_ROWS = 1 << _TABLE_BITS - 1
 MOST_SLOTS_OF_A_QUERY = (1 << _TABLE_BITS) - MOST_ROWS - 1
 
@@ -126,7 +126,6 @@ def _defines(group: int) -> dict[str, object]:
         "GROUP": group,
         "THREADS": _THREADS,
         "TABLE_BITS": _TABLE_BITS,
-        "MOST_ROWS": MOST_ROWS,
         "SHARED_BYTES": _shared_bytes(group),
     }
 

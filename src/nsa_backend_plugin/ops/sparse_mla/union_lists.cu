@@ -8,7 +8,7 @@
 // twice and an owner's bit cannot. Last the rows are written in the order of the queries' lists, a row where it comes
 // first: the places in the table depend on the order of the threads, the result does not.
 //
-// Compile-time parameters: GROUP, THREADS, TABLE_BITS, MOST_ROWS (of a union; less than the table by a query's rows).
+// Compile-time parameters: GROUP, THREADS, TABLE_BITS.
 
 #include "ptx.cuh"
 
@@ -38,7 +38,7 @@ struct Arguments {
   int* __restrict__ counts;         // [groups] rows of the union; 0 where the queries are computed alone
   int* __restrict__ alone;          // [tokens] keys of a query that is computed alone, else -1
   int tokens, topk, list_stride, tile;
-  int most_rows;     // of a union that is shared
+  int most_rows;     // of a union that is shared; less than the table by a query's rows
   int most_percent;  // that a shared union is of all entries
 };
 
