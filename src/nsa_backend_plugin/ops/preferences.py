@@ -38,9 +38,8 @@ _UNTRIED_ROCM = "rule: AITER's kernels are tuned on the hardware, ours are only 
 _PUBLIC_ROCM = "rule: MI355X, 8 and 16 heads, Triton beat TileLang (SGLang pull requests 37847, 39106); not run here"
 
 TABLE: tuple[Preference, ...] = (
-    # Neighbours share a gather: 1.5 to 2.1 times Triton's speed where they have 95% of their rows in common, and all of
-    # them in prompts up to top-k tokens, 1.1 to 1.3 at 80%, 0.93 to 0.98 where they have nothing. A call of a 1k prompt
-    # takes 0.20 ms, as long as the host needs for its launches, and Triton's 0.19.
+    # Neighbours share a gather. With 4096 tokens 1.6 to 2.1 times Triton's speed where they have 95% of their rows in
+    # common, 1.2 to 1.3 at 80%, 0.94 to 0.98 at half and less. Short calls wait for the host, which launches more.
     Preference(
         "sparse_mla.attend",
         "sm_90",
