@@ -13,7 +13,7 @@ from nsa_backend_plugin.ops.dispatch import Operation
 from tests.conftest import HAS_GPU
 
 #: Written here: they must take every call of the tests, but those that a test lists.
-OWN = ("triton", "cuda", "union", "tilelang")
+OWN = ("triton", "cuda", "wgmma", "union", "tilelang")
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 #: (operation.function, implementation, kind of data) -> the bar of a vendor's kernel that misses the common one. Its
 #: adapter's docstring says why.

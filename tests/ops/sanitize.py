@@ -77,7 +77,7 @@ def latent_calls() -> Iterator[Case]:
         for tokens in (33, 600):
             yield latent_cache.store, {**MAKE.latent_cache_store(tokens, kind, 20), "norm_weight": MAKE.rows(512)}
     yield norm_quant.rms, MAKE.norm_quant_rms(33, 1536)
-    for tokens in (1, 13, 32):
+    for tokens in (1, 13, 32, 50):
         for outputs, depth, norm in ((2112, 7168, False), (200, 384, False), (200, 384, True)):
             yield projection.linear, MAKE.projection_linear(tokens, outputs, depth, norm=norm)
         bf16 = MAKE.projection_linear(tokens, 192, 7168, fp8=False)

@@ -10,6 +10,7 @@ import pytest
 from nsa_backend_plugin.ops._cuda import jit
 from nsa_backend_plugin.ops.dense_mla import cuda as dense_mla
 from nsa_backend_plugin.ops.projection import cuda as projection
+from nsa_backend_plugin.ops.projection import wgmma
 from nsa_backend_plugin.ops.sparse_mla import _union_lists
 from nsa_backend_plugin.ops.sparse_mla import cuda as sparse_mla
 from nsa_backend_plugin.ops.topk import cuda as topk
@@ -67,6 +68,16 @@ def test_projection(sizes: tuple) -> None:
         assert variant.shared_bytes <= projection._shared_bytes("sm_90")
         assert variant.threads <= 1024
         assert jit.compiles(projection._SOURCE, "sm_90", projection._defines(variant)) is None
+
+
+@pytest.mark.parametrize("sizes", [sizes for sizes in PROJECTIONS if sizes[1] == 1], ids=["q_a", "q_b", "wk", "o"])
+def test_projection_by_wgmma(sizes: tuple) -> None:
+    """Likewise, for 1 to 64 tokens."""
+    needs_nvrtc("sm_90")
+    kind, _, rows, blocks = sizes
+    for variant in wgmma._variants(wgmma._Kind(*kind), rows, blocks, 132):
+        assert variant.shared_bytes <= wgmma._SHARED_BYTES
+        assert jit.compiles(wgmma._SOURCE, "sm_90", wgmma._defines(variant)) is None
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_100"])

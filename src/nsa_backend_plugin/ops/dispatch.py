@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 _PACKAGE = "nsa_backend_plugin.ops"
 _REFERENCE = "reference"
 #: Names of the implementations whose kernels are compiled here, and prepared by a call with `meta` tensors.
-OWN = ("triton", "cuda", "union")
+OWN = ("triton", "cuda", "wgmma", "union")
 _external: dict[tuple[str, str], str] = {}  # (op, implementation) -> dotted path of a module outside ops/
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -26,15 +26,16 @@ from nsa_backend_plugin.engine import hooks, linear
 from nsa_backend_plugin.ops import projection
 from nsa_backend_plugin.ops.arch import device_arch
 
-#: Most tokens that a projection takes by ours: SGLang's GEMMs, which read their tokens once for more rows, are faster
-#: with more, or leave the second stream more of the GPU. Whole layers of V3.2, H200, 2026-11-27 (RESULTS.notes.md).
+#: Most tokens that a projection takes by ours. Whole layers of V3.2, H200 (RESULTS.notes.md).
 MOST_TOKENS = {
-    "fused_qkv_a_proj_with_mqa": 8,
-    "q_b_proj": 8,
-    "wk_weights_proj": 8,
+    "fused_qkv_a_proj_with_mqa": 64,
+    "q_b_proj": 64,
+    "wk_weights_proj": 64,
     "per_head": 32,
-    "o_proj": 16,
+    "o_proj": 64,
 }
+#: Most tokens of which the projection q_a | kv_a leaves room for others beside it.
+_SHARES = 8
 #: Of longer rows (o_proj of 128 heads has 16384), and of more heads, the others are faster with any number of tokens:
 #: benchmarks/configs/projection.yaml, there too.
 _MOST_DEPTH, _MOST_HEADS = 8192, 64
@@ -47,7 +48,7 @@ def measured(device: torch.device) -> bool:
 
 def shares_the_gpu(positions: torch.Tensor) -> bool:
     """Whether the projection q_a | kv_a of a batch with these positions [T] leaves room for others beside it."""
-    return positions.shape[0] <= MOST_TOKENS["fused_qkv_a_proj_with_mqa"] and measured(positions.device)
+    return positions.shape[0] <= _SHARES and measured(positions.device)
 
 
 def readable(weight: torch.Tensor, scale: torch.Tensor | None = None) -> bool:

@@ -37,6 +37,11 @@ DEVICE uint4 load_global_16(const void* from, bool present) {
   return value;
 }
 
+// 4 bytes likewise, always there.
+DEVICE void copy_async_4(uint32 to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+}
+
 DEVICE void barrier_init(uint32 barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
@@ -102,6 +107,16 @@ DEVICE T* in_block(T* local, uint32 rank) {
   T* remote;
   asm("mapa.u64 %0, %1, %2;" : "=l"(remote) : "l"(local), "r"(rank));
   return remote;
+}
+
+// As in_block; the block's own where there is no cluster.
+template <class T>
+DEVICE T* of_rank(T* local, uint32 rank) {
+#if CLUSTER > 1
+  return in_block(local, rank);
+#else
+  return local;
+#endif
 }
 
 // ---- Matrix fragments ----
