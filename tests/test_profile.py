@@ -44,23 +44,51 @@ def test_a_trace_without_attention_is_refused() -> None:
         layer_profile.attention_layer(kernels("FusedAddRMSNorm", "gemm", "FusedAddRMSNorm"))
 
 
-#: Stands in for `nsa_backend_plugin.engine.layer_profile`: writes down how it was called, then what BEHAVE says.
+#: Stands in for `nsa_backend_plugin.engine.layer_profile`: writes down how it was called and what it was asked, does
+#: as BEHAVE says: fail or hang while it loads, or at the shape that BEHAVE_AT names.
 PROGRAM = """
 import json, os, subprocess, sys, time
 from pathlib import Path
 here = Path(os.environ["HERE"])
-with (here / "calls").open("a") as calls:
-    calls.write(json.dumps([sys.argv[1:], os.environ.get("NSA_PLUGIN_DUAL_STREAM")]) + "\\n")
-behave = os.environ.get("BEHAVE")
-if behave == "fail":
-    sys.exit("no such model")
-if behave == "hang":
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
-    (here / "children").write_text(f"{os.getpid()} {child.pid}")
-    time.sleep(100)
-row = json.loads((here / "row").read_text())
-row["step_us"] = 50.0 * len((here / "calls").read_text().splitlines())
-Path(sys.argv[sys.argv.index("--output") + 1]).write_text(json.dumps(row) + "\\n")
+behave, at = os.environ.get("BEHAVE"), os.environ.get("BEHAVE_AT")
+backend = sys.argv[sys.argv.index("--attention-backend") + 1]
+def note(name, *what):
+    with (here / name).open("a") as file:
+        file.write(json.dumps(what) + "\\n")
+def answer(row):
+    with open(sys.argv[sys.argv.index("--output") + 1], "a") as file:
+        text = json.dumps(row) + "\\n"
+        for part in text[:20], text[20:]:  # a long line arrives in parts
+            file.write(part)
+            file.flush()
+def do(behave):
+    if behave == "fail":
+        sys.exit("no such model")
+    if behave == "hang":
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+        (here / "children").write_text(f"{os.getpid()} {child.pid}")
+        time.sleep(100)
+note("pids", os.getpid())
+note("calls", sys.argv[1:], os.environ.get("NSA_PLUGIN_DUAL_STREAM"))
+if not at:
+    do(behave)
+answer({"cache_tokens": 64})
+note("asked", backend, "loaded")
+for line in sys.stdin:
+    note("asked", backend, line.strip())
+    if line.strip() == at:
+        do(behave)
+    number, colon, context = line.strip().partition(":")
+    if not colon:
+        answer({"prompt": int(number), "first_token_ms": 1.5})
+        continue
+    row = json.loads((here / "row").read_text())
+    row |= {"batch": int(number), "context": int(context)}
+    row["step_us"] = 50.0 * len((here / "calls").read_text().splitlines())
+    if "--no-kernels" in sys.argv:
+        del row["attention"]
+    answer(row)
+note("asked", backend, "end")
 """
 
 
@@ -69,15 +97,15 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine with a GPU and the stand-in; the folder where its calls are written down."""
     (tmp_path / "program.py").write_text(PROGRAM)
     layer = layer_profile.attention_layer(kernels(*LAYER))
-    (tmp_path / "row").write_text(json.dumps({"batch": 1, "context": 64, "attention": layer}))
+    (tmp_path / "row").write_text(json.dumps({"attention": layer}))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(profile, "_PROGRAM", [sys.executable, str(tmp_path / "program.py")])
     monkeypatch.setenv("HERE", str(tmp_path))
     return tmp_path
 
 
-def calls(folder: Path) -> list:
-    path = folder / "calls"
+def calls(folder: Path, name: str = "calls") -> list:
+    path = folder / name
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
@@ -116,16 +144,59 @@ def test_an_arm_without_result_is_ended(
     assert all(gone(int(pid)) for pid in (measured / "children").read_text().split())
 
 
+def test_arms_that_are_loaded_together_are_measured_in_turn(measured: Path, capsys: pytest.CaptureFixture) -> None:
+    words = ["--arms", "nsa_plugin", "dsa", "--together", "--no-kernels", "--prompts", "512"]
+    assert run_profile(*words, "--shapes", "1:64", "4:64", "--json", str(measured / "rows.json")) == 0
+    asked = calls(measured, "asked")
+    assert sorted(asked[:2]) == [["dsa", "loaded"], ["nsa_plugin", "loaded"]]
+    points = ["1:64", "4:64", "512"]
+    assert asked[2:8] == [[arm, point] for point in points for arm in ("nsa_plugin", "dsa")]
+    rows = json.loads((measured / "rows.json").read_text())["rows"]
+    assert [row["arm"] for row in rows] == ["nsa_plugin", "dsa"] * 3
+    assert [row.get("batch", row.get("prompt")) for row in rows] == [1, 1, 4, 4, 512, 512]
+    assert "attention" not in rows[0]
+    out = capsys.readouterr().out
+    assert "stream 7" not in out
+    assert [line.split() for line in out.splitlines()[-2:]] == [["512", arm, "1.50"] for arm in ("nsa_plugin", "dsa")]
+
+
+def test_arms_are_measured_one_after_the_other(measured: Path) -> None:
+    """Two of a real model do not fit a GPU: the second is started when the first has gone."""
+    assert run_profile("--arms", "nsa_plugin", "dsa", "--shapes", "1:64", "2:64") == 0
+    expected = [[arm, what] for arm in ("nsa_plugin", "dsa") for what in ("loaded", "1:64", "2:64")]
+    assert [line for line in calls(measured, "asked") if line[1] != "end"] == expected
+
+
+@pytest.mark.parametrize("at", ["", "2:64"])
+@pytest.mark.parametrize(("behave", "message"), [("fail", "exit 1\nno such model"), ("hang", "no result within 3 s")])
+def test_an_arm_that_does_not_answer_leaves_the_others(measured: Path, capsys, at, behave, message) -> None:
+    """While it loads, or in the middle: its rows until then are kept, and the others' are whole."""
+    bad = f"nsa_plugin BEHAVE={behave} BEHAVE_AT={at}"
+    words = ["--arms", "dsa", bad, "fa3", "--together", "--shapes", "1:64", "2:64", "4:64", "--timeout", "3"]
+    assert run_profile(*words, "--json", str(measured / "rows.json")) == 1
+    rows = json.loads((measured / "rows.json").read_text())["rows"]
+    batches = {arm: [row["batch"] for row in rows if row["arm"] == arm] for arm in ("dsa", bad, "fa3")}
+    assert batches == {"dsa": [1, 2, 4], bad: [1] if at else [], "fa3": [1, 2, 4]}
+    assert f"{bad}: {message}" in capsys.readouterr().err
+    if behave == "hang":
+        assert all(gone(int(pid)) for pid in (measured / "children").read_text().split())
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_what_the_command_started(measured: Path, signum: int) -> None:
-    """A child that lives on would hold the GPU."""
+@pytest.mark.parametrize(
+    "arms",
+    [["dsa"], ["dsa BEHAVE_AT=1:64", "triton BEHAVE=fail", "fa3 BEHAVE_AT=none"]],
+    ids=["alone", "together"],
+)
+def test_a_signal_ends_what_the_command_started(measured: Path, signum: int, arms: list[str]) -> None:
+    """A child that lives on would hold the GPU. Of those that are loaded together one has failed before."""
     command = f"""
 import torch
 from nsa_backend_plugin import cli
 from nsa_backend_plugin.commands import profile
 torch.cuda.is_available = lambda: True
 profile._PROGRAM = {profile._PROGRAM!r}
-raise SystemExit(cli.main(["profile", "--shapes=1:64", "--arms=dsa", "--", "--model-path=M"]))
+raise SystemExit(cli.main(["profile", "--together", "--shapes=1:64", "--arms", *{arms!r}, "--", "--model-path=M"]))
 """
     parent = subprocess.Popen(
         [sys.executable, "-c", command],
@@ -137,8 +208,10 @@ raise SystemExit(cli.main(["profile", "--shapes=1:64", "--arms=dsa", "--", "--mo
         assert time.monotonic() < deadline
         time.sleep(0.1)
     parent.send_signal(signum)
-    assert parent.wait(30) != 0
-    assert all(gone(int(pid)) for pid in (measured / "children").read_text().split())
+    assert parent.wait(30) in (-signum, 128 + signum)
+    pids = [*(measured / "children").read_text().split(), *(pid for (pid,) in calls(measured, "pids"))]
+    assert len(pids) == 2 + len(arms)
+    assert all(gone(int(pid)) for pid in pids)
 
 
 @pytest.mark.parametrize(
