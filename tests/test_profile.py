@@ -276,3 +276,106 @@ def test_more_ranks_than_this_process_are_refused(name) -> None:
     setattr(args, name, 8)
     with pytest.raises(SystemExit, match=f"{name} 8: expected 1"):
         layer_profile.check_one_rank(args)
+
+
+class Model:
+    """SGLang's one_batch and its model wrapper in one: a cache of 8 pages of 64 tokens, and what was run in it."""
+
+    def __init__(self, newer: bool) -> None:
+        self.newer = newer
+        self.ran: list = []
+        rows = SimpleNamespace(req_to_token=torch.arange(2048).view(2, 1024))
+        self.torch_runner = SimpleNamespace(
+            page_size=64,
+            device="cpu",
+            max_total_num_tokens=512,
+            model_config=SimpleNamespace(vocab_size=512, context_len=505),
+            req_to_token_pool=rows,
+            token_to_kv_pool_allocator=SimpleNamespace(available_size=lambda: 512),
+        )
+        self.TreeCacheNamespace = SimpleNamespace
+        self.SpeculativeAlgorithm = SimpleNamespace(NONE=None)
+        batch = SimpleNamespace(prepare_for_extend=lambda: None)
+        self.ScheduleBatch = SimpleNamespace(init_new=lambda **_: batch)
+
+    def clear(self) -> None:
+        self.ran.append("clear")
+
+    def synchronize(self) -> None:
+        self.ran.append("wait")
+
+    def prepare_synthetic_inputs_for_latency_test(self, count: int, length: int, prompts: list | None = None) -> list:
+        requests = []
+        for i in range(count):
+            request = SimpleNamespace(prompt=prompts[i] if prompts else [], prefix_len=0, extend_end=length)
+            if not self.newer:
+                request.req_pool_idx = 1
+                request.prefix_indices = torch.empty(0, dtype=torch.int64)
+                request.set_extend_range = lambda start, end, r=request: vars(r).update(range=(start, end))
+            requests.append(request)
+        return requests
+
+    def decode(self, tokens: torch.Tensor, batch: object) -> tuple[torch.Tensor, torch.Tensor]:
+        self.ran.append("step")
+        return tokens, torch.zeros(len(tokens), 512)
+
+    def extend(self, requests: list) -> tuple[torch.Tensor, torch.Tensor, None]:
+        [request] = requests
+        assert len(set(request.prompt)) > 50
+        chunk = (request.prefix_len, request.extend_end)
+        if not self.newer:
+            chunk = request.range
+            assert request.prefix_indices.tolist() == list(range(1024, 1024 + chunk[0]))
+        self.ran.append(chunk)
+        return torch.zeros(1), torch.zeros(1, 512), None
+
+
+@pytest.mark.parametrize("newer", [False, True])
+@pytest.mark.parametrize(
+    ("chunk", "chunks"),
+    [
+        (200, [(0, 192), (192, 384), (384, 500)]),
+        (128, [(0, 128), (128, 256), (256, 384), (384, 500)]),
+        (500, [(0, 448), (448, 500)]),
+        (8192, [(0, 500)]),
+        (-1, [(0, 500)]),
+        (None, [(0, 500)]),
+    ],
+)
+def test_a_prompt_is_prefilled_in_chunks_that_end_at_pages(newer, chunk, chunks) -> None:
+    """Each over the tokens of those before it; the warm-up and five more, each in an emptied cache."""
+    model = Model(newer)
+    row = layer_profile.first_token(model, model, 500, chunk)
+    assert model.ran == ["clear", *chunks] * 6
+    assert row["first_token_ms"] >= 0
+    assert row["logits_finite"]
+
+
+def test_steps_are_waited_for_in_groups() -> None:
+    model = Model(newer=True)
+    row = layer_profile.measure_shape(model, model, 2, 64, kernels=False)
+    assert row.keys() == {"step_us", "logits_finite"}
+    groups = [layer_profile.WARMUP_STEPS, *[layer_profile.GROUP_STEPS] * layer_profile.GROUPS]
+    assert model.ran == ["clear", *(what for count in groups for what in (*["step"] * count, "wait"))]
+
+
+def test_each_line_is_answered_and_what_does_not_fit_is_an_error(tmp_path: Path, monkeypatch) -> None:
+    """SGLang makes a cache smaller than it was told to where another process holds the GPU's memory."""
+    model = Model(newer=True)
+    monkeypatch.setattr(layer_profile, "load", lambda _: (model, model, SimpleNamespace(chunked_prefill_size=128)))
+    monkeypatch.setattr(layer_profile, "fill_caches", lambda _: None)
+    model.torch_runner.token_to_kv_pool = None
+    lines = ["2:64\n", "3:64\n", "100\n", "513\n", "510\n", "200\n"]
+    layer_profile.serve(lines, [], tmp_path / "rows", kernels=False)
+    loaded, *rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
+    assert loaded == {"cache_tokens": 512}
+    tokens = 64 + layer_profile.DECODED_TOKENS
+    assert [row.get("error") for row in rows] == [
+        None,
+        repr(ValueError(f"3 x {tokens} tokens: expected at most 512 in pages of 64")),
+        None,
+        repr(ValueError("1 x 513 tokens: expected at most 512 in pages of 64")),
+        repr(ValueError("sequences of 510 tokens: expected at most 505")),
+        None,
+    ]
+    assert [row["prompt"] for row in rows[2:] if "first_token_ms" in row] == [100, 200]
