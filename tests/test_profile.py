@@ -281,8 +281,8 @@ def test_more_ranks_than_this_process_are_refused(name) -> None:
 class Model:
     """SGLang's one_batch and its model wrapper in one: a cache of 8 pages of 64 tokens, and what was run in it."""
 
-    def __init__(self, newer: bool) -> None:
-        self.newer = newer
+    def __init__(self, release: str = "0.5.23") -> None:
+        self.release = release
         self.ran: list = []
         rows = SimpleNamespace(req_to_token=torch.arange(2048).view(2, 1024))
         self.torch_runner = SimpleNamespace(
@@ -308,8 +308,10 @@ class Model:
         requests = []
         for i in range(count):
             request = SimpleNamespace(prompt=prompts[i] if prompts else [], prefix_len=0, extend_end=length)
-            if not self.newer:
-                request.req_pool_idx = 1
+            request.kv = SimpleNamespace()
+            if self.release < "0.5.22":
+                holder = request if self.release < "0.5.19" else request.kv
+                holder.req_pool_idx = 1
                 request.prefix_indices = torch.empty(0, dtype=torch.int64)
                 request.set_extend_range = lambda start, end, r=request: vars(r).update(range=(start, end))
             requests.append(request)
@@ -323,14 +325,14 @@ class Model:
         [request] = requests
         assert len(set(request.prompt)) > 50
         chunk = (request.prefix_len, request.extend_end)
-        if not self.newer:
+        if self.release < "0.5.22":
             chunk = request.range
             assert request.prefix_indices.tolist() == list(range(1024, 1024 + chunk[0]))
         self.ran.append(chunk)
         return torch.zeros(1), torch.zeros(1, 512), None
 
 
-@pytest.mark.parametrize("newer", [False, True])
+@pytest.mark.parametrize("release", ["0.5.17", "0.5.19", "0.5.23"])
 @pytest.mark.parametrize(
     ("chunk", "chunks"),
     [
@@ -342,9 +344,9 @@ class Model:
         (None, [(0, 500)]),
     ],
 )
-def test_a_prompt_is_prefilled_in_chunks_that_end_at_pages(newer, chunk, chunks) -> None:
+def test_a_prompt_is_prefilled_in_chunks_that_end_at_pages(release, chunk, chunks) -> None:
     """Each over the tokens of those before it; the warm-up and five more, each in an emptied cache."""
-    model = Model(newer)
+    model = Model(release)
     row = layer_profile.first_token(model, model, 500, chunk)
     assert model.ran == ["clear", *chunks] * 6
     assert row["first_token_ms"] >= 0
@@ -352,7 +354,7 @@ def test_a_prompt_is_prefilled_in_chunks_that_end_at_pages(newer, chunk, chunks)
 
 
 def test_steps_are_waited_for_in_groups() -> None:
-    model = Model(newer=True)
+    model = Model()
     row = layer_profile.measure_shape(model, model, 2, 64, kernels=False)
     assert row.keys() == {"step_us", "logits_finite"}
     groups = [layer_profile.WARMUP_STEPS, *[layer_profile.GROUP_STEPS] * layer_profile.GROUPS]
@@ -361,7 +363,7 @@ def test_steps_are_waited_for_in_groups() -> None:
 
 def test_each_line_is_answered_and_what_does_not_fit_is_an_error(tmp_path: Path, monkeypatch) -> None:
     """SGLang makes a cache smaller than it was told to where another process holds the GPU's memory."""
-    model = Model(newer=True)
+    model = Model()
     monkeypatch.setattr(layer_profile, "load", lambda _: (model, model, SimpleNamespace(chunked_prefill_size=128)))
     monkeypatch.setattr(layer_profile, "fill_caches", lambda _: None)
     model.torch_runner.token_to_kv_pool = None

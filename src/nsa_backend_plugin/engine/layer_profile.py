@@ -294,7 +294,8 @@ def _set_chunk(runner: Any, request: Any, start: int, end: int) -> None:
         request.prefix_len, request.extend_end = start, end
         return
     if start:
-        row = runner.req_to_token_pool.req_to_token[request.req_pool_idx, :start]
+        holder = request if hasattr(request, "req_pool_idx") else request.kv  # 0.5.19 to 0.5.21
+        row = runner.req_to_token_pool.req_to_token[holder.req_pool_idx, :start]
         request.prefix_indices = row.to(request.prefix_indices.dtype)
     request.set_extend_range(start, end)
 
