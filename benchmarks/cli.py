@@ -10,6 +10,7 @@ A run that was killed resumes: every finished row was kept. Other commands, each
     suite                    every configuration, for a GPU host
     report                   RESULTS.md from the results files
     layers, served, serving  the engine beside stock SGLang: one layer's kernels, decode steps, load
+    grid                     decode steps and first tokens beside stock, in process, over batches, contexts and heads
     host                     what the host spends on a call: checks, choice, launch
     engine                   every test and measurement of the engine, for a GPU host
 """
@@ -47,6 +48,7 @@ COMMANDS = {
     "engine": "benchmarks.engine.steps",
     "serving": "benchmarks.engine.serving",
     "host": "benchmarks.engine.host",
+    "grid": "benchmarks.engine.grid",
     "layers": "benchmarks.engine.measure",
     "served": "benchmarks.engine.measure",
 }

@@ -44,23 +44,51 @@ def test_a_trace_without_attention_is_refused() -> None:
         layer_profile.attention_layer(kernels("FusedAddRMSNorm", "gemm", "FusedAddRMSNorm"))
 
 
-#: Stands in for `nsa_backend_plugin.engine.layer_profile`: writes down how it was called, then what BEHAVE says.
+#: Stands in for `nsa_backend_plugin.engine.layer_profile`: writes down how it was called and what it was asked, does
+#: as BEHAVE says: fail or hang while it loads, or at the shape that BEHAVE_AT names.
 PROGRAM = """
 import json, os, subprocess, sys, time
 from pathlib import Path
 here = Path(os.environ["HERE"])
-with (here / "calls").open("a") as calls:
-    calls.write(json.dumps([sys.argv[1:], os.environ.get("NSA_PLUGIN_DUAL_STREAM")]) + "\\n")
-behave = os.environ.get("BEHAVE")
-if behave == "fail":
-    sys.exit("no such model")
-if behave == "hang":
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
-    (here / "children").write_text(f"{os.getpid()} {child.pid}")
-    time.sleep(100)
-row = json.loads((here / "row").read_text())
-row["step_us"] = 50.0 * len((here / "calls").read_text().splitlines())
-Path(sys.argv[sys.argv.index("--output") + 1]).write_text(json.dumps(row) + "\\n")
+behave, at = os.environ.get("BEHAVE"), os.environ.get("BEHAVE_AT")
+backend = sys.argv[sys.argv.index("--attention-backend") + 1]
+def note(name, *what):
+    with (here / name).open("a") as file:
+        file.write(json.dumps(what) + "\\n")
+def answer(row):
+    with open(sys.argv[sys.argv.index("--output") + 1], "a") as file:
+        text = json.dumps(row) + "\\n"
+        for part in text[:20], text[20:]:  # a long line arrives in parts
+            file.write(part)
+            file.flush()
+def do(behave):
+    if behave == "fail":
+        sys.exit("no such model")
+    if behave == "hang":
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+        (here / "children").write_text(f"{os.getpid()} {child.pid}")
+        time.sleep(100)
+note("pids", os.getpid())
+note("calls", sys.argv[1:], os.environ.get("NSA_PLUGIN_DUAL_STREAM"))
+if not at:
+    do(behave)
+answer({"cache_tokens": 64})
+note("asked", backend, "loaded")
+for line in sys.stdin:
+    note("asked", backend, line.strip())
+    if line.strip() == at:
+        do(behave)
+    number, colon, context = line.strip().partition(":")
+    if not colon:
+        answer({"prompt": int(number), "first_token_ms": 1.5})
+        continue
+    row = json.loads((here / "row").read_text())
+    row |= {"batch": int(number), "context": int(context)}
+    row["step_us"] = 50.0 * len((here / "calls").read_text().splitlines())
+    if "--no-kernels" in sys.argv:
+        del row["attention"]
+    answer(row)
+note("asked", backend, "end")
 """
 
 
@@ -69,15 +97,15 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine with a GPU and the stand-in; the folder where its calls are written down."""
     (tmp_path / "program.py").write_text(PROGRAM)
     layer = layer_profile.attention_layer(kernels(*LAYER))
-    (tmp_path / "row").write_text(json.dumps({"batch": 1, "context": 64, "attention": layer}))
+    (tmp_path / "row").write_text(json.dumps({"attention": layer}))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(profile, "_PROGRAM", [sys.executable, str(tmp_path / "program.py")])
     monkeypatch.setenv("HERE", str(tmp_path))
     return tmp_path
 
 
-def calls(folder: Path) -> list:
-    path = folder / "calls"
+def calls(folder: Path, name: str = "calls") -> list:
+    path = folder / name
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
@@ -116,16 +144,59 @@ def test_an_arm_without_result_is_ended(
     assert all(gone(int(pid)) for pid in (measured / "children").read_text().split())
 
 
+def test_arms_that_are_loaded_together_are_measured_in_turn(measured: Path, capsys: pytest.CaptureFixture) -> None:
+    words = ["--arms", "nsa_plugin", "dsa", "--together", "--no-kernels", "--prompts", "512"]
+    assert run_profile(*words, "--shapes", "1:64", "4:64", "--json", str(measured / "rows.json")) == 0
+    asked = calls(measured, "asked")
+    assert sorted(asked[:2]) == [["dsa", "loaded"], ["nsa_plugin", "loaded"]]
+    points = ["1:64", "4:64", "512"]
+    assert asked[2:8] == [[arm, point] for point in points for arm in ("nsa_plugin", "dsa")]
+    rows = json.loads((measured / "rows.json").read_text())["rows"]
+    assert [row["arm"] for row in rows] == ["nsa_plugin", "dsa"] * 3
+    assert [row.get("batch", row.get("prompt")) for row in rows] == [1, 1, 4, 4, 512, 512]
+    assert "attention" not in rows[0]
+    out = capsys.readouterr().out
+    assert "stream 7" not in out
+    assert [line.split() for line in out.splitlines()[-2:]] == [["512", arm, "1.50"] for arm in ("nsa_plugin", "dsa")]
+
+
+def test_arms_are_measured_one_after_the_other(measured: Path) -> None:
+    """Two of a real model do not fit a GPU: the second is started when the first has gone."""
+    assert run_profile("--arms", "nsa_plugin", "dsa", "--shapes", "1:64", "2:64") == 0
+    expected = [[arm, what] for arm in ("nsa_plugin", "dsa") for what in ("loaded", "1:64", "2:64")]
+    assert [line for line in calls(measured, "asked") if line[1] != "end"] == expected
+
+
+@pytest.mark.parametrize("at", ["", "2:64"])
+@pytest.mark.parametrize(("behave", "message"), [("fail", "exit 1\nno such model"), ("hang", "no result within 3 s")])
+def test_an_arm_that_does_not_answer_leaves_the_others(measured: Path, capsys, at, behave, message) -> None:
+    """While it loads, or in the middle: its rows until then are kept, and the others' are whole."""
+    bad = f"nsa_plugin BEHAVE={behave} BEHAVE_AT={at}"
+    words = ["--arms", "dsa", bad, "fa3", "--together", "--shapes", "1:64", "2:64", "4:64", "--timeout", "3"]
+    assert run_profile(*words, "--json", str(measured / "rows.json")) == 1
+    rows = json.loads((measured / "rows.json").read_text())["rows"]
+    batches = {arm: [row["batch"] for row in rows if row["arm"] == arm] for arm in ("dsa", bad, "fa3")}
+    assert batches == {"dsa": [1, 2, 4], bad: [1] if at else [], "fa3": [1, 2, 4]}
+    assert f"{bad}: {message}" in capsys.readouterr().err
+    if behave == "hang":
+        assert all(gone(int(pid)) for pid in (measured / "children").read_text().split())
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_what_the_command_started(measured: Path, signum: int) -> None:
-    """A child that lives on would hold the GPU."""
+@pytest.mark.parametrize(
+    "arms",
+    [["dsa"], ["dsa BEHAVE_AT=1:64", "triton BEHAVE=fail", "fa3 BEHAVE_AT=none"]],
+    ids=["alone", "together"],
+)
+def test_a_signal_ends_what_the_command_started(measured: Path, signum: int, arms: list[str]) -> None:
+    """A child that lives on would hold the GPU. Of those that are loaded together one has failed before."""
     command = f"""
 import torch
 from nsa_backend_plugin import cli
 from nsa_backend_plugin.commands import profile
 torch.cuda.is_available = lambda: True
 profile._PROGRAM = {profile._PROGRAM!r}
-raise SystemExit(cli.main(["profile", "--shapes=1:64", "--arms=dsa", "--", "--model-path=M"]))
+raise SystemExit(cli.main(["profile", "--together", "--shapes=1:64", "--arms", *{arms!r}, "--", "--model-path=M"]))
 """
     parent = subprocess.Popen(
         [sys.executable, "-c", command],
@@ -137,8 +208,10 @@ raise SystemExit(cli.main(["profile", "--shapes=1:64", "--arms=dsa", "--", "--mo
         assert time.monotonic() < deadline
         time.sleep(0.1)
     parent.send_signal(signum)
-    assert parent.wait(30) != 0
-    assert all(gone(int(pid)) for pid in (measured / "children").read_text().split())
+    assert parent.wait(30) in (-signum, 128 + signum)
+    pids = [*(measured / "children").read_text().split(), *(pid for (pid,) in calls(measured, "pids"))]
+    assert len(pids) == 2 + len(arms)
+    assert all(gone(int(pid)) for pid in pids)
 
 
 @pytest.mark.parametrize(
@@ -203,3 +276,108 @@ def test_more_ranks_than_this_process_are_refused(name) -> None:
     setattr(args, name, 8)
     with pytest.raises(SystemExit, match=f"{name} 8: expected 1"):
         layer_profile.check_one_rank(args)
+
+
+class Model:
+    """SGLang's one_batch and its model wrapper in one: a cache of 8 pages of 64 tokens, and what was run in it."""
+
+    def __init__(self, release: str = "0.5.23") -> None:
+        self.release = release
+        self.ran: list = []
+        rows = SimpleNamespace(req_to_token=torch.arange(2048).view(2, 1024))
+        self.torch_runner = SimpleNamespace(
+            page_size=64,
+            device="cpu",
+            max_total_num_tokens=512,
+            model_config=SimpleNamespace(vocab_size=512, context_len=505),
+            req_to_token_pool=rows,
+            token_to_kv_pool_allocator=SimpleNamespace(available_size=lambda: 512),
+        )
+        self.TreeCacheNamespace = SimpleNamespace
+        self.SpeculativeAlgorithm = SimpleNamespace(NONE=None)
+        batch = SimpleNamespace(prepare_for_extend=lambda: None)
+        self.ScheduleBatch = SimpleNamespace(init_new=lambda **_: batch)
+
+    def clear(self) -> None:
+        self.ran.append("clear")
+
+    def synchronize(self) -> None:
+        self.ran.append("wait")
+
+    def prepare_synthetic_inputs_for_latency_test(self, count: int, length: int, prompts: list | None = None) -> list:
+        requests = []
+        for i in range(count):
+            request = SimpleNamespace(prompt=prompts[i] if prompts else [], prefix_len=0, extend_end=length)
+            request.kv = SimpleNamespace()
+            if self.release < "0.5.22":
+                holder = request if self.release < "0.5.19" else request.kv
+                holder.req_pool_idx = 1
+                request.prefix_indices = torch.empty(0, dtype=torch.int64)
+                request.set_extend_range = lambda start, end, r=request: vars(r).update(range=(start, end))
+            requests.append(request)
+        return requests
+
+    def decode(self, tokens: torch.Tensor, batch: object) -> tuple[torch.Tensor, torch.Tensor]:
+        self.ran.append("step")
+        return tokens, torch.zeros(len(tokens), 512)
+
+    def extend(self, requests: list) -> tuple[torch.Tensor, torch.Tensor, None]:
+        [request] = requests
+        assert len(set(request.prompt)) > 50
+        chunk = (request.prefix_len, request.extend_end)
+        if self.release < "0.5.22":
+            chunk = request.range
+            assert request.prefix_indices.tolist() == list(range(1024, 1024 + chunk[0]))
+        self.ran.append(chunk)
+        return torch.zeros(1), torch.zeros(1, 512), None
+
+
+@pytest.mark.parametrize("release", ["0.5.17", "0.5.19", "0.5.23"])
+@pytest.mark.parametrize(
+    ("chunk", "chunks"),
+    [
+        (200, [(0, 192), (192, 384), (384, 500)]),
+        (128, [(0, 128), (128, 256), (256, 384), (384, 500)]),
+        (500, [(0, 448), (448, 500)]),
+        (8192, [(0, 500)]),
+        (-1, [(0, 500)]),
+        (None, [(0, 500)]),
+    ],
+)
+def test_a_prompt_is_prefilled_in_chunks_that_end_at_pages(release, chunk, chunks) -> None:
+    """Each over the tokens of those before it; the warm-up and five more, each in an emptied cache."""
+    model = Model(release)
+    row = layer_profile.first_token(model, model, 500, chunk)
+    assert model.ran == ["clear", *chunks] * 6
+    assert row["first_token_ms"] >= 0
+    assert row["logits_finite"]
+
+
+def test_steps_are_waited_for_in_groups() -> None:
+    model = Model()
+    row = layer_profile.measure_shape(model, model, 2, 64, kernels=False)
+    assert row.keys() == {"step_us", "logits_finite"}
+    groups = [layer_profile.WARMUP_STEPS, *[layer_profile.GROUP_STEPS] * layer_profile.GROUPS]
+    assert model.ran == ["clear", *(what for count in groups for what in (*["step"] * count, "wait"))]
+
+
+def test_each_line_is_answered_and_what_does_not_fit_is_an_error(tmp_path: Path, monkeypatch) -> None:
+    """SGLang makes a cache smaller than it was told to where another process holds the GPU's memory."""
+    model = Model()
+    monkeypatch.setattr(layer_profile, "load", lambda _: (model, model, SimpleNamespace(chunked_prefill_size=128)))
+    monkeypatch.setattr(layer_profile, "fill_caches", lambda _: None)
+    model.torch_runner.token_to_kv_pool = None
+    lines = ["2:64\n", "3:64\n", "100\n", "513\n", "510\n", "200\n"]
+    layer_profile.serve(lines, [], tmp_path / "rows", kernels=False)
+    loaded, *rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
+    assert loaded == {"cache_tokens": 512}
+    tokens = 64 + layer_profile.DECODED_TOKENS
+    assert [row.get("error") for row in rows] == [
+        None,
+        repr(ValueError(f"3 x {tokens} tokens: expected at most 512 in pages of 64")),
+        None,
+        repr(ValueError("1 x 513 tokens: expected at most 512 in pages of 64")),
+        repr(ValueError("sequences of 510 tokens: expected at most 505")),
+        None,
+    ]
+    assert [row["prompt"] for row in rows[2:] if "first_token_ms" in row] == [100, 200]

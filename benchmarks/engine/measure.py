@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,11 @@ from benchmarks.engine import output
 from benchmarks.engine.model import FAMILIES, VOCAB, write_model
 from benchmarks.run.environment import of_children
 from nsa_backend_plugin.arms import Arm, parse_arms
+from nsa_backend_plugin.engine.layer_profile import DECODED_TOKENS
 from nsa_backend_plugin.serving import Server
 
 STOCK = {"v32": ("dsa",), "glm": ("dsa",), "v3": ("fa3", "triton")}
 SERVER_ARGS = (
-    "--mem-fraction-static=0.6",
     "--sampling-backend=pytorch",
     "--grammar-backend=none",
     "--skip-server-warmup",
@@ -90,17 +90,28 @@ def _cache_tokens(shapes: list[tuple[int, int]], decoded: int) -> int:
     return sum(longest) + sum(b for b, _ in shapes) * (decoded + 128) + 8192
 
 
-def _server_args(options: argparse.Namespace, cache_tokens: int) -> list[str]:
-    batches = sorted({batch for batch, _ in _shapes(options)})
+def server_args(kv: str, batches: Iterable[int], cache_tokens: int, memory: float = 0.6) -> list[str]:
+    """Of every arm. memory: of the GPU's that is free when an arm starts, what weights and cache may take."""
+    sizes = sorted(set(batches))
     # One more than run: SGLang counts a request whose prefill is in chunks twice, and would keep the last one waiting.
-    args = [*SERVER_ARGS, f"--max-total-tokens={cache_tokens}", f"--max-running-requests={batches[-1] + 1}"]
-    if options.kv != "auto":
-        args.append(f"--kv-cache-dtype={options.kv}")
-    return [*args, "--cuda-graph-bs-decode", *map(str, batches)]
+    args = [*SERVER_ARGS, f"--mem-fraction-static={memory}"]
+    args += [f"--max-total-tokens={cache_tokens}", f"--max-running-requests={sizes[-1] + 1}"]
+    if kv != "auto":
+        args.append(f"--kv-cache-dtype={kv}")
+    return [*args, "--cuda-graph-bs-decode", *map(str, sizes)]
+
+
+def _server_args(options: argparse.Namespace, cache_tokens: int) -> list[str]:
+    return server_args(options.kv, (batch for batch, _ in _shapes(options)), cache_tokens)
+
+
+def profiled_tokens(context: int) -> int:
+    """Cache slots of a sequence whose decode steps `nsa-plugin profile` measures, in pages of at most 128 tokens."""
+    return -(-(context + DECODED_TOKENS) // 128) * 128
 
 
 def layers(options: argparse.Namespace, results: Path) -> int:
-    needed = max(batch * (context + 128) for batch, context in _shapes(options))
+    needed = max(batch * profiled_tokens(context) for batch, context in _shapes(options))
     with tempfile.TemporaryDirectory() as folder:
         model = write_model(Path(folder) / "model", options.family, options.heads, options.layers)
         profile = Path(folder) / "layers.json"

@@ -164,6 +164,9 @@ def write_model(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tensors = weights(config(family, heads, layers, quantized), device, seed)
     save_file({name: t.cpu() for name, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    if device == "cuda":  # a model is loaded by other processes, which need the memory
+        del tensors
+        torch.cuda.empty_cache()
     return folder
 
 

@@ -96,7 +96,8 @@ class Child:
     """A command in a process group of its own.
 
     env: variables added to this process's environment. log_path: where its stdout and stderr go (None: to ours).
-    stop_signal: what asks it to end; whatever is still there some seconds later is killed.
+    stop_signal: what asks it to end; whatever is still there some seconds later is killed. takes_lines: its stdin is
+    what `send` writes; else it has none.
 
     SIGINT or SIGTERM in this process, its exit, and the end of the `with` block all end the whole group. It holds
     what a process tree has lost: children whose parent has died.
@@ -108,26 +109,31 @@ class Child:
         env: Mapping[str, str] | None = None,
         log_path: str | Path | None = None,
         stop_signal: signal.Signals = signal.SIGTERM,
+        takes_lines: bool = False,
     ):
         self.command = list(command)
         self.log_path = Path(log_path or os.devnull)
         self._to_log = log_path is not None
         self._env = {**os.environ, **(env or {})}
         self._stop_signal = stop_signal
+        self._takes_lines = takes_lines
         self._process: subprocess.Popen[bytes] | None = None
         self._previous: dict[int, Any] = {}
+        self._starting = False
         self._signalled: int | None = None
 
     def start(self) -> Self:
         """Raises OSError when the log cannot be written or the program is not there."""
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         atexit.register(self.stop)
+        self._starting = True
         self._install_handlers()
         try:
             with self.log_path.open("wb") as log:
                 self._process = subprocess.Popen(
                     self.command,
-                    stdin=subprocess.DEVNULL,
+                    bufsize=0,
+                    stdin=subprocess.PIPE if self._takes_lines else subprocess.DEVNULL,
                     stdout=log if self._to_log else None,
                     stderr=log if self._to_log else None,
                     env=self._env,
@@ -135,6 +141,7 @@ class Child:
                     # A program that was started in the background ignores SIGINT, and its children inherit that.
                     preexec_fn=functools.partial(signal.signal, self._stop_signal, signal.SIG_DFL),
                 )
+            self._starting = False
             if self._signalled is not None:  # arrived while there was nothing to end yet
                 self._on_signal(self._signalled, None)
             self._wait_ready()
@@ -153,13 +160,23 @@ class Child:
             return self._process.wait(timeout)
         return None
 
+    def send(self, line: str) -> None:
+        """Write a line to the command's stdin; nobody hears it when the command has ended."""
+        assert self._process is not None
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(f"{line}\n".encode())
+
     def stop(self) -> None:
         """End the whole process group; does nothing when it has ended already."""
         process, self._process = self._process, None
+        self._starting = False
         self._restore_handlers()
         atexit.unregister(self.stop)
         if process is None:
             return
+        if process.stdin:
+            process.stdin.close()
         self._signal_group(process, self._stop_signal)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_STOP_SECONDS)
@@ -198,13 +215,14 @@ class Child:
             self._previous = {s: signal.signal(s, self._on_signal) for s in heeded}
 
     def _restore_handlers(self) -> None:
-        for signum, handler in self._previous.items():
+        for signum, handler in list(self._previous.items()):
+            # A child that started later has its own handlers on top, and calls ours once it has ended.
             if signal.getsignal(signum) == self._on_signal:
                 signal.signal(signum, handler)
-        self._previous = {}
+                del self._previous[signum]
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
-        if self._process is None:
+        if self._starting:
             self._signalled = signum
             return
         self.stop()  # puts the previous handlers back

@@ -1,7 +1,11 @@
-"""Decode-step latency and the ordered kernels of one layer, in process: one attention backend per run.
+"""Decode steps, the ordered kernels of one layer and first tokens, in process: one attention backend per run.
 
-`nsa-plugin profile` runs this module once per arm in a fresh process. Prefill is skipped: the latent and index-K
-caches are filled with random valid rows, so that top-k meets untied scores and every sequence has its own pages.
+`nsa-plugin profile` runs this module once per arm in a fresh process. It loads the model, then measures what each line
+of its stdin asks for, BATCH:CONTEXT or the length of a prompt, and does nothing between two lines: other arms may be
+measured on the same GPU then. The end of stdin ends it.
+
+Decode steps skip prefill: the latent and index-K caches are filled with random valid rows, so that top-k meets untied
+scores and every sequence has its own pages.
 """
 
 from __future__ import annotations
@@ -12,17 +16,21 @@ import json
 import os
 import re
 import statistics
+import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nsa_backend_plugin.arms import parse_shapes
 from nsa_backend_plugin.layouts import INDEX_DIM, LATENT_DIM, packed_latent_bytes
 
-WARMUP_STEPS, TIMED_STEPS, PROFILED_STEPS = 4, 24, 3
+WARMUP_STEPS, GROUPS, GROUP_STEPS, PROFILED_STEPS = 4, 4, 32, 3
+#: Tokens that every sequence of a shape grows by while it is measured.
+DECODED_TOKENS = WARMUP_STEPS + GROUPS * GROUP_STEPS + PROFILED_STEPS
+FIRST_TOKENS = 5
 #: The residual norms are the borders: input norm | attention | post-attention norm | MLP | next input norm.
 BORDER = re.compile(r"FusedAddRMSNorm|fused_add_rmsnorm|add_rmsnorm", re.IGNORECASE)
 ATTENTION = re.compile(r"mla|attend|attention|FlashAttn|flash_fwd|mqa_logits", re.IGNORECASE)
@@ -160,23 +168,60 @@ def _initialize(one_batch: Any, args: Any) -> None:
         getattr(one_batch, f"initialize_{name}_config")(*handed)
 
 
-def measure(shapes: list[tuple[int, int]], server_args: list[str], output: Path) -> None:
-    """Load the model once and append one JSON line per (batch, context) to `output`."""
-    one_batch, model, _ = load(server_args)
+def serve(lines: Iterable[str], server_args: list[str], output: Path, kernels: bool) -> None:
+    """Load the model once and answer each line with a line of JSON, appended to `output`.
+
+    The first line of `output` says that the model is loaded, and how many tokens its cache holds. lines: BATCH:CONTEXT
+    or the length of a prompt, in tokens. kernels: trace a layer of every shape too. What fails is a row with "error".
+    """
+    one_batch, model, args = load(server_args)
     runner = model.torch_runner
     fill_caches(runner.token_to_kv_pool)
-    for batch_size, context in shapes:
-        row: dict[str, Any] = {"batch": batch_size, "context": context}
+    model.synchronize()
+    _append(output, {"cache_tokens": runner.max_total_num_tokens})
+    for line in lines:
+        batch_size, colon, context = line.strip().partition(":")
+        row: dict[str, Any] = {"batch": int(batch_size), "context": int(context)} if colon else {"prompt": int(line)}
         try:
-            row.update(_measure_shape(one_batch, model, runner, batch_size, context))
+            if colon:
+                row.update(measure_shape(one_batch, model, row["batch"], row["context"], kernels))
+            else:
+                row.update(first_token(one_batch, model, row["prompt"], args.chunked_prefill_size))
         except Exception as error:
             row["error"] = repr(error)
-        with output.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        _append(output, row)
 
 
-def _measure_shape(one_batch: Any, model: Any, runner: Any, batch_size: int, context: int) -> dict[str, Any]:
+def _append(output: Path, row: dict[str, Any]) -> None:
+    with output.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def _check_fits(runner: Any, batch_size: int, tokens: int) -> None:
+    """Raises ValueError where `batch_size` sequences of `tokens` tokens do not fit the emptied cache or the model.
+
+    SGLang makes the cache smaller than --max-total-tokens, with no more than a warning, where memory is short.
+    """
+    free = runner.token_to_kv_pool_allocator.available_size()
+    if batch_size * -(-tokens // runner.page_size) * runner.page_size > free:
+        raise ValueError(f"{batch_size} x {tokens} tokens: expected at most {free} in pages of {runner.page_size}")
+    if tokens > runner.model_config.context_len:
+        raise ValueError(f"sequences of {tokens} tokens: expected at most {runner.model_config.context_len}")
+
+
+def measure_shape(one_batch: Any, model: Any, batch_size: int, context: int, kernels: bool) -> dict[str, Any]:
+    """step_us, logits_finite and, with `kernels`, kernels_per_step and the attention part of a layer.
+
+    step_us is the time of a decode step, in us, as a server with SGLang's overlapped scheduler pays it: the host
+    prepares and launches a step while the GPU runs the one before, so it is the longer of the two. Nothing in SGLang's
+    `decode` waits for the GPU (greedy tokens stay there, allocation looks at lengths on the host); what an attention
+    backend waits for, it waits for in a server too. Measured over groups of steps, waiting at the end of a group alone;
+    the median of the groups, which are long enough that filling the pipeline once adds at most 3%.
+    Raises ValueError for a shape that does not fit the cache.
+    """
+    runner = model.torch_runner
     model.clear()
+    _check_fits(runner, batch_size, context + DECODED_TOKENS)
     tree = one_batch.TreeCacheNamespace(
         page_size=runner.page_size,
         device=runner.device,
@@ -192,37 +237,81 @@ def _measure_shape(one_batch: Any, model: Any, runner: Any, batch_size: int, con
         spec_algorithm=one_batch.SpeculativeAlgorithm.NONE,
     )
     batch.prepare_for_extend()
-    tokens = torch.randint(3, 1000, (batch_size,), device=runner.device)
+    tokens = torch.randint(3, runner.model_config.vocab_size, (batch_size,), device=runner.device)
     logits = None
 
-    def step() -> None:
+    def steps(count: int = 1) -> None:
         nonlocal tokens, logits
-        tokens, logits = model.decode(tokens, batch)
+        for _ in range(count):
+            tokens, logits = model.decode(tokens, batch)
         model.synchronize()
 
-    for _ in range(WARMUP_STEPS):
-        step()
-    times = []
-    for _ in range(TIMED_STEPS):
-        start = time.perf_counter()
-        step()
-        times.append((time.perf_counter() - start) * 1e6)
-    kernels = trace_kernels(step)
+    steps(WARMUP_STEPS)
+    times = [_seconds(lambda: steps(GROUP_STEPS)) / GROUP_STEPS for _ in range(GROUPS)]
+    row: dict[str, Any] = {"step_us": round(1e6 * statistics.median(times), 1)}
+    if kernels:
+        trace = trace_kernels(steps)
+        row |= {"kernels_per_step": len(trace), "attention": attention_layer(trace)}
     assert logits is not None
-    return {
-        "step_us": round(statistics.median(times), 1),
-        "kernels_per_step": len(kernels),
-        "logits_finite": bool(torch.isfinite(logits).all()),
-        "attention": attention_layer(kernels),
-    }
+    return {**row, "logits_finite": bool(torch.isfinite(logits).all())}
+
+
+def first_token(one_batch: Any, model: Any, length: int, chunk: int | None) -> dict[str, Any]:
+    """first_token_ms and logits_finite of one request with a prompt of `length` random tokens that no cache has seen.
+
+    From the request to its first token on the host, in ms: the prompt is prefilled as a scheduler does it, in chunks of
+    `chunk` tokens (none for None or less than 1), each of which attends to those before. Median of FIRST_TOKENS
+    prompts, after one that warms up. Tokenizing and HTTP are not in it.
+    Raises ValueError for a prompt that does not fit the cache.
+    """
+    runner = model.torch_runner
+    # A scheduler, too, ends all chunks but the last at a page.
+    size = max(chunk // runner.page_size, 1) * runner.page_size if chunk and chunk > 0 else length
+    times = []
+    for _ in range(1 + FIRST_TOKENS):
+        model.clear()
+        _check_fits(runner, 1, length)
+        prompt = torch.randint(3, runner.model_config.vocab_size, (length,)).tolist()
+        [request] = one_batch.prepare_synthetic_inputs_for_latency_test(1, length, [prompt])
+        logits = None
+
+        def prefill(request: Any = request) -> None:
+            nonlocal logits
+            for start in range(0, length, size):
+                _set_chunk(runner, request, start, min(start + size, length))
+                tokens, logits, _ = model.extend([request])
+            tokens.tolist()
+
+        times.append(_seconds(prefill))
+        assert logits is not None
+        finite = bool(torch.isfinite(logits).all())
+    return {"first_token_ms": round(1e3 * statistics.median(times[1:]), 2), "logits_finite": finite}
+
+
+def _set_chunk(runner: Any, request: Any, start: int, end: int) -> None:
+    """Make the request's next prefill its tokens [start, end); those before are in the cache."""
+    if not hasattr(request, "set_extend_range"):  # SGLang reads the prefix from the request's row
+        request.prefix_len, request.extend_end = start, end
+        return
+    if start:
+        holder = request if hasattr(request, "req_pool_idx") else request.kv  # 0.5.19 to 0.5.21
+        row = runner.req_to_token_pool.req_to_token[holder.req_pool_idx, :start]
+        request.prefix_indices = row.to(request.prefix_indices.dtype)
+    request.set_extend_range(start, end)
+
+
+def _seconds(action: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shapes", nargs="+", required=True, help="BATCH:CONTEXT")
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--no-kernels", dest="kernels", action="store_false")
     options, server_args = parser.parse_known_args()
-    measure(parse_shapes(options.shapes), server_args, options.output)
+    serve(sys.stdin, server_args, options.output, options.kernels)
     # SGLang's distributed teardown can hang a process whose work is done.
     os._exit(0)
 
