@@ -51,8 +51,14 @@ PLAIN = {
     sparse_mla.attend: {"kv_scale", "value_dim", "rows_have_keys", "return_lse"},
     topk.select: {"page_size", "deterministic"},
 }
-#: What our own say when they decline a plain call: rows of another kind.
-NOT_THEIRS = ("only packed fp8 rows", "only bf16 rows", "only torch.float8_e4m3fn rows", "only bfloat16")
+#: What our own say when they decline a plain call: rows or weights of another kind.
+NOT_THEIRS = (
+    "only before fp8 ones",
+    "only packed fp8 rows",
+    "only bf16 rows",
+    "only torch.float8_e4m3fn rows",
+    "only bfloat16",
+)
 OUTPUTS = {"out", "k_rope_out", "cache", "q_all"}  # written in place
 SCRATCH = {"workspace"}
 

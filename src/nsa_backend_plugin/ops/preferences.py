@@ -33,7 +33,7 @@ class Preference:
 
 
 _RUN = "benchmarks/run_h200.py, NVIDIA H200, 2026-11-21"
-_WIDE = "variants as of tools/tune_projection.py, one trial, NVIDIA H100, 2026-11-28"
+_LAYERS = "python -m benchmarks layers, NVIDIA H200, 2026-11-28 (RESULTS.notes.md)"
 _ANY_MORE = 1 << 30
 _UNTRIED_ROCM = "rule: AITER's kernels are tuned on the hardware, ours are only compiled for it"
 _PUBLIC_ROCM = "rule: MI355X, 8 and 16 heads, Triton beat TileLang (SGLang pull requests 37847, 39106); not run here"
@@ -89,8 +89,10 @@ TABLE: tuple[Preference, ...] = (
     ),
     Preference("sparse_mla.attend", "cuda", ("cuda", "triton"), "rule: as on sm_90", {"kv": "packed"}),
     *(
-        Preference("projection.linear", "sm_90", ("wgmma", "cuda", "triton"), _WIDE, {"dtype": dtype, "tokens": tokens})
-        for dtype, tokens in (("torch.float8_e4m3fn", (8, 64)), ("torch.bfloat16", (33, 64)))
+        Preference(
+            "projection.linear", "sm_90", ("wgmma", "cuda", "triton"), _LAYERS, {"dtype": dtype, "tokens": tokens}
+        )
+        for dtype, tokens in (("torch.float8_e4m3fn", (8, 32)), ("torch.bfloat16", (9, 16)))
     ),
     Preference("projection.linear", "cuda", ("cuda", "triton"), "rule: tuned on sm_90"),
     Preference("projection.per_head", "cuda", ("cuda", "triton"), "rule: tuned on sm_90"),

@@ -26,16 +26,17 @@ from nsa_backend_plugin.engine import hooks, linear
 from nsa_backend_plugin.ops import projection
 from nsa_backend_plugin.ops.arch import device_arch
 
-#: Most tokens that a projection takes by ours. Whole layers of V3.2, H200 (RESULTS.notes.md).
+#: Most tokens that a projection takes by ours: SGLang's GEMMs, which read their tokens once for more rows, are faster
+#: with more. Whole layers of V3.2, H200, 2026-11-28 (RESULTS.notes.md).
 MOST_TOKENS = {
-    "fused_qkv_a_proj_with_mqa": 64,
-    "q_b_proj": 64,
-    "wk_weights_proj": 64,
+    "fused_qkv_a_proj_with_mqa": 32,
+    "q_b_proj": 32,
+    "wk_weights_proj": 32,
     "per_head": 32,
-    "o_proj": 64,
+    "o_proj": 32,
 }
-#: Most tokens of which the projection q_a | kv_a leaves room for others beside it.
-_SHARES = 8
+#: Most tokens of which the projection q_a | kv_a leaves room for others beside it. There, too.
+_SHARES = 16
 #: Of longer rows (o_proj of 128 heads has 16384), and of more heads, the others are faster with any number of tokens:
 #: benchmarks/configs/projection.yaml, there too.
 _MOST_DEPTH, _MOST_HEADS = 8192, 64

@@ -14,7 +14,16 @@ DEVICE uint32 shared_address(const void* pointer) {
   return static_cast<uint32>(__cvta_generic_to_shared(pointer));
 }
 
+// What the compiler knows of a value.
+DEVICE void forget(int& value) { asm volatile("" : "+r"(value)); }
+
 // ---- Copies and barriers ----
+
+// Without a branch, which the compiler would put around an atomic.
+DEVICE void increment_if(bool condition, uint32* shared_counter) {
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %1, 0; @p red.shared.add.u32 [%0], 1;}" ::"r"(
+                   shared_address(shared_counter)), "r"(static_cast<uint32>(condition)) : "memory");
+}
 
 DEVICE float load_shared(uint32 address) {
   float value;
@@ -35,11 +44,6 @@ DEVICE uint4 load_global_16(const void* from, bool present) {
     asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w) : "l"(from) : "memory");
   return value;
-}
-
-// 4 bytes likewise, always there.
-DEVICE void copy_async_4(uint32 to, const void* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
 }
 
 DEVICE void barrier_init(uint32 barrier, int arrivals) {
@@ -190,6 +194,12 @@ DEVICE uint32 larger_magnitude_bf16x2(uint32 a, uint32 b) {
 DEVICE float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+DEVICE float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 

@@ -48,14 +48,6 @@ __device__ __forceinline__ u32 ordered_key(float logit) {
   return bits ^ (static_cast<u32>(static_cast<int>(bits) >> 31) | 0x80000000u);
 }
 
-// Without a branch, which the compiler would put around an atomic.
-__device__ __forceinline__ void increment_if(bool condition, u32* shared_counter) {
-  asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %1, 0;\n@p red.shared.add.u32 [%0], 1;\n}" ::"r"(
-                   static_cast<u32>(__cvta_generic_to_shared(shared_counter))),
-               "r"(static_cast<u32>(condition))
-               : "memory");
-}
-
 // ---------------------------------------------------------------- thread-block cluster
 
 __device__ __forceinline__ u32 cluster_rank() {

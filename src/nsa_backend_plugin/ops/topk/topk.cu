@@ -139,7 +139,7 @@ struct IndexOfTies {
   template <class Source>
   __device__ __forceinline__ bool operator()(u32& value, const Source& source, int tile, int slot) const {
     const bool tie = value == key;
-    asm volatile("" : "+r"(tile));  // made anew in every step: all indices at once in registers would spill
+    forget(tile);  // made anew in every step: all indices at once in registers would spill
     value = ~static_cast<u32>(source.index(tile, slot));
     return tie;
   }
@@ -371,9 +371,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER_DIMS
   if constexpr (CLUSTER > 1) cluster_arrive();
   // Nothing of the predecessor's output is read before this, and the successor may start, up to where it waits for this
   // kernel's end; it costs nothing without a dependent launch.
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
-#endif
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   const i64 row_number = blockIdx.x / CLUSTER;
   const int length = max(lengths[row_number], 0);
   const int start = row_starts ? row_starts[row_number] : 0;
