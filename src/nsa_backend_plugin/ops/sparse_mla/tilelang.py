@@ -8,6 +8,7 @@ docs/tilelang.md says what the generated code does and why the kernel has this f
 
 # No `from __future__ import annotations`: TileLang reads the annotations of its functions, which name local variables.
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +66,7 @@ def tile(arch: str, heads: int) -> Tile:
     if heads > 32 and arch == "sm_90":
         return Tile(64, 64, 256, buffers=2, per_core=1)
     if heads > 16 and arch in ("sm_80", "sm_90", "sm_100", "sm_103"):  # 117 KB
-        return Tile(32, 32, 128, buffers=2, per_core=1)
+        return Tile(32, 32, 256, buffers=2, per_core=1)
     return Tile(16, 32, 128, buffers=2, per_core=2 if arch in ("sm_90", "sm_100", "sm_103") else 1)
 
 
@@ -186,12 +187,28 @@ def attend_program(heads: int, config: Tile, kv: str, out_dtype: str, arch: str)
             position = tile * keys + j
             slot[step % 4, j] = T.if_then_else(position < topk, indices[token, position], -1)
 
+    def by_line(place):
+        """Which thread copies what: eight threads 128 bytes of one row, so that few slots concern a thread."""
+        size = 2 if place.dtype == "bfloat16" else 4 if place.dtype == "float32" else 1
+        vector, width = 16 // size, int(place.shape[2])
+        lanes = math.gcd(8, width // vector)
+        rows = config.threads // lanes
+
+        def thread_and_index(j, d):
+            line = j // rows * (width // (vector * lanes)) + d // (vector * lanes)
+            return j % rows * lanes + d // vector % lanes, line * vector + d % vector
+
+        return T.Fragment([keys, width], forward_fn=thread_and_index)
+
     @T.macro
     def gather(rows, first, slot, place, step):
         """A part of a tile's rows. Missing rows become zeros: a probability of 0 must not meet an unused slot's NaN."""
-        for j, d in T.Parallel(keys, place.shape[2], **arriving):
+        mine = T.alloc_fragment([keys], "int32")  # in registers: a copy would read its slot four times
+        for j in T.Parallel(keys):
+            mine[j] = slot[step % 4, j]
+        for j, d in T.Parallel(keys, place.shape[2], **arriving, loop_layout=by_line(place)):
             place[step % place.shape[0], j, d] = T.if_then_else(
-                slot[step % 4, j] >= 0, rows[slot[step % 4, j], first + d], T.cast(0, rows.dtype)
+                mine[j] >= 0, rows[mine[j], first + d], T.cast(0, rows.dtype)
             )
 
     @T.macro
@@ -200,6 +217,18 @@ def attend_program(heads: int, config: Tile, kv: str, out_dtype: str, arch: str)
             place[0, j, d] = T.if_then_else(
                 slot[0, j] >= 0, T.cast(T.cast(rows[slot[0, j], first + d], "float32"), "bfloat16"), T.bfloat16(0)
             )
+
+    @T.macro
+    def add_scaled_part(products, part, q_value, value, scales, now, c, dims):
+        T.clear(part)
+        T.gemm(q_value[c, :, :], value[0, :, dims], part, transpose_B=True, policy=T.GemmWarpPolicy.FullCol)
+        for i, j in T.Parallel(block, keys):
+            products[i, j] = products[i, j] + part[i, j] * scales[now, j, c]
+
+    def add_scaled(*operands):
+        """Scores of packed rows. A loop of Python, because T.gemm wants parts of operands whose size it can see."""
+        for c in range(_SCALES):
+            add_scaled_part(*operands, c, slice(c * LATENT_TILE, (c + 1) * LATENT_TILE))
 
     @T.prim_func
     def sparse_attend(
@@ -212,7 +241,8 @@ def attend_program(heads: int, config: Tile, kv: str, out_dtype: str, arch: str)
         unit: T.float32,
     ):
         with T.Kernel(tokens, splits, heads // block, threads=config.threads) as (token, split, head_block):
-            q_value = T.alloc_shared([block, dim], "bfloat16")
+            # T.gemm takes the length of a product from the first operand's buffer, whatever part of it is named.
+            q_value = T.alloc_shared([_SCALES, block, LATENT_TILE] if packed else [block, dim], "bfloat16")
             q_rope = T.alloc_shared([block, rope], "bfloat16")
             value = T.alloc_shared([1 if staged else buffers, keys, dim], "bfloat16")
             key_rope = T.alloc_shared([1 if staged and not packed else buffers, keys, rope], "bfloat16")
@@ -230,6 +260,7 @@ def attend_program(heads: int, config: Tile, kv: str, out_dtype: str, arch: str)
                 raw = T.alloc_shared([buffers, keys, dim if packed else dim + rope], kv_dtype)
             if packed:
                 scales = T.alloc_shared([buffers, keys, _SCALES], "float32")
+                part = T.alloc_fragment([block, keys], "float32")
                 kv_rope = T.Tensor([slots, row // 2], "bfloat16", kv.data)
                 kv_scale = T.Tensor([slots, row // 4], "float32", kv.data)
             if by_row:
@@ -254,7 +285,11 @@ def attend_program(heads: int, config: Tile, kv: str, out_dtype: str, arch: str)
                 elif not staged:
                     gather(kv, dim, slot, key_rope, 0)
                 T.ptx_commit_group()
-            T.copy(q[token, first_head : first_head + block, :dim], q_value)
+            if packed:
+                for c, i, d in T.Parallel(_SCALES, block, LATENT_TILE):
+                    q_value[c, i, d] = q[token, first_head + i, c * LATENT_TILE + d]
+            else:
+                T.copy(q[token, first_head : first_head + block, :dim], q_value)
             T.copy(q[token, first_head : first_head + block, dim:], q_rope)
             T.fill(sums, 0)
             T.fill(weights, 0)
@@ -277,12 +312,10 @@ def attend_program(heads: int, config: Tile, kv: str, out_dtype: str, arch: str)
                     find(slot, indices, token, bounds[0] + step, 0)
                     gather_widened(kv, 0, slot, value)
                     gather_widened(kv, dim, slot, key_rope)
-                if packed:
-                    for j, d in T.Parallel(keys, dim):
-                        value[0, j, d] = T.cast(raw[step % 2, j, d], "float32") * scales[step % 2, j, d // LATENT_TILE]
-                elif staged:
+                if staged:
                     for j, d in T.Parallel(keys, dim):
                         value[0, j, d] = T.cast(raw[step % 2, j, d], "float32")
+                if staged and not packed:
                     for j, d in T.Parallel(keys, rope):
                         key_rope[0, j, d] = T.cast(raw[step % 2, j, dim + d], "float32")
 
@@ -291,8 +324,14 @@ def attend_program(heads: int, config: Tile, kv: str, out_dtype: str, arch: str)
                 now_slot = step % 4 if buffers > 1 else 0
                 products = product if by_row else scores
                 T.clear(products)
-                T.gemm(q_value, value[now, :, :], products, transpose_B=True, policy=T.GemmWarpPolicy.FullCol)
                 T.gemm(q_rope, key_rope[now_rope, :, :], products, transpose_B=True, policy=T.GemmWarpPolicy.FullCol)
+                if packed:
+                    # On scores a scale is exact; on values it is rounded with them to bf16.
+                    add_scaled(products, part, q_value, value, scales, step % 2)
+                    for j, d in T.Parallel(keys, dim):
+                        value[0, j, d] = T.cast(raw[step % 2, j, d], "float32") * scales[step % 2, j, d // LATENT_TILE]
+                else:
+                    T.gemm(q_value, value[now, :, :], products, transpose_B=True, policy=T.GemmWarpPolicy.FullCol)
                 if by_row:
                     T.copy(product, product_shared)
                 for i, j in T.Parallel(block, keys):
