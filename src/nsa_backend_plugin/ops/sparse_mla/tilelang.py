@@ -62,7 +62,8 @@ def tile(arch: str, heads: int) -> Tile:
     """WGMMA multiplies 64 rows and the older instructions 16: heads are padded to the smallest that holds them."""
     if not is_cuda(arch):
         # No asynchronous copies that TileLang could use: a second tile in LDS would only cost blocks.
-        return Tile(16 if heads <= 16 or arch == "gfx942" else 32, 32, 128, buffers=1, per_core=2)
+        wide = heads > 16 and arch != "gfx942"  # 80 KB
+        return Tile(32 if wide else 16, 32, 128, buffers=1, per_core=1 if wide or arch == "gfx942" else 2)
     if heads > 32 and arch == "sm_90":
         return Tile(64, 64, 256, buffers=2, per_core=1)
     if heads > 16 and arch in ("sm_80", "sm_90", "sm_100", "sm_103"):  # 117 KB
@@ -175,6 +176,7 @@ def attend_program(heads: int, config: Tile, kv: str, out_dtype: str, arch: str)
     kv_dtype = "float8_e4m3fn" if packed else kv
     # A copy that converts is not asynchronous: fp8 rows arrive as they are and are widened in shared memory.
     staged = kv_dtype != "bfloat16" and buffers > 1
+    places = 4 if buffers > 1 else 1
     early = launches_early(arch) and out_dtype == "float32"
     # Copies that the loop itself waits for.
     asynchronous = {"prefer_async": True, "annotations": {"parallel_async_without_async_commit_wait": True}}
@@ -185,7 +187,7 @@ def attend_program(heads: int, config: Tile, kv: str, out_dtype: str, arch: str)
         """The slots of a tile of keys, for `step` of the loop."""
         for j in T.Parallel(keys):
             position = tile * keys + j
-            slot[step % 4, j] = T.if_then_else(position < topk, indices[token, position], -1)
+            slot[step % places, j] = T.if_then_else(position < topk, indices[token, position], -1)
 
     def by_line(place):
         """Which thread copies what: eight threads 128 bytes of one row, so that few slots concern a thread."""
@@ -205,7 +207,7 @@ def attend_program(heads: int, config: Tile, kv: str, out_dtype: str, arch: str)
         """A part of a tile's rows. Missing rows become zeros: a probability of 0 must not meet an unused slot's NaN."""
         mine = T.alloc_fragment([keys], "int32")  # in registers: a copy would read its slot four times
         for j in T.Parallel(keys):
-            mine[j] = slot[step % 4, j]
+            mine[j] = slot[step % places, j]
         for j, d in T.Parallel(keys, place.shape[2], **arriving, loop_layout=by_line(place)):
             place[step % place.shape[0], j, d] = T.if_then_else(
                 mine[j] >= 0, rows[mine[j], first + d], T.cast(0, rows.dtype)
@@ -246,9 +248,9 @@ def attend_program(heads: int, config: Tile, kv: str, out_dtype: str, arch: str)
             q_rope = T.alloc_shared([block, rope], "bfloat16")
             value = T.alloc_shared([1 if staged else buffers, keys, dim], "bfloat16")
             key_rope = T.alloc_shared([1 if staged and not packed else buffers, keys, rope], "bfloat16")
-            # Four tiles: two ahead, the present one, and one that a late warp may still read. Static memory, because
-            # TileLang puts a barrier before every copy that takes its source from the memory that copies write to.
-            slot = T.alloc_shared([4, keys], "int32", scope="shared")
+            # Of four tiles: two ahead, the present one, and one that a late warp may still read. Static memory, because
+            # TileLang puts barriers between copies and reads of the memory that the copies write to.
+            slot = T.alloc_shared([places, keys], "int32", scope="shared" if buffers > 1 else "shared.dyn")
             scores = T.alloc_fragment([block, keys], "float32")
             weights = T.alloc_fragment([block, keys], "float32")
             sums = T.alloc_fragment([block, dim], "float32")
@@ -321,7 +323,7 @@ def attend_program(heads: int, config: Tile, kv: str, out_dtype: str, arch: str)
 
                 now = step % value.shape[0]
                 now_rope = step % key_rope.shape[0]
-                now_slot = step % 4 if buffers > 1 else 0
+                now_slot = step % places
                 products = product if by_row else scores
                 T.clear(products)
                 T.gemm(q_rope, key_rope[now_rope, :, :], products, transpose_B=True, policy=T.GemmWarpPolicy.FullCol)
