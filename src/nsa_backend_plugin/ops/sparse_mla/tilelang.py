@@ -213,6 +213,10 @@ def attend_program(heads: int, config: Tile, kv: str, out_dtype: str, arch: str)
                 mine[j] >= 0, rows[mine[j], first + d], T.cast(0, rows.dtype)
             )
 
+    def gather_parts(parts, slot, step):
+        for rows, first, place in parts:
+            gather(rows, first, slot, place, step)
+
     @T.macro
     def gather_widened(rows, first, slot, place):
         for j, d in T.Parallel(keys, place.shape[2]):
@@ -258,13 +262,17 @@ def attend_program(heads: int, config: Tile, kv: str, out_dtype: str, arch: str)
             previous = T.alloc_fragment([block], "float32")
             rescale = T.alloc_fragment([block], "float32")
             total = T.alloc_fragment([block], "float32")
+            # What of a row arrives where: (rows, first element, place).
+            parts = [(kv, 0, value), (kv, dim, key_rope)]
             if staged:
                 raw = T.alloc_shared([buffers, keys, dim if packed else dim + rope], kv_dtype)
+                parts = [(kv, 0, raw)]
             if packed:
                 scales = T.alloc_shared([buffers, keys, _SCALES], "float32")
                 part = T.alloc_fragment([block, keys], "float32")
-                kv_rope = T.Tensor([slots, row // 2], "bfloat16", kv.data)
                 kv_scale = T.Tensor([slots, row // 4], "float32", kv.data)
+                kv_rope = T.Tensor([slots, row // 2], "bfloat16", kv.data)
+                parts = [*parts, (kv_scale, dim // 4, scales), (kv_rope, dim // 2 + 2 * _SCALES, key_rope)]
             if by_row:
                 product = T.alloc_fragment([block, keys], "float32")
                 product_shared = T.alloc_shared([block, keys], "float32")
@@ -280,12 +288,7 @@ def attend_program(heads: int, config: Tile, kv: str, out_dtype: str, arch: str)
                 find(slot, indices, token, bounds[0], 0)
                 find(slot, indices, token, bounds[0] + 1, 1)
                 T.sync_threads()
-                gather(kv, 0, slot, raw if staged else value, 0)
-                if packed:
-                    gather(kv_scale, dim // 4, slot, scales, 0)
-                    gather(kv_rope, dim // 2 + 2 * _SCALES, slot, key_rope, 0)
-                elif not staged:
-                    gather(kv, dim, slot, key_rope, 0)
+                gather_parts(parts, slot, 0)
                 T.ptx_commit_group()
             if packed:
                 for c, i, d in T.Parallel(_SCALES, block, LATENT_TILE):
@@ -302,12 +305,7 @@ def attend_program(heads: int, config: Tile, kv: str, out_dtype: str, arch: str)
                     T.ptx_wait_group(0)
                     T.sync_threads()
                     if step + 1 < bounds[1] - bounds[0]:
-                        gather(kv, 0, slot, raw if staged else value, step + 1)
-                        if packed:
-                            gather(kv_scale, dim // 4, slot, scales, step + 1)
-                            gather(kv_rope, dim // 2 + 2 * _SCALES, slot, key_rope, step + 1)
-                        elif not staged:
-                            gather(kv, dim, slot, key_rope, step + 1)
+                        gather_parts(parts, slot, step + 1)
                         T.ptx_commit_group()
                         find(slot, indices, token, bounds[0] + step + 2, step + 2)
                 else:
@@ -317,9 +315,9 @@ def attend_program(heads: int, config: Tile, kv: str, out_dtype: str, arch: str)
                 if staged:
                     for j, d in T.Parallel(keys, dim):
                         value[0, j, d] = T.cast(raw[step % 2, j, d], "float32")
-                if staged and not packed:
-                    for j, d in T.Parallel(keys, rope):
-                        key_rope[0, j, d] = T.cast(raw[step % 2, j, dim + d], "float32")
+                    if not packed:
+                        for j, d in T.Parallel(keys, rope):
+                            key_rope[0, j, d] = T.cast(raw[step % 2, j, dim + d], "float32")
 
                 now = step % value.shape[0]
                 now_rope = step % key_rope.shape[0]
