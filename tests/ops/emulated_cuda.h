@@ -1,4 +1,4 @@
-// What TileLang's CUDA of `sparse_mla` uses, for a CPU: a block's threads are fibers that run in random order and yield
+// What TileLang's CUDA of `sparse_mla` uses, for a CPU: a block's threads are fibers that run in random order, some far behind, and yield
 // at barriers; asynchronous copies arrive when they are waited for, and until then their places hold NaN.
 #pragma once
 #include <ucontext.h>
@@ -51,12 +51,15 @@ static void run_block() {
     fiber.done = false;
     makecontext(&fiber.context, start, 0);
   }
-  for (int left = threads; left;) {
+  // For a while one warp lags behind, as far as barriers let the others go.
+  int late = 0;
+  for (int left = threads, round = 0; left; round++) {
     random_state = random_state * 1664525 + 1013904223;
     int first = (random_state >> 8) % threads, step = (random_state >> 20) & 1 ? 1 : threads - 1;
+    if (round % 256 == 0) late = (random_state >> 12) % (threads / 32);
     for (int n = 0; n < threads; n++) {
       current = (first + n * step) % threads;
-      if (fibers[current].done) continue;
+      if (fibers[current].done || (current / 32 == late && round % 256 < 224)) continue;
       swapcontext(&scheduler, &fibers[current].context);
       left -= fibers[current].done;
     }
