@@ -1,5 +1,5 @@
-// What TileLang's CUDA of `sparse_mla` uses, for a CPU: a block's threads are fibers that run in random order, some far behind, and yield
-// at barriers; asynchronous copies arrive when they are waited for, and until then their places hold NaN.
+// What TileLang's CUDA of `sparse_mla` uses, for a CPU: a block's threads are fibers that run in random order, some far
+// behind, and yield at barriers; asynchronous copies arrive when they are waited for, and until then their places hold NaN.
 #pragma once
 #include <ucontext.h>
 
