@@ -121,7 +121,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
     monkeypatch.setattr(tilelang, "_merge_kernel", merge_kernel)
 
 
-# Blocks of 16 and of 32 heads multiply by mma, of 64 by WGMMA. Of 8 cores a split has several tiles; 132 have 10 splits.
+# Blocks of 16 and of 32 heads multiply by mma, of 64 by WGMMA. 132 cores have 10 splits, fewer several tiles a split.
 @pytest.mark.parametrize(
     "heads, kind, topk, cores",
     [(12, "bf16", 300, 8), (65, "bf16", 300, 1), (24, "fp8", 300, 132), (16, "packed", 300, 8)],
