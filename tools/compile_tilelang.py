@@ -1,6 +1,6 @@
 """Lower every TileLang kernel to the device source of GPUs that are not here, on a machine without a GPU.
 
-    python -m tools.compile_tilelang [--targets gfx942 gfx950 | sm_90] [--sources DIR]
+    python -m tools.compile_tilelang [--targets gfx942 gfx950 sm_90] [--sources DIR]
     python -m tools.compile_tilelang --write-table docs/tilelang_table.csv
 
 TileLang schedules, places tiles in shared memory, picks matrix instructions and writes HIP or CUDA C++ without a device
@@ -25,12 +25,14 @@ from nsa_backend_plugin.ops.arch import arch_fp8_dtype, is_cuda
 from nsa_backend_plugin.ops.sparse_mla import tilelang as sparse_mla
 from tools.compile_matrix import hardware
 
-DEFAULT_TARGETS = ("gfx942", "gfx950")
+DEFAULT_TARGETS = ("gfx942", "gfx950", "sm_90")
 _COLUMNS = ("target", "kernel", "threads", "shared_bytes", "matrix_instructions")
 _MATRIX_INSTRUCTIONS = {
     "hip": re.compile(r"__builtin_amdgcn_(mfma_\w+)"),
     "cuda": re.compile(r"\b(mma_sync|wgmma_ss|wgmma_rs)\b"),
 }
+#: The only type that the kernels keep there.
+_STATIC_SHARED = re.compile(r"\b__shared__ (?:__align__\(\d+\) )?int \w+\[(\d+)\];")
 
 
 @dataclass(frozen=True)
@@ -63,14 +65,15 @@ class Lowered:
 
 
 def cases(arch: str) -> Iterator[Case]:
-    """Blocks of heads and row types of `sparse_mla`: more heads add blocks, a bf16 result rounds the store."""
-    fp8 = sparse_mla.NAMES[arch_fp8_dtype(arch)]
-    sizes = sorted({16, sparse_mla.head_block(128, arch)})
-    attend = [(heads, kv, "float32") for heads in sizes for kv in ("bfloat16", fp8)] + [(16, "bfloat16", "bfloat16")]
+    """Tiles and row types of `sparse_mla`: more heads add blocks, a bf16 result rounds the store."""
+    kinds = ["bfloat16", sparse_mla.NAMES[arch_fp8_dtype(arch)], *(["packed"] if is_cuda(arch) else [])]
+    tiles = {tile.heads: tile for tile in (sparse_mla.tile(arch, heads) for heads in (16, 32, 128))}
+    attend = [(heads, kv, "float32") for heads in tiles for kv in kinds] + [(16, "bfloat16", "bfloat16")]
     for heads, kv, out in attend:
-        program = functools.partial(sparse_mla.attend_program, heads, heads, kv, out)
+        program = functools.partial(sparse_mla.attend_program, heads, tiles[heads], kv, out, arch)
         yield Case(f"sparse_mla.attend {kv} heads={heads} out={out}", program, True)
-    yield Case("sparse_mla.merge", functools.partial(sparse_mla.merge_program, 16), False)
+    for parts in sparse_mla.MERGES:
+        yield Case(f"sparse_mla.merge {parts}", functools.partial(sparse_mla.merge_program, 16, parts, arch), False)
 
 
 def lower(arch: str, case: Case) -> Lowered:
@@ -79,11 +82,12 @@ def lower(arch: str, case: Case) -> Lowered:
     from tilelang import tvm
 
     target = sparse_mla.target(arch)
-    with tvm.target.Target(target):
+    with tvm.target.Target(target), tilelang.transform.PassContext(config=sparse_mla.PASS_CONFIGS):
         lowered = tilelang.lower(case.program(), target=target)
     [kernel] = lowered.device_mod.functions.values()
     extent = kernel.attrs["thread_extent"]
     shared = int(kernel.attrs["dyn_shared_memory_buf"]) if "dyn_shared_memory_buf" in kernel.attrs else 0
+    shared += sum(4 * int(count) for count in _STATIC_SHARED.findall(lowered.kernel_source))
     found = sorted(set(_MATRIX_INSTRUCTIONS["cuda" if is_cuda(arch) else "hip"].findall(lowered.kernel_source)))
     limit = hardware(arch).shared_per_program
     problems = [

@@ -241,7 +241,7 @@ def test_only_what_has_changed_is_compiled_for_the_table(tmp_path):
     assert table.read_text() == written
 
 
-def test_tilelang_kernels_lower_for_amd_as_in_the_table(tmp_path):
+def test_tilelang_kernels_lower_as_in_the_table(tmp_path):
     pytest.importorskip("tilelang", reason="TileLang is not installed")
     """Of one target in each run."""
     sources, table = tmp_path / "sources", tmp_path / "table.csv"
@@ -256,8 +256,9 @@ def test_tilelang_kernels_lower_for_amd_as_in_the_table(tmp_path):
     assert rows == whole, "--write-table docs/tilelang_table.csv renews it"
     for source in sources.glob("*attend*"):
         text = source.read_text()
-        assert "__builtin_amdgcn_mfma_f32_16x16x16bf16_1k" in text
         assert "buf_dyn_shmem" in text
+        # A plain copy of a row makes each thread wait for its loads one by one (docs/tilelang.md).
+        assert "cp_async_gs_conditional<16>" in text if target == "sm_90" else "mfma_f32_16x16x16bf16_1k" in text
     assert len(list(sources.iterdir())) == len(rows)
 
 
@@ -268,4 +269,4 @@ def test_a_tilelang_kernel_that_does_not_fit_is_reported(monkeypatch, capsys):
     cases = compile_tilelang.cases
     monkeypatch.setattr(compile_tilelang, "cases", lambda arch: list(cases(arch))[:1])
     assert compile_tilelang.main(["--targets", "gfx942"]) == 1
-    assert "needs 57472 bytes of shared memory, gfx942 has 32768" in capsys.readouterr().out
+    assert "needs 58560 bytes of shared memory, gfx942 has 32768" in capsys.readouterr().out
