@@ -28,12 +28,19 @@ NEW_TOKENS = 16
 LOGPROB_BAR = 1e-3
 INDEX_TOPK = 32
 LENGTHS = (5, 17, 64, 65, 129, 200, 333, 700)
+#: Slots of the decode server, 16 pages: two of these long answers do not fit.
+SLOTS = 1024
+LONG, LONG_TOKENS = 448, 72
 PATIENCE = 120.0
 
 
+def _tokens(count: int, seed: int) -> list[int]:
+    generator = random.Random(seed)
+    return [generator.randrange(5, 500) for _ in range(count)]
+
+
 def _prompts(seed: int) -> list[list[int]]:
-    generators = [random.Random(seed + length) for length in LENGTHS]
-    return [[one.randrange(5, 500) for _ in range(n)] for one, n in zip(generators, LENGTHS, strict=True)]
+    return [_tokens(length, seed + length) for length in LENGTHS]
 
 
 @dataclass
@@ -62,10 +69,10 @@ class Pair:
     def ask(self, prompt: list[int]) -> Answer:
         return self._heard("decode", self._reply, prompt)
 
-    def at_once(self, prompts: Sequence[list[int]]) -> list[list[int]]:
+    def at_once(self, bodies: Sequence[dict[str, Any]]) -> list[list[int]]:
         """Tokens of the answers."""
-        with ThreadPoolExecutor(len(prompts)) as pool:
-            return [reply["output_ids"] for reply in pool.map(self._reply, map(_body, prompts))]
+        with ThreadPoolExecutor(len(bodies)) as pool:
+            return [reply["output_ids"] for reply in pool.map(self._reply, bodies)]
 
     def _reply(self, body: dict[str, Any]) -> Any:
         return pairs.ask(self.prefill, self.decode, self.bootstrap, body, PATIENCE)
@@ -87,8 +94,8 @@ class Pair:
         (self.folder / "spoilt").write_text(part)
 
 
-def _body(prompt: list[int]) -> dict[str, Any]:
-    sampling = {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
+def _body(prompt: list[int], new_tokens: int = NEW_TOKENS) -> dict[str, Any]:
+    sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
     return {"input_ids": prompt, "sampling_params": sampling, "return_logprob": True}
 
 
@@ -107,8 +114,10 @@ def pair(request, start_server, tmp_path_factory) -> Iterator[Pair]:
         environment = {**transfer.environment(), **cpu_drafts.environment(folder, name), "TORCH_COMPILE_DISABLE": "1"}
         return start_server(model, [*args, *more], environment)
 
-    roles = {mode: server(mode, *pairs.arguments(mode, bootstrap)) for mode in ("prefill", "decode")}
-    made = Pair(kind, server("one"), roles["prefill"], roles["decode"], bootstrap, folder)
+    prefill = server("prefill", *pairs.arguments("prefill", bootstrap))
+    small = (f"--max-total-tokens={SLOTS}", "--num-reserved-decode-tokens=16")
+    decode = server("decode", *pairs.arguments("decode", bootstrap), *small)
+    made = Pair(kind, server("one"), prefill, decode, bootstrap, folder)
     servers = (made.one, made.prefill, made.decode)
     try:
         with ThreadPoolExecutor() as pool:
@@ -126,7 +135,16 @@ def test_drafts_are_those_of_one_server(pair: Pair) -> None:
         assert answer.tokens == expected.tokens
         assert answer.drafts == expected.drafts
         assert answer.logprobs == pytest.approx(expected.logprobs, abs=LOGPROB_BAR)
-    assert pair.at_once(prompts) == [pair.ask_one(prompt).tokens for prompt in prompts]
+    assert pair.at_once([_body(prompt) for prompt in prompts]) == [pair.ask_one(prompt).tokens for prompt in prompts]
+
+
+@pytest.mark.parametrize("pair", [CHAINS["dsa-3-1-4"]], ids=["dsa-3-1-4"], indirect=True)
+def test_a_full_decode_server_retracts_and_resumes(pair: Pair) -> None:
+    """Answers stay. SGLang keeps the cache of the model alone: the guesses of its draft may get worse."""
+    bodies = [_body(_tokens(LONG, seed), LONG_TOKENS) for seed in (5003, 5004)]
+    expected = [pair.one.post("/generate", body, PATIENCE)["output_ids"] for body in bodies]
+    assert pair.at_once(bodies) == expected
+    assert "#retracted_reqs: 1" in pair.decode.log_path.read_text()
 
 
 @pytest.mark.parametrize("part", cpu_drafts.PARTS)
