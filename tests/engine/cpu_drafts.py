@@ -1,6 +1,6 @@
 """Speculative decoding on a CPU, for tests alone: stand-ins for what SGLang's chains of drafts launch on a GPU.
 
-`register` is a plugin of SGLang for the servers of a test. It lifts our refusals, and does in torch what SGLang does in
+`register` is a plugin of SGLang for the servers of a test. It lifts our refusal, and does in torch what SGLang does in
 Triton and CUDA, for drafts that do not branch. The rest is SGLang's own: its workers, its scheduler, and what a prefill
 server sends of a draft. The attention backend is ours of the CPU, with the rows of verification and of drafts.
 """
@@ -209,9 +209,8 @@ def register() -> None:
     from nsa_backend_plugin.engine.cpu.platform import NsaPluginCpuPlatform
     from nsa_backend_plugin.engine.gpu import drafts
 
-    rules: Any
-    for rules in (arguments.ON_DEVICE["cpu"], arguments.IN_PAIRS):
-        rules.pop("speculative_algorithm", None)
+    on_cpu: Any = arguments.ON_DEVICE["cpu"]
+    on_cpu.pop("speculative_algorithm", None)
     for question in ("supports_speculative_algorithm", "supports_speculative_draft_attention_backend"):
         setattr(NsaPluginCpuPlatform, question, lambda *args, **kwargs: True)
     _draft_backends()
