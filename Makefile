@@ -8,10 +8,11 @@ PYTEST_ARGS ?=
 SETUP_ARGS ?=
 # Two cores do not have time for everything twice: what does not depend on the SGLang release runs on the primary one,
 # and of the servers that differ in layout, page size, stages or patches each release has a part.
-ON_PRIMARY := -k "not (mla-page1 or pipeline or (dsa-chunked and not patched))" --ignore=tests/engine/test_disaggregation.py
+ON_PRIMARY := -k "not (mla-page1 or pipeline or (dsa-chunked and not patched) or mla-3-1-4 or dsa-1-1-2)" \
+	--ignore=tests/engine/test_disaggregation.py
 # Of two servers, what waits for timeouts and a second model are `make test-pairs`.
 ON_NEWEST := -k "not (whole or page64-chunked or mla-pipeline or (dsa-chunked and patched) or preshuffled or layouts_that_differ or \
-		(test_disaggregation and (mla or retracts or killed)))" \
+		(test_disaggregation and (mla or retracts or killed or dsa-1-1-2)))" \
 	$(patsubst %,--ignore=tests/engine/test_%.py,ladder accuracy demo gpu_probe)
 
 .PHONY: help setup setup-test setup-primary setup-newest demo serve doctor check test test-ops test-unit test-engine test-engine-newest test-pairs test-patched test-releases test-tritons test-gpu test-memcheck clean
@@ -64,7 +65,7 @@ test-engine-newest: setup-test
 
 test-pairs: setup-test  ## prefill and decode in two servers, on both releases
 	@set -e; for venv in $(VENV) $(VENV_NEWEST); do \
-		OMP_NUM_THREADS=1 $$venv/bin/python -m pytest -q tests/engine/test_disaggregation.py $(PYTEST_ARGS); \
+		OMP_NUM_THREADS=1 $$venv/bin/python -m pytest -q tests/engine/test_disaggregation*.py $(PYTEST_ARGS); \
 	done
 
 test-patched: setup-test  ## all parity and refusal tests on both releases with patches/ in place of the hooks

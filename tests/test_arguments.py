@@ -140,7 +140,7 @@ def test_a_refused_value_is_refused_by_its_name_with_what_to_do(name, monkeypatc
 @pytest.mark.parametrize("name", arguments.IN_PAIRS)
 def test_what_was_not_tried_in_a_disaggregated_pair_is_refused_there(name, monkeypatch):
     monkeypatch.setattr(launch, "unclassified", lambda _: ())
-    value = {"speculative_algorithm": "NEXTN", "pp_size": 2, "lora_paths": ["a=b"]}.get(name, True)
+    value = {"pp_size": 2, "lora_paths": ["a=b"]}.get(name, True)
     launch.check_arguments(_arguments(**{name: value}), as_given=True)
     for role in ("prefill", "decode"):
         flag = "--" + name.replace("_", "-")

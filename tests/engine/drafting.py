@@ -31,6 +31,8 @@ ARGS += ["--mem-fraction-static=0.9"]
 ENV = {"TRITON_INTERPRET": "0", "HF_HUB_OFFLINE": "1", "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"}
 #: Prompts of `prompts`: the first are of a few hundred tokens, those behind them longer than index_topk.
 SHORT, LONG = 24, 8
+#: Each part of them, and by what share its tokens a step may differ: rounding turns some choices that are near ties.
+ACCEPTANCE_BARS = ((slice(SHORT), 0.05), (slice(SHORT, SHORT + LONG), 0.1))
 #: Layer 1 takes the top-k of layer 0, and each step of a draft what its extend selected.
 INDEX_SHARE = {"index_topk_pattern": "FSF", "index_share_for_mtp_iteration": True}
 
@@ -157,16 +159,19 @@ def body(prompt: str, **extra: Any) -> dict[str, Any]:
     }
 
 
-def serve(model: Path, log: Path, arm: Arm, texts: list[str], port: int | None = None) -> Outcome:
-    """Answers of a server that is started for it: to three prompts alone, then to the others together."""
-    with (
-        serving.Server(model, arm.arguments, ENV, port, log_path=log) as server,
-        ThreadPoolExecutor(len(texts)) as pool,
-    ):
-        answers = [server.post("/generate", body(text)) for text in texts[:3]]
-        answers += pool.map(lambda text: server.post("/generate", body(text)), texts[3:])
+def heard(ask: Callable[[dict[str, Any]], Any], texts: list[str]) -> Outcome:
+    """Answers to three prompts alone, then to the others together. ask: the parsed answer to a body."""
+    with ThreadPoolExecutor(len(texts)) as pool:
+        answers = [ask(body(text)) for text in texts[:3]]
+        answers += pool.map(lambda text: ask(body(text)), texts[3:])
     verified = [answer["meta_info"].get("spec_verify_ct", 0) for answer in answers]
     return Outcome([answer["output_ids"] for answer in answers], verified)
+
+
+def serve(model: Path, log: Path, arm: Arm, texts: list[str], port: int | None = None) -> Outcome:
+    """`heard` of a server that is started for it."""
+    with serving.Server(model, arm.arguments, ENV, port, log_path=log) as server:
+        return heard(lambda asked: server.post("/generate", asked), texts)
 
 
 def serve_all(models: Mapping[str, Path], folder: Path, arms: Mapping[str, Arm], texts: list[str]) -> dict[str, Any]:

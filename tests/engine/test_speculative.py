@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from transformers import PretrainedConfig
 
 from nsa_backend_plugin.engine import launch
 from nsa_backend_plugin.ops import indexer_prep, mqa_logits, topk
@@ -196,8 +198,10 @@ ARGUMENTS = {
 
 @pytest.mark.parametrize("algorithm", ["EAGLE", "NEXTN"])
 @pytest.mark.parametrize("width", [None, 1])
-def test_chains_of_drafts_are_served_on_cuda(algorithm: str, width: int | None) -> None:
+@pytest.mark.parametrize("role", ["null", "prefill", "decode"])
+def test_chains_of_drafts_are_served_on_cuda(algorithm: str, width: int | None, role: str) -> None:
     served = {**ARGUMENTS, "speculative_algorithm": algorithm, "speculative_eagle_topk": width}
+    served["disaggregation_mode"] = role
     launch.check_arguments(SimpleNamespace(**served))
     with pytest.raises(ValueError, match=f"--speculative-algorithm {algorithm} on cpu.*NVIDIA GPUs"):
         launch.check_arguments(SimpleNamespace(**{**served, "device": "cpu"}))
@@ -229,6 +233,46 @@ def test_drafts_of_models_that_were_not_run_with_them_are_refused() -> None:
     launch.check_drafts(model("Glm4MoeLiteForCausalLM"), None)
     with pytest.raises(ValueError, match=r"--speculative-algorithm NEXTN with Glm4MoeLiteForCausalLM: .*drafts"):
         launch.check_drafts(model("Glm4MoeLiteForCausalLM"), "NEXTN")
+
+
+def indexed_model(architecture: str, **entries: Any) -> Any:
+    config = PretrainedConfig(architectures=[architecture], index_topk=8, num_hidden_layers=2, **entries)
+    return SimpleNamespace(hf_config=config, hf_text_config=config)
+
+
+@pytest.mark.parametrize("role", ["null", "prefill", "decode"])
+@pytest.mark.parametrize("share", [False, True])
+def test_drafts_whose_slots_sglang_would_not_ask_for_are_refused(
+    role: str, share: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own choice for the backends of a draft, on CUDA: our constructor takes no other than the fused top-k."""
+    utils = importlib.import_module("sglang.srt.layers.attention.dsa.utils")
+    arguments = SimpleNamespace(disaggregation_mode=role, enable_hisparse=False, dcp_enabled=False)
+    if hasattr(utils, "should_remap_pd_dsa_seed_to_local_slots"):
+        monkeypatch.setattr(utils, "is_cuda", lambda: True)
+        for part in ("get_disagg", "get_memory", "get_parallel"):
+            monkeypatch.setattr(utils, part, lambda: arguments)
+        slots = utils.should_use_dsa_fused_topk(share)
+    else:  # an older release
+        slots = utils.should_use_dsa_fused_topk(arguments, share)
+    model = indexed_model("DeepseekV32ForCausalLM", index_share_for_mtp_iteration=share)
+    if not share or role == "null":
+        assert slots
+        launch.check_drafts(model, "NEXTN", role)
+        return
+    # Newer releases select slots in a decode server, from positions that its prefill server selected.
+    assert not slots or role == "decode"
+    launch.check_drafts(model, None, role)
+    with pytest.raises(ValueError, match=f"NEXTN with --disaggregation-mode {role} and index_share_for_mtp_iteration"):
+        launch.check_drafts(model, "NEXTN", role)
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_drafts_between_servers_of_models_whose_layers_share_their_topk_are_refused(role: str) -> None:
+    model = indexed_model("GlmMoeDsaForCausalLM", index_topk_pattern="FS")
+    launch.check_drafts(model, "NEXTN")
+    with pytest.raises(ValueError, match=f"NEXTN with --disaggregation-mode {role} with Glm.*share their top-k"):
+        launch.check_drafts(model, "NEXTN", role)
 
 
 def test_drafts_over_a_hierarchical_cache_are_refused() -> None:

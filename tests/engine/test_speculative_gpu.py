@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.engine import drafting
-from tests.engine.drafting import LONG, SHORT, Arm, Outcome, result, same_share
+from tests.engine.drafting import ACCEPTANCE_BARS, Arm, Outcome, result, same_share
 
 pytestmark = [pytest.mark.gpu, pytest.mark.engine]
 
@@ -38,8 +38,6 @@ ARMS = {
 }
 PLAIN = {(arm.kind, arm.kv): name for name, arm in ARMS.items() if not arm.steps}
 BESIDE_STOCK = [name for name in ARMS if f"{name}, stock" in ARMS]
-#: Of tokens a step, where rounding turns some of the choices that are nearly ties.
-ACCEPTANCE_BAR = 0.05
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +67,6 @@ def test_tokens_are_those_of_plain_decoding(outcomes: dict[str, Any], name: str)
 def test_as_many_drafts_are_accepted_as_by_stock(outcomes: dict[str, Any], name: str) -> None:
     ours, stock = result(outcomes, name), result(outcomes, f"{name}, stock")
     assert same_share(stock, ours) >= 0.9
-    for part, bar in ((slice(SHORT), ACCEPTANCE_BAR), (slice(SHORT, SHORT + LONG), 2 * ACCEPTANCE_BAR)):
+    for part, bar in ACCEPTANCE_BARS:
         print(name, "tokens a step", ours.per_step(part), "stock", stock.per_step(part))
         assert ours.per_step(part) == pytest.approx(stock.per_step(part), rel=bar)

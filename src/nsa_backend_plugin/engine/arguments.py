@@ -195,8 +195,6 @@ ON_DEVICE: Mapping[str, Mapping[str, Refused]] = {
 
 #: What a server of a disaggregated pair refuses beside `REFUSED`: it was never tried there.
 IN_PAIRS: Mapping[str, Refused] = {
-    # Among them IndexShare models, whose draft then selects tokens by position and not as slots.
-    "speculative_algorithm": _no("speculative decoding between prefill and decode servers", _UNSET, advice=_WITHOUT),
     "enable_dp_attention": _no("data-parallel attention between prefill and decode servers", advice=_WITHOUT),
     "pp_size": _no("pipeline parallelism between prefill and decode servers", (1,), advice=_WITHOUT),
     "enable_lora": _no("LoRA between prefill and decode servers", (None, False), advice=_WITHOUT),

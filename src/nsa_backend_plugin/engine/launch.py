@@ -56,7 +56,7 @@ def checked_resolution(resolve: Callable[..., Any], server_args: Any, *args: Any
     if str(server_args.model_path).lower() not in ("none", "dummy"):
         model = release.model_config(server_args)
         check_model(model, page_size)
-        check_drafts(model, server_args.speculative_algorithm)
+        check_drafts(model, server_args.speculative_algorithm, server_args.disaggregation_mode)
         check_kv_cache(model, server_args.kv_cache_dtype, server_args.speculative_algorithm)
         check_stages(model, server_args.pp_size)
         check_context_parallel(model, server_args)
@@ -189,14 +189,29 @@ def check_model(model: contract.ModelConfig, page_size: int | None) -> None:
     _check_shared_topk(name, model.hf_config)
 
 
-def check_drafts(model: contract.ModelConfig, algorithm: str | None) -> None:
-    """Raise ValueError for drafts of a model that was never run with them. algorithm: None is no drafts."""
+def check_drafts(model: contract.ModelConfig, algorithm: str | None, role: str = "null") -> None:
+    """Raise ValueError for drafts of a model that was never run with them.
+
+    algorithm: None is no drafts. role: the disaggregation mode. SGLang's prefill server sends positions, which its own
+    backend then selects in place of slots, to a draft whose steps share their top-k.
+    """
+    if algorithm is None:
+        return
     untried = set(model.hf_config.architectures) - arguments.DRAFTED
-    if algorithm is not None and untried:
+    if untried:
         raise ValueError(
             f"--speculative-algorithm {algorithm} with {', '.join(sorted(untried))}: nsa_plugin was never run with "
             "drafts of this model. Start without it"
         )
+    if role == "null":
+        return
+    together = f"--speculative-algorithm {algorithm} with --disaggregation-mode {role}"
+    if _entry(model, "index_share_for_mtp_iteration"):
+        raise ValueError(
+            f"{together} and index_share_for_mtp_iteration in the model's configuration: nsa_plugin selects slots, and "
+            "SGLang sends positions. Start without one of the two"
+        )
+    _refuse_shared_topk(together, model)
 
 
 def check_hierarchical_cache(server_args: Any) -> None:
