@@ -92,23 +92,26 @@ def test_per_head(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize("kind", ["normal", "plateau"])
-@pytest.mark.parametrize("columns, cores", [(700, 132), (5000, 1), (17_000, 132)])
+@pytest.mark.parametrize("kind", ["normal", "plateau", "narrow"])
+@pytest.mark.parametrize("columns, cores", [(700, 132), (5000, 1), (17_000, 132), (3000, 132)])
 def test_topk(columns: int, cores: int, kind: str, deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In registers, streamed, and shared by a cluster."""
+    """In registers, streamed, and shared by a cluster; with a page table that fits shared memory and one that does not."""
     with_cores(monkeypatch, topk_cuda, cores)
-    arguments = MAKE.topk_select([columns, 40, columns - 3], columns, 512, kind)
-    call = on_gpu(topk.select, arguments, deterministic=deterministic)
-    got = topk_cuda.select(call)
-    want = topk.select(**arguments, deterministic=deterministic, impl="torch")
-    for row, (found, expected) in enumerate(zip(got, want, strict=True)):
+    lengths = [columns, 40, columns - 3]
+    arguments = MAKE.topk_select(lengths, columns, 512, kind)
+    page_size = 1 if columns == 3000 else 64
+    pages = torch.stack([torch.randperm(-(-columns // page_size)) for _ in lengths]).int()
+    call = on_gpu(topk.select, arguments, page_table=pages, page_size=page_size, deterministic=deterministic)
+    slots = topk_cuda.select(call).long()
+    want = topk.select(**arguments, deterministic=True, impl="torch").long()
+    for row, table, found, expected in zip(arguments["logits"], pages.argsort(), slots, want, strict=True):
+        picked = found[found >= 0]
+        picked = table[picked // page_size] * page_size + picked % page_size
+        expected = expected[expected >= 0]
+        assert len(picked.unique()) == len(picked) == len(expected)
+        assert torch.equal(row[picked].sort().values, row[expected].sort().values)
         if deterministic:
-            assert torch.equal(found.sort().values, expected.sort().values)
-            continue
-        logits = arguments["logits"][row]
-        picked, best = found[found >= 0].long(), expected[expected >= 0].long()
-        assert len(picked.unique()) == len(picked) == len(best)
-        assert torch.equal(logits[picked].sort().values, logits[best].sort().values)
+            assert torch.equal(picked, expected)
 
 
 @pytest.mark.parametrize("heads, keys, cores", [(12, 300, 132), (33, 300, 1), (16, 40, 132)])

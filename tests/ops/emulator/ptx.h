@@ -26,6 +26,10 @@ inline void add_copy(uint32 to, const void* from, int bytes, bool present) {
   gpu::self->groups.back().push_back({place, present ? from : nullptr, bytes, nullptr});
 }
 inline void copy_async_16(uint32 to, const void* from, bool present) { add_copy(to, from, 16, present); }
+inline void copy_async_4(uint32 to, const void* from) { add_copy(to, from, 4, true); }
+inline void copies_wait() {
+  for (auto& group : gpu::self->groups) gpu::land(group);
+}
 inline uint4 load_global_16(const void* from, bool present) {
   if (present && reinterpret_cast<uintptr_t>(from) % 16) gpu::fail("a load from a bad address");
   return present ? *static_cast<const uint4*>(from) : uint4{};
