@@ -95,7 +95,7 @@ def test_per_head(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("kind", ["normal", "plateau", "narrow"])
 @pytest.mark.parametrize("columns, cores", [(700, 132), (5000, 1), (17_000, 132), (3000, 132)])
 def test_topk(columns: int, cores: int, kind: str, deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In registers, streamed, and shared by a cluster; with a page table that fits shared memory and one that does not."""
+    """In registers, streamed, and shared by a cluster; with a page table that shared memory holds, and without."""
     with_cores(monkeypatch, topk_cuda, cores)
     lengths = [columns, 40, columns - 3]
     arguments = MAKE.topk_select(lengths, columns, 512, kind)
