@@ -118,9 +118,10 @@ def test_results_carry_environment_options_and_the_machines_name(tmp_path: Path)
     options = engine_h200.arguments().parse_args(["served", f"--out={tmp_path}", "--kv=auto"])
     path = output.prepare(options, "served", "v32", "auto", "h16")
     assert path.name == f"served-v32-auto-h16-{environment.machine('cpu')}.json"
-    output.save(path, options, [{"step_us": 1.0}])
+    output.save(path, options, [{"step_us": 1.0}], starts=[{"healthy_s": 2.0}])
     body = json.loads(path.read_text())
     assert (body["options"]["family"], body["options"]["heads"], body["rows"]) == ("v32", 16, [{"step_us": 1.0}])
+    assert body["starts"] == [{"healthy_s": 2.0}]
     assert {"device", "libraries", "date", "command"} <= set(body["environment"])
 
 
