@@ -28,7 +28,10 @@ def prepare(options: argparse.Namespace, *names: str) -> Path:
 
 
 def save(path: Path, options: argparse.Namespace, rows: list[dict[str, Any]], **more: Any) -> None:
-    """Write all rows so far, and more under its names. The file that is there is this run's own, or `prepare` would have refused."""
+    """Write all rows so far, and more under its names.
+
+    The file that is there is this run's own, or `prepare` would have refused.
+    """
     setting = {k: v for k, v in vars(options).items() if isinstance(v, (str, int, float, list))}
     content = {
         "environment": collect(device()),

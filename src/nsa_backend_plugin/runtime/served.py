@@ -117,7 +117,8 @@ def examples(arch: str) -> dict[str, Model]:
             return model
         q_b = Projection(heads * (NOPE_DIM + ROPE_DIM) + 64 * INDEX_DIM, 1536, 32, fp8=True, norm=True)
         per_head = 32 if heads <= 64 else 0  # W_UK and W_UV of more are cuBLAS's
-        return replace(model, projections=(Projection(2112, 7168, 32, fp8=True), q_b), absorbs=per_head, values=per_head)
+        q_a = Projection(2112, 7168, 32, fp8=True)
+        return replace(model, projections=(q_a, q_b), absorbs=per_head, values=per_head)
 
     return {
         "DeepSeek-V3.2, 16 heads": v32(16),
