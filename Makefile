@@ -8,8 +8,8 @@ PYTEST_ARGS ?=
 SETUP_ARGS ?=
 # Two cores do not have time for everything twice: what does not depend on the SGLang release runs on the primary one,
 # and of the servers that differ in layout, page size, stages or patches each release has a part.
-ON_PRIMARY := -k "not (mla-page1 or pipeline or (dsa-chunked and not patched) or mla-3-1-4 or dsa-1-1-2)" \
-	--ignore=tests/engine/test_disaggregation.py
+ON_PRIMARY := -k "not (mla-page1 or pipeline or (dsa-chunked and not patched))" \
+	$(patsubst %,--ignore=tests/engine/test_%.py,disaggregation disaggregation_drafts)
 # Of two servers, what waits for timeouts and a second model are `make test-pairs`.
 ON_NEWEST := -k "not (whole or page64-chunked or mla-pipeline or (dsa-chunked and patched) or preshuffled or layouts_that_differ or \
 		(test_disaggregation and (mla or retracts or killed or dsa-1-1-2)))" \
