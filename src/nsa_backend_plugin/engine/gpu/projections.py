@@ -76,7 +76,8 @@ def takes(name: str, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor 
 
 def takes_heads(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether ours multiplies tokens [T, heads, K] with W_UK or W_UV [heads, K, N]."""
-    return x.shape[0] <= most_tokens_of_heads(weight, x.dtype)
+    tokens = x.shape[0]
+    return tokens <= MOST_TOKENS["per_head"] and tokens <= most_tokens_of_heads(weight, x.dtype)
 
 
 def most_tokens_of_heads(weight: torch.Tensor | None, dtype: torch.dtype) -> int:
