@@ -1,9 +1,9 @@
-"""Find how the CUDA projection divides its work on a GPU: check each variant, then time it.
+"""Find how the CUDA projections divide their work on a GPU: check each variant, then time it.
 
-    python -m tools.tune_projection --out tune-projection.json [--only q_b --tokens 1 8]
+    python -m tools.tune_projection --out tune-projection.json [--impl wgmma --only q_b_wq_b --tokens 1 8]
 
 A variant that is not within the test's bar of the torch reference is reported and never timed. The table at the end has
-the best variants of each shape and number of tokens; the one that `projection.cuda` selects today is marked with *.
+the best variants of each implementation, shape and number of tokens; the one that is selected today is marked with *.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import operator
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,15 +30,16 @@ from benchmarks.workloads import projection as workload
 from nsa_backend_plugin.ops import projection
 from nsa_backend_plugin.ops._cuda import jit
 from nsa_backend_plugin.ops.arch import core_count, device_arch
-from nsa_backend_plugin.ops.projection import cuda
+from nsa_backend_plugin.ops.projection import cuda, wgmma
 
 BAR = 1e-3
 NAMES = (*workload.SHAPES, "w_uk", "w_uv")
 WARPS_OF_DEPTH, WARPS_OF_ROWS = (1, 2, 3, 4, 6, 7, 8, 12, 14, 16), (1, 2, 3, 4, 6, 8)
 
 
-def variants(today: cuda._Variant, sizes: cuda._Sizes, arch: str) -> Iterator[cuda._Variant]:
+def variants_of_cuda(sizes: cuda._Sizes, tokens: int, arch: str, cores: int) -> Iterator[cuda._Variant]:
     """Today's, and those that differ in how warps, blocks and clusters share the depth and the rows."""
+    today = next(v for v in cuda._variants(arch, sizes, cores) if 8 * v.token_tiles >= tokens)
     yield today
     for cluster, at_once, of_depth, of_rows in itertools.product(
         (1, 2, 4, 8), (1, 2, 4), WARPS_OF_DEPTH, WARPS_OF_ROWS
@@ -53,39 +56,75 @@ def variants(today: cuda._Variant, sizes: cuda._Sizes, arch: str) -> Iterator[cu
             yield found
 
 
+def variants_of_wgmma(sizes: cuda._Sizes, tokens: int, arch: str, cores: int) -> Iterator[wgmma._Variant]:
+    """Today's, and those that differ in warpgroups, stages and clusters, of at most three waves of blocks."""
+    _, _, rows, blocks = sizes
+    today = next(v for v in wgmma._variants(wgmma._Kind(*sizes.kind), rows, blocks, cores) if v.tokens >= tokens)
+    yield today
+    for cluster, warpgroups, stages in itertools.product(range(1, 9), (1, 2, 4), range(1, 8)):
+        share = -(-blocks // cluster)
+        passes = -(-share // warpgroups)
+        if -(-blocks // share) != cluster or not min(2, passes) <= stages <= passes:
+            continue
+        found = today._replace(warpgroups=warpgroups, stages=stages, cluster=cluster, share=share)
+        # On a multiprocessor, by wgmma.cu's registers and by shared memory; none where that does not fit.
+        resident = min(3 if warpgroups == 1 else 4 // warpgroups, wgmma._SHARED_BYTES // found.shared_bytes)
+        if found != today and -(-rows // wgmma._ROWS) * cluster <= 3 * cores * resident:
+            yield found
+
+
+def load_cuda(arch: str, variant: cuda._Variant) -> jit.Kernel:
+    return jit.load(cuda._SOURCE, ["projection"], arch, cuda._defines(variant))["projection"]
+
+
+class Implementation(NamedTuple):
+    module: ModuleType
+    names: tuple[str, ...]
+    variants: Callable[[cuda._Sizes, int, str, int], Iterator[Any]]
+    load: Callable[[str, Any], jit.Kernel]
+    token_keys: tuple[int, ...]  # of the result of its `_kernels`
+    shown: tuple[str, ...]
+
+
+IMPLEMENTATIONS = {
+    "cuda": Implementation(
+        *(cuda, NAMES, variants_of_cuda, load_cuda, cuda._TOKEN_TILES),
+        ("warps_of_depth", "warps_of_rows", "blocks", "cluster"),
+    ),
+    "wgmma": Implementation(
+        *(wgmma, tuple(workload.SHAPES), variants_of_wgmma, wgmma._load, wgmma._TOKENS),
+        ("warpgroups", "stages", "cluster"),
+    ),
+}
+
+
 def problem_of(name: str, tokens: int, heads: int, device: torch.device) -> Problem:
     build = workload.build_linear if name in workload.SHAPES else workload.build_per_head
     return build({"name": name, "tokens": tokens, "heads": heads, "min_sets": 2}, device)
 
 
-def tune(name: str, tokens: int, heads: int, device: torch.device) -> list[dict[str, Any]]:
-    problem, arch = problem_of(name, tokens, heads, device), device_arch(device)
-    sizes = sizes_of(name, heads)
-    today = next(v for v in cuda._variants(arch, sizes, core_count(device)) if 8 * v.token_tiles >= tokens)
-    chosen = list(variants(today, sizes, arch))
+def tune(impl: str, name: str, tokens: int, heads: int, device: torch.device) -> list[dict[str, Any]]:
+    how, problem, arch = IMPLEMENTATIONS[impl], problem_of(name, tokens, heads, device), device_arch(device)
+    chosen = list(how.variants(sizes_of(name, heads), tokens, arch, core_count(device)))
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # a second each
-        kernels = list(pool.map(lambda v: jit.load(cuda._SOURCE, ["projection"], arch, cuda._defines(v)), chosen))
+        kernels = list(pool.map(partial(how.load, arch), chosen))
     rows = []
-    selected = cuda._kernels
+    selected = how.module._kernels
     try:
         for variant, kernel in zip(chosen, kernels, strict=True):
-            cuda._kernels = partial(_one, variant, kernel["projection"])  # type: ignore[assignment]
-            row: dict[str, Any] = {"name": name, "tokens": tokens, "heads": heads, "today": variant == today}
-            row |= {key: value for key, value in variant._asdict().items() if key != "kind"}
+            how.module._kernels = lambda *_, one=(variant, kernel): dict.fromkeys(how.token_keys, one)
+            row = {key: value for key, value in variant._asdict().items() if key != "kind"}
+            row |= {"impl": impl, "name": name, "tokens": tokens, "heads": heads, "today": variant == chosen[0]}
             rows.append(row)
-            row["error"] = problem.check(problem.run("cuda", problem.inputs[0], True), problem.inputs[0])
+            row["error"] = problem.check(problem.run(impl, problem.inputs[0], True), problem.inputs[0])
             if not row["error"] <= BAR:
                 print(f"wrong result: {row}")
                 continue
-            calls = [partial(problem.run, "cuda", item, False) for item in problem.inputs]
+            calls = [partial(problem.run, impl, item, False) for item in problem.inputs]
             row["us"] = clock.time_calls(calls, device, repeats=5, budget_s=0.05).median_us
     finally:
-        cuda._kernels = selected
+        how.module._kernels = selected
     return rows
-
-
-def _one(variant: cuda._Variant, kernel: jit.Kernel, *_: Any) -> dict[int, tuple[cuda._Variant, jit.Kernel]]:
-    return dict.fromkeys(cuda._TOKEN_TILES, (variant, kernel))
 
 
 def sizes_of(name: str, heads: int) -> cuda._Sizes:
@@ -100,15 +139,12 @@ def sizes_of(name: str, heads: int) -> cuda._Sizes:
 
 
 def table(rows: list[dict[str, Any]], best: int = 4) -> list[str]:
-    lines = []
-    for key in dict.fromkeys((row["name"], row["heads"], row["tokens"]) for row in rows):
-        timed = sorted(
-            (row for row in rows if (row["name"], row["heads"], row["tokens"]) == key and "us" in row),
-            key=lambda row: row["us"],
-        )
-        lines.append(f"{key[0]} heads={key[1]} tokens={key[2]}")
+    lines, key_of = [], operator.itemgetter("name", "heads", "tokens", "impl")
+    for key in dict.fromkeys(map(key_of, rows)):
+        timed = sorted((row for row in rows if key_of(row) == key and "us" in row), key=lambda row: row["us"])
+        lines.append(f"{key[0]} heads={key[1]} tokens={key[2]} {key[3]}")
         for row in [*timed[:best], *(row for row in timed[best:] if row["today"])]:
-            how = " ".join(f"{k}={row[k]}" for k in ("warps_of_depth", "warps_of_rows", "blocks", "cluster"))
+            how = " ".join(f"{k}={row[k]}" for k in IMPLEMENTATIONS[row["impl"]].shown)
             lines.append(f" {'*' if row['today'] else ' '} {row['us']:7.2f} us  {how}")
     return lines
 
@@ -116,6 +152,7 @@ def table(rows: list[dict[str, Any]], best: int = 4) -> list[str]:
 def main(words: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON file with every variant's result")
+    parser.add_argument("--impl", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
     parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES))
     parser.add_argument("--tokens", nargs="+", type=int, choices=range(1, cuda.MAX_TOKENS + 1), default=[1, 8, 16, 32])
     parser.add_argument("--heads", type=int, default=16)
@@ -123,12 +160,14 @@ def main(words: list[str]) -> int:
     if not torch.cuda.is_available():
         parser.error("needs a GPU")
     device = torch.device("cuda", 0)
-    if reason := projection.linear.unavailable("cuda", device):
-        parser.error(reason)
+    for impl in options.impl:
+        if reason := projection.linear.unavailable(impl, device):
+            parser.error(f"{impl}: {reason}")
     made_by = environment.collect(str(device))
     rows: list[dict[str, Any]] = []
-    for name, tokens in itertools.product(options.only, options.tokens):
-        rows += tune(name, tokens, options.heads, device)
+    for name, tokens, impl in itertools.product(options.only, options.tokens, options.impl):
+        if name in IMPLEMENTATIONS[impl].names:
+            rows += tune(impl, name, tokens, options.heads, device)
         options.out.write_text(json.dumps({"environment": made_by, "rows": rows}, indent=1))
     print("\n".join(table(rows)))
     return 0

@@ -1,6 +1,6 @@
 // CUDA C++ for a CPU. The threads of a cluster are fibers that run in random order, one warp far behind the others as long as
 // barriers allow it, and yield where they wait. Shared memory begins as NaN, and so does what an asynchronous copy will write,
-// until it arrives at a time of its own.
+// until it arrives: at a time of its own, or where its thread waits for it.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -26,6 +26,7 @@
 namespace gpu {
 constexpr int kShared = 227 * 1024, kStack = 1 << 16;
 struct Index { unsigned x, y, z; };
+struct Range { const char *first, *last; };
 struct Copy { char* to; const void* from; int bytes; uint64_t* arrival; };  // an arrival where there is nothing to copy
 struct Barrier { int arrived = 0; long passed = 0; };
 struct Block {
@@ -36,7 +37,8 @@ struct Block {
   std::vector<Barrier> warps;
   std::vector<char> lanes;  // 32 bytes for each thread, by which a warp exchanges values
 };
-struct Product { uint64_t a, b; int columns; bool fp8, accumulate; float* d; uint64_t seen; };  // of a warpgroup, begun
+// Of a warpgroup, begun. transposed: b.
+struct Product { uint64_t a, b; int columns; bool fp8, transposed, accumulate; float* d; uint64_t seen; };
 struct Fiber {
   void* stack_pointer;
   std::unique_ptr<char[]> stack{new char[kStack]};
@@ -44,12 +46,14 @@ struct Fiber {
   Index index;
   bool done;
   std::deque<std::deque<Copy>> groups;  // the last is not closed yet
+  std::deque<Copy> awaited;  // these arrive no sooner than the thread waits for them
   std::vector<Product> products;
   bool in_cluster_barrier;
   long cluster_barrier;  // that it waits for
 };
 static std::vector<Block> blocks;
 static std::vector<Fiber> fibers;
+static std::vector<Range> readable;  // of global memory; empty where that is not known
 static Fiber* self;
 static void* scheduler;
 static Barrier cluster_barrier;
@@ -129,7 +133,7 @@ static void run_cluster(Index first, int count) {
       fiber.block = &block;
       fiber.index = {unsigned(t), 0, 0};
       fiber.done = fiber.in_cluster_barrier = false;
-      fiber.groups.clear(), fiber.products.clear();
+      fiber.groups.clear(), fiber.awaited.clear(), fiber.products.clear();
       // As gpu_switch leaves a stack: six registers, then where to return; there aligned as behind a call.
       auto* top = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(fiber.stack.get() + kStack) & ~uintptr_t(15)) - 1;
       *--top = reinterpret_cast<void*>(start);
@@ -171,6 +175,17 @@ static const char* run(Index grid, Index block, unsigned seed, void (*what)()) {
 static char* shared_at(uint32_t address, int bytes) {
   if (address % bytes || address + bytes > kShared) fail("a bad address in shared memory");
   return self->block->shared + address;
+}
+// An array of the block's: at the end of its shared memory where the size is fixed, else at the beginning.
+template <class T>
+static T* shared_array(int count = 0) {
+  return reinterpret_cast<T*>(self->block->shared + (count ? kShared - count * sizeof(T) : 0));
+}
+static void check_global(const void* from, int bytes) {
+  const auto* p = static_cast<const char*>(from);
+  bool inside = readable.empty();
+  for (auto& range : readable) inside |= p >= range.first && p + bytes <= range.last;
+  if (!inside || reinterpret_cast<uintptr_t>(p) % bytes) fail("a bad address in global memory");
 }
 static char* lane_buffer(int lane) { return &self->block->lanes[(self->index.x / 32 * 32 + lane) * 32]; }
 static int lane() { return self->index.x % 32; }

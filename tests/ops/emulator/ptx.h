@@ -18,20 +18,24 @@ inline uint32 __cvta_generic_to_shared(const void* pointer) {
 inline void increment_if(bool condition, uint32* counter) { *counter += condition; }
 inline void forget(int&) {}
 inline float load_shared(uint32 address) { return *reinterpret_cast<float*>(gpu::shared_at(address, 4)); }
-inline void add_copy(uint32 to, const void* from, int bytes, bool present) {
-  char* place = gpu::shared_at(to, bytes);
-  if (present && reinterpret_cast<uintptr_t>(from) % bytes) gpu::fail("a copy from a bad address");
-  memset(place, 0xff, bytes);
+inline std::deque<gpu::Copy>& open_group() {
   if (gpu::self->groups.empty()) gpu::self->groups.emplace_back();
-  gpu::self->groups.back().push_back({place, present ? from : nullptr, bytes, nullptr});
+  return gpu::self->groups.back();
 }
-inline void copy_async_16(uint32 to, const void* from, bool present) { add_copy(to, from, 16, present); }
-inline void copy_async_4(uint32 to, const void* from) { add_copy(to, from, 4, true); }
+inline void add_copy(std::deque<gpu::Copy>& group, uint32 to, const void* from, int bytes, bool present) {
+  char* place = gpu::shared_at(to, bytes);
+  if (present) gpu::check_global(from, bytes);
+  memset(place, 0xff, bytes);
+  group.push_back({place, present ? from : nullptr, bytes, nullptr});
+}
+inline void copy_async_16(uint32 to, const void* from, bool present) { add_copy(open_group(), to, from, 16, present); }
+inline void copy_async_4(uint32 to, const void* from) { add_copy(gpu::self->awaited, to, from, 4, true); }
 inline void copies_wait() {
+  gpu::land(gpu::self->awaited);
   for (auto& group : gpu::self->groups) gpu::land(group);
 }
 inline uint4 load_global_16(const void* from, bool present) {
-  if (present && reinterpret_cast<uintptr_t>(from) % 16) gpu::fail("a load from a bad address");
+  if (present) gpu::check_global(from, 16);
   return present ? *static_cast<const uint4*>(from) : uint4{};
 }
 inline void barrier_init(uint32 barrier, int arrivals) {
@@ -40,8 +44,7 @@ inline void barrier_init(uint32 barrier, int arrivals) {
 }
 inline void barrier_arrive_after_copies(uint32 barrier) {
   auto* at = reinterpret_cast<uint64_t*>(gpu::shared_at(barrier, 8));
-  if (gpu::self->groups.empty()) gpu::self->groups.emplace_back();
-  gpu::self->groups.back().push_back({nullptr, nullptr, 0, at});
+  open_group().push_back({nullptr, nullptr, 0, at});
   gpu::self->groups.emplace_back();
 }
 inline void barrier_wait(uint32 barrier, uint32 parity) {
@@ -124,10 +127,11 @@ inline float reciprocal_approx(float x) { return 1.0f / x; }
 
 // ---- Matrix fragments ----
 
-inline void load_rows(uint32 (&fragment)[4], uint32 address, bool transposed) {
+// Lane 8 i + r gives the address of row r of matrix i.
+inline void load_rows(uint32* fragment, int matrices, uint32 address, bool transposed) {
   memcpy(gpu::lane_buffer(gpu::lane()), &address, 4);
   gpu::sync_warp();
-  for (int i = 0; i < 4; i++)
+  for (int i = 0; i < matrices; i++)
     for (int half = 0; half < 2; half++) {
       const int lane = gpu::lane(), pair = lane % 4 * 2 + half;
       const int line = transposed ? pair : lane / 4, column = transposed ? lane / 4 : pair;
@@ -137,8 +141,8 @@ inline void load_rows(uint32 (&fragment)[4], uint32 address, bool transposed) {
     }
   gpu::sync_warp();
 }
-inline void load_matrices(uint32 (&fragment)[4], uint32 address) { load_rows(fragment, address, false); }
-inline void load_matrices_transposed(uint32 (&fragment)[4], uint32 address) { load_rows(fragment, address, true); }
+inline void load_matrices(uint32 (&fragment)[4], uint32 address) { load_rows(fragment, 4, address, false); }
+inline void load_matrices_transposed(uint32 (&fragment)[4], uint32 address) { load_rows(fragment, 4, address, true); }
 
 template <class Value>
 void mma(float (&c)[4], const uint32 (&a)[4], uint32 b0, uint32 b1, Value value) {
@@ -164,19 +168,21 @@ inline void mma_bf16(float (&c)[4], const uint32 (&a)[4], uint32 b0, uint32 b1) 
 
 // ---- Hopper's warpgroup matrix instruction ----
 
-// A byte of a matrix that swizzled_matrix describes.
-inline const char* matrix_byte(uint64 descriptor, int row, int byte) {
+// A byte of a matrix that swizzled_matrix describes. In a transposed one 64 rows lie along 128 bytes.
+inline const char* matrix_byte(uint64 descriptor, int row, int byte, bool transposed = false) {
   if (descriptor >> 62 != 1 || (descriptor >> 32 & 0x3FFF) != 1024 >> 4) gpu::fail("another layout than 128-byte swizzle");
-  uint32 offset = (descriptor & 0x3FFF) * 16 + row / 8 * 1024 + row % 8 * 128 + byte;
+  uint32 offset = (descriptor & 0x3FFF) * 16;
+  if (transposed) offset += row / 64 * (descriptor >> 16 & 0x3FFF) * 16 + byte / 2 * 128 + row % 64 * 2 + byte % 2;
+  else offset += row / 8 * 1024 + row % 8 * 128 + byte;
   offset ^= (offset >> 7 & 7) << 4;
   return gpu::shared_at(offset, 1);
 }
 inline uint64 digest(const gpu::Product& p) {
   uint64 sum = 0;
-  for (int row = 0; row < 64; row++)
+  for (int row = 0; row < std::max(64, p.columns); row++)
     for (int byte = 0; byte < 32; byte++) {
-      sum = sum * 31 + uint8(*matrix_byte(p.a, row, byte));
-      if (row < p.columns) sum = sum * 31 + uint8(*matrix_byte(p.b, row, byte));
+      if (row < 64) sum = sum * 31 + uint8(*matrix_byte(p.a, row, byte));
+      if (row < p.columns) sum = sum * 31 + uint8(*matrix_byte(p.b, row, byte, p.transposed));
     }
   return sum;
 }
@@ -187,34 +193,35 @@ inline void begin_product(gpu::Product p) {
 }
 template <int COUNT>
 void warpgroup_mma_e4m3(float (&d)[COUNT], uint64 a, uint64 b, bool accumulate) {
-  begin_product({a, b, 2 * COUNT, true, accumulate, d, 0});
+  begin_product({a, b, 2 * COUNT, true, false, accumulate, d, 0});
 }
 template <int COUNT>
 void warpgroup_mma_bf16(float (&d)[COUNT], uint64 a, uint64 b, bool accumulate) {
-  begin_product({a, b, 2 * COUNT, false, accumulate, d, 0});
+  begin_product({a, b, 2 * COUNT, false, false, accumulate, d, 0});
 }
 inline void finish(const gpu::Product& p) {
   if (gpu::lane() == 0 && digest(p) != p.seen) gpu::fail("shared memory changed under a warpgroup's product");
   const int warp = gpu::self->index.x / 32 % 4, g = gpu::lane() / 4, t = gpu::lane() % 4;
-  auto value = [&](uint64 descriptor, int row, int k) {
+  auto value = [&](uint64 descriptor, int row, int k, bool transposed) {
     if (p.fp8) return e4m3(uint8(*matrix_byte(descriptor, row, k)));
     uint16 bits;
-    memcpy(&bits, matrix_byte(descriptor, row, 2 * k), 2);
+    memcpy(&bits, matrix_byte(descriptor, row, 2 * k, transposed), 2);
     return bf16(bits);
   };
   for (int i = 0; i < p.columns / 2; i++) {
     const int row = 16 * warp + g + i / 2 % 2 * 8, column = i / 4 * 8 + 2 * t + i % 2;
     float sum = p.accumulate ? p.d[i] : 0.0f;
-    for (int k = 0; k < (p.fp8 ? 32 : 16); k++) sum += value(p.a, row, k) * value(p.b, column, k);
+    for (int k = 0; k < (p.fp8 ? 32 : 16); k++) sum += value(p.a, row, k, false) * value(p.b, column, k, p.transposed);
     p.d[i] = sum;
   }
 }
-template <int COUNT>
-void warpgroup_wait(float (&d)[COUNT]) {
+inline void finish_products() {
   gpu::yield();
   for (auto& p : gpu::self->products) finish(p);
   gpu::self->products.clear();
 }
+template <int COUNT>
+void warpgroup_wait(float (&)[COUNT]) { finish_products(); }
 inline void warpgroup_fence() {}
 inline void warpgroup_commit() {}
 inline void async_proxy_fence() {}
