@@ -49,7 +49,7 @@ def tokens(count: int) -> torch.Tensor:
 @pytest.mark.parametrize("name", CALLED)
 def test_few_tokens_are_multiplied_by_ours_and_more_by_the_layer(on_h200, make: Any, name: str) -> None:
     attn = attention(make)
-    layer, most = getattr(attn, name), projections.MOST_TOKENS[name]
+    layer, most = getattr(attn, name), projections.MOST_TOKENS
     called = []
     own = layer.quant_method.apply
     layer.quant_method.apply = lambda *args, **kwargs: called.append(args) or own(*args, **kwargs)
@@ -81,7 +81,7 @@ def test_depths_that_ours_does_not_read_are_left_to_the_layer(on_h200, inputs: i
     x = torch.randn(2, inputs).to(torch.bfloat16)
     assert torch.equal(attn.o_proj(x)[0], torch.nn.functional.linear(x, attn.o_proj.weight))
     assert projections.called_by_sglang(attn).keys() == {"q_b_proj"}
-    assert not projections.takes("wk_weights_proj", x, attn.o_proj.weight)
+    assert not projections.takes(x, attn.o_proj.weight)
     assert not projections.most_tokens_of_heads(attn.w_kc, torch.bfloat16)
     merged = Attention(linear(256, inputs), linear(256, inputs))
     query_projection.merge(merged)
@@ -194,7 +194,7 @@ def test_values_of_few_tokens_are_those_of_sglangs_own_core(
     called: list[int] = []
     per_head = projection.per_head
     monkeypatch.setattr(projection, "per_head", lambda x, w: called.append(len(x)) or per_head(x, w))
-    most = projections.MOST_TOKENS["per_head"]
+    most = projections.MOST_TOKENS
     states = [inner_state(count, slots) for count in (1, most, most + 1)]
     stock = [absorbed.forward_absorb_core(*state) for state in states]
     asked, absorbed.asked = absorbed.asked, []

@@ -25,7 +25,7 @@ it. Only plain linear layers are merged, in bf16 or in fp8 blocks with fp32 scal
 offloaded or quantized otherwise serves itself, and the server's log says so once. The matrices are parameters of the
 model, in the memory of its weights, and are rebuilt after an update of weights.
 
-On sm_90, products of at most 16 or 32 tokens with the weights of attention's projections run by the plugin's own
+On sm_90, products of at most 32 tokens with the weights of attention's projections run by the plugin's own
 kernel (`ops/projection`), in plain linear layers of the same kinds. It quantizes tokens as SGLang's product of fp8
 blocks does.
 

@@ -150,7 +150,7 @@ def project(indexer: Any, x: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[t
     if indexer.use_dsa_indexer_fusion:
         both = indexer.wk_weights_proj(x)[0]
     elif (ours := merged(indexer)) is not None:
-        if projections.takes("wk_weights_proj", x, ours.weight):
+        if projections.takes(x, ours.weight):
             both = projection.linear(x, ours.weight, dtype=torch.float32)
         else:
             both = _mm_fp32_out(x, ours.weight)

@@ -43,22 +43,24 @@ def _projections(model: torch.nn.Module) -> tuple[served.Projection, ...]:
     attn = next((module for module in model.modules() if hasattr(module, "fused_qkv_a_proj_with_mqa")), None)
     if attn is None or not projections.measured(next(attn.parameters()).device):
         return ()
-    found = [(name, layer, False, torch.bfloat16) for name, layer in projections.called_by_sglang(attn).items()]
+    layers = projections.called_by_sglang(attn)
+    merged = []
     if getattr(attn, "indexer", None) is not None:
         if (both := query_projection.merged(attn)) is not None:
-            found = [row for row in found if row[0] != "q_b_proj"] + [("q_b_proj", both, True, torch.bfloat16)]
+            layers.pop("q_b_proj", None)
+            merged.append((both, True, torch.bfloat16))
         if (both := indexer.merged(attn.indexer)) is not None:
-            found.append(("wk_weights_proj", both, False, torch.float32))
+            merged.append((both, False, torch.float32))
     return tuple(
         served.Projection(
             rows=module.weight.shape[0],
             depth=module.weight.shape[1],
-            most_tokens=projections.MOST_TOKENS[name],
+            most_tokens=projections.MOST_TOKENS,
             fp8=module.weight.dtype == torch.float8_e4m3fn,
             norm=norm,
             dtype=dtype,
         )
-        for name, module, norm, dtype in found
+        for module, norm, dtype in (*((layer, False, torch.bfloat16) for layer in layers.values()), *merged)
         if projections.readable(module.weight, getattr(module, "scale", None))
     )
 

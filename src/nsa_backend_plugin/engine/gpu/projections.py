@@ -26,15 +26,9 @@ from nsa_backend_plugin.engine import hooks, linear
 from nsa_backend_plugin.ops import projection
 from nsa_backend_plugin.ops.arch import device_arch
 
-#: Most tokens that a projection takes by ours: SGLang's GEMMs, which read their tokens once for more rows, are faster
-#: with more. Whole layers of V3.2, H200, 2026-11-28 (RESULTS.notes.md).
-MOST_TOKENS = {
-    "fused_qkv_a_proj_with_mqa": 32,
-    "q_b_proj": 32,
-    "wk_weights_proj": 32,
-    "per_head": 32,
-    "o_proj": 32,
-}
+#: Most tokens that ours multiplies: SGLang's GEMMs, which read their tokens once for more rows, are faster with more.
+#: Whole layers of V3.2, H200, 2026-11-28 (RESULTS.notes.md).
+MOST_TOKENS = 32
 #: Most tokens of which the projection q_a | kv_a leaves room for others beside it. There, too.
 _SHARES = 16
 #: Of longer rows (o_proj of 128 heads has 16384), and of more heads, the others are faster with any number of tokens:
@@ -63,10 +57,10 @@ def readable(weight: torch.Tensor, scale: torch.Tensor | None = None) -> bool:
     )
 
 
-def takes(name: str, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None = None) -> bool:
+def takes(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None = None) -> bool:
     """Whether ours multiplies tokens [T, K] with the weights of a projection."""
     return (
-        x.shape[0] <= MOST_TOKENS[name]
+        x.shape[0] <= MOST_TOKENS
         and x.dtype == torch.bfloat16
         and x.stride(-1) == 1
         and measured(x.device)
@@ -77,7 +71,7 @@ def takes(name: str, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor 
 def takes_heads(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether ours multiplies tokens [T, heads, K] with W_UK or W_UV [heads, K, N]."""
     tokens = x.shape[0]
-    return tokens <= MOST_TOKENS["per_head"] and tokens <= most_tokens_of_heads(weight, x.dtype)
+    return tokens <= MOST_TOKENS and tokens <= most_tokens_of_heads(weight, x.dtype)
 
 
 def most_tokens_of_heads(weight: torch.Tensor | None, dtype: torch.dtype) -> int:
@@ -85,7 +79,7 @@ def most_tokens_of_heads(weight: torch.Tensor | None, dtype: torch.dtype) -> int
     if weight is None:  # SGLang has not absorbed it
         return 0
     fits = weight.dtype == dtype == torch.bfloat16 and len(weight) <= _MOST_HEADS and readable(weight.transpose(1, 2))
-    return MOST_TOKENS["per_head"] if fits and measured(weight.device) else 0
+    return MOST_TOKENS if fits and measured(weight.device) else 0
 
 
 def install(attn: Any) -> None:
@@ -93,10 +87,10 @@ def install(attn: Any) -> None:
     if _absorbs_values(attn) and getattr(attn.forward_absorb_core, "func", None) is not _absorb_core:
         attn.forward_absorb_core = functools.partial(_absorb_core, attn.forward_absorb_core, attn)
         hooks.fired("few_tokens")
-    for name, layer in called_by_sglang(attn).items():
+    for layer in called_by_sglang(attn).values():
         method = layer.quant_method
         if measured(layer.weight.device) and getattr(method.apply, "func", None) is not _apply:
-            method.apply = functools.partial(_apply, name, method.apply)
+            method.apply = functools.partial(_apply, method.apply)
             hooks.fired("few_tokens")
 
 
@@ -113,7 +107,7 @@ def _absorbs_values(attn: Any) -> bool:
 
 
 def called_by_sglang(attn: Any) -> dict[str, Any]:
-    """The layers that SGLang calls and ours can read, by their names in MOST_TOKENS."""
+    """The layers that SGLang calls and ours can read, by name."""
     found = {name: getattr(attn, name, None) for name in ("fused_qkv_a_proj_with_mqa", "q_b_proj", "o_proj")}
     found["wk_weights_proj"] = getattr(getattr(attn, "indexer", None), "wk_weights_proj", None)
     return {name: layer for name, layer in found.items() if layer is not None and obstacle(layer) is None}
@@ -132,12 +126,10 @@ def obstacle(layer: Any) -> str | None:
     return None
 
 
-def _apply(
-    name: str, original: Callable[..., torch.Tensor], layer: Any, x: Any, bias: torch.Tensor | None = None
-) -> torch.Tensor:
+def _apply(original: Callable[..., torch.Tensor], layer: Any, x: Any, bias: torch.Tensor | None = None) -> torch.Tensor:
     """As a linear method's `apply`. Its caller reduces over tensor-parallel ranks."""
     scale = getattr(layer, "weight_scale_inv", None)
-    if isinstance(x, torch.Tensor) and x.dim() == 2 and bias is None and takes(name, x, layer.weight, scale):
+    if isinstance(x, torch.Tensor) and x.dim() == 2 and bias is None and takes(x, layer.weight, scale):
         return projection.linear(x, layer.weight, scale)
     return original(layer, x, bias)
 

@@ -104,7 +104,7 @@ def _multiply(attn: Any, both: MergedWeights, q_lora: torch.Tensor) -> torch.Ten
     """[T, rows of both] of q_lora before its norm."""
     norm, scale = attn.q_a_layernorm, getattr(both, "scale", None)
     plain = norm.weight.dtype == torch.bfloat16 and not linear.rounds_token_scales(attn.q_b_proj)
-    if plain and projections.takes("q_b_proj", q_lora, both.weight, scale):
+    if plain and projections.takes(q_lora, both.weight, scale):
         return projection.linear(q_lora, both.weight, scale, norm_weight=norm.weight, eps=norm.variance_epsilon)
     if scale is None:
         return norm(q_lora) @ both.weight.t()
