@@ -15,6 +15,7 @@ from benchmarks import backends, cli, registry, workloads
 from benchmarks.batch_spec import MAX_TOKENS, parse_batch_spec
 from benchmarks.report import screen
 from nsa_backend_plugin.ops.dispatch import operations
+from tests.ops.implementations import OWN
 
 from .conftest import SUITE, code
 
@@ -322,7 +323,7 @@ def test_availability_is_asked_before_inputs_are_built(monkeypatch: pytest.Monke
 def test_own_kernels_are_those_that_live_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = {(o.name, n): registry.is_own(o.name, n) for o in operations() for n in o.implementations()}
     for (operation, name), is_own in own.items():
-        assert is_own == (name in ("torch", "triton", "cuda", "union", "tilelang")), (operation, name)
+        assert is_own == (name in ("torch", *OWN)), (operation, name)
     assert backends.is_own("triton+cuda", "indexer_chain")
     assert not backends.is_own("torch", "topk")  # the reference is neither
     assert not backends.is_peer("default", "topk")

@@ -67,12 +67,12 @@ CASES: dict[str, tuple[str, list[str], dict[str, str], str | None, str | None]] 
         None,
         r"--disaggregation-transfer-backend is set \('nixl'\).*than Mooncake's",
     ),
-    "drafts of pd": (
+    "stages of pd": (
         "dsa",
-        ["--disaggregation-mode=decode", "--speculative-algorithm=NEXTN"],
+        ["--disaggregation-mode=decode", "--pp-size=2"],
         {},
         None,
-        "--speculative-algorithm NEXTN with --disaggregation-mode decode: nsa_plugin does not support speculative",
+        "--pp-size 2 with --disaggregation-mode decode: nsa_plugin does not support pipeline parallelism",
     ),
     "speculative": ("dsa", ["--speculative-algorithm=NGRAM"], {}, None, "--speculative-algorithm.*speculative"),
     "tree of drafts": (
