@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from nsa_backend_plugin.ops._cuda import jit
+from nsa_backend_plugin.ops._cuda import alignment, jit
 from nsa_backend_plugin.ops.arch import core_count, launches_early
 from nsa_backend_plugin.ops.call import Reason
 from nsa_backend_plugin.ops.projection import Linear, PerHead
@@ -74,13 +74,7 @@ def _declines(call: Linear | PerHead, sizes: _Sizes) -> Reason:
     needed = max(v.shared_bytes for v in _variants(call.arch, sizes, core_count(call.x.device)))
     if needed > _shared_bytes(call.arch):
         return f"a depth of {sizes.blocks} x {_BLOCK_BYTES} bytes needs {needed} bytes of shared memory"
-    for name in ("x", "weight", "norm_weight"):
-        value = getattr(call, name, None)
-        if value is None or value.is_meta:
-            continue
-        if value.data_ptr() % 16 or any(stride * value.element_size() % 16 for stride in value.stride() if stride != 1):
-            return f"{name} does not lie on multiples of 16 bytes"
-    return None
+    return alignment.declines(call, "x", "weight", "norm_weight")
 
 
 def _shared_bytes(arch: str) -> int:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from nsa_backend_plugin.ops._cuda import jit
+from nsa_backend_plugin.ops._cuda import alignment, jit
 from nsa_backend_plugin.ops.arch import core_count
 from nsa_backend_plugin.ops.call import Reason
 from nsa_backend_plugin.ops.projection import GROUP, Linear
@@ -58,13 +58,10 @@ def declines_linear(call: Linear) -> Reason:
         return f"{call.x.shape[0]} tokens: at most {MAX_TOKENS}"
     if call.norm_weight is not None and call.weight_scale is None:
         return "a norm before bf16 weights: only before fp8 ones"
-    for name in ("x", "weight", "norm_weight"):
-        value = getattr(call, name)
-        if value is None or value.is_meta:
-            continue
-        if value.data_ptr() % 16 or any(stride * value.element_size() % 16 for stride in value.stride() if stride != 1):
-            return f"{name} does not lie on multiples of 16 bytes"
-    return None
+    needed = max(variant.shared_bytes for variant in _variants(*_sizes(call)))
+    if needed > _SHARED_BYTES:
+        return f"a depth of {call.x.shape[1]} needs {needed} bytes of shared memory: at most {_SHARED_BYTES}"
+    return alignment.declines(call, "x", "weight", "norm_weight")
 
 
 def linear(call: Linear) -> torch.Tensor:
