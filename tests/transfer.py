@@ -14,6 +14,7 @@ import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from nsa_backend_plugin.serving import HOST
@@ -45,7 +46,7 @@ def environment() -> dict[str, str]:
 def require(module: str, wheel: str) -> None:
     """Raises Missing."""
     if importlib.util.find_spec(module) is None:
-        raise Missing(f"the module {module} is missing: `make setup-test`, or pip install {wheel}")
+        raise Missing(f"the module {module} is missing: `make setup-test`, or {sys.executable} -m pip install {wheel}")
 
 
 def _installed() -> bool:
