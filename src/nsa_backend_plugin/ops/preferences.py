@@ -33,7 +33,7 @@ class Preference:
 
 
 _RUN = "benchmarks/run_h200.py, NVIDIA H200, 2026-11-21"
-_LAYERS = "python -m benchmarks layers, NVIDIA H200, 2026-11-28 (RESULTS.notes.md)"
+_LAYERS = "nsa-plugin profile --together, NVIDIA H200, 2026-11-28 (RESULTS.notes.md)"
 _ANY_MORE = 1 << 30
 _UNTRIED_ROCM = "rule: AITER's kernels are tuned on the hardware, ours are only compiled for it"
 _PUBLIC_ROCM = "rule: MI355X, 8 and 16 heads, Triton beat TileLang (SGLang pull requests 37847, 39106); not run here"

@@ -20,7 +20,7 @@
 // Defines: FP8, NORM, OUT_F32 (else bf16), TOKEN_TILES (of 8 tokens), WARPS_OF_DEPTH, WARPS_OF_ROWS, BLOCKS,
 // CLUSTER, SHARE (blocks of the depth for each block of a cluster), RESIDENT (blocks on a multiprocessor).
 
-#include "ptx.cuh"
+#include "tokens.cuh"
 
 constexpr int ROWS = 16, TOKENS = 8 * TOKEN_TILES;
 constexpr int WARPS = WARPS_OF_DEPTH * WARPS_OF_ROWS, THREADS = 32 * WARPS;
@@ -29,8 +29,6 @@ constexpr int PASSES = (SHARE + WARPS_OF_DEPTH * BLOCKS - 1) / (WARPS_OF_DEPTH *
 constexpr int SUMS = TOKEN_TILES * 4;  // of a lane
 constexpr int ELEMENTS = 32 * SUMS;                // of a warp's result
 constexpr int VECTORS = FP8 ? 2 : 1;               // of tokens, for one of weights
-// With a norm the scales are those of tokens before it, which may be small; its result is not.
-constexpr float FP8_MAX = 448.0f, MIN_AMAX = NORM ? 1e-30f : 1e-4f;
 
 struct Shared {
   uint4 tokens[SHARE][TOKEN_TILES][2][VECTORS][32];  // [block of the depth][tile][half of its 128 bytes][vector][lane]
@@ -66,8 +64,6 @@ struct Place {
   int first_block;             // of the warp's first pass
 };
 
-DEVICE uint32 word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
-
 DEVICE void load_weights(Weights& w, const Arguments& a, const Place& p, int first_row, int pass) {
   const int start = p.share_start + p.first_block + pass * WARPS_OF_DEPTH * BLOCKS;
   const int64 row_bytes = static_cast<int64>(a.depth / BLOCK_DEPTH) * BLOCK_BYTES;
@@ -98,11 +94,7 @@ DEVICE void take(uint32* pairs, float& squares, const uint16* token, const uint1
   if constexpr (NORM) {
     const uint4 weight = load_global_16(norm_weight, present);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float low = bf16_low(pairs[i]), high = bf16_high(pairs[i]);
-      squares += low * low + high * high;
-      pairs[i] = pack_bf16x2(low * bf16_low(word(weight, i)), high * bf16_high(word(weight, i)));
-    }
+    for (int i = 0; i < 4; ++i) pairs[i] = weighted(pairs[i], word(weight, i), squares);
   }
 }
 
@@ -123,20 +115,9 @@ DEVICE void store_tokens(Shared& s, const Arguments& a, const Place& p) {
     for (int v = 0; v < VECTORS; ++v)
       take(pairs + 4 * v, squares, x + token * a.x_token + at + 8 * v, a.norm_weight + at + 8 * v, present);
     if constexpr (FP8) {
-      uint32 largest = 0;
+      const float scale = __fdiv_rn(amax_of_lanes(pairs), FP8_MAX), inverse = __fdiv_rn(1.0f, scale);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) largest = larger_magnitude_bf16x2(largest, pairs[i]);
-#pragma unroll
-      for (int apart = 1; apart < CHUNKS; apart *= 2)
-        largest = larger_magnitude_bf16x2(largest, __shfl_xor_sync(~0u, largest, apart));
-      const float amax = fmaxf(fmaxf(bf16_low(largest), bf16_high(largest)), MIN_AMAX);
-      const float scale = __fdiv_rn(amax, FP8_MAX), inverse = __fdiv_rn(1.0f, scale);
-#pragma unroll
-      for (int i = 0; i < 8; i += 2) {
-        const uint32 bytes = pack_e4m3x4(bf16_low(pairs[i]) * inverse, bf16_high(pairs[i]) * inverse,
-                                         bf16_low(pairs[i + 1]) * inverse, bf16_high(pairs[i + 1]) * inverse);
-        e4m3x4_to_f16(bytes, pairs[i], pairs[i + 1]);
-      }
+      for (int i = 0; i < 8; i += 2) e4m3x4_to_f16(quantized(pairs[i], pairs[i + 1], inverse), pairs[i], pairs[i + 1]);
       if (chunk == 0 && exists) s.scale[block][token] = scale;
     }
     if constexpr (NORM) {

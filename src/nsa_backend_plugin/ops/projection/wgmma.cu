@@ -15,6 +15,7 @@
 // Defines: FP8, NORM (with FP8 alone), OUT_F32 (else bf16), TOKENS (16 or 32), WARPGROUPS, STAGES, CLUSTER, SHARE (blocks of
 // the depth for each block of a cluster).
 
+#include "tokens.cuh"
 #include "wgmma.cuh"
 
 constexpr int ROWS = 64, BLOCK_BYTES = 128, GROUP = 128, THREADS = 128 * WARPGROUPS;
@@ -27,8 +28,6 @@ constexpr int VECTORS = FP8 ? 2 : 1;     // of 8 values of a token, for 16 bytes
 constexpr int MOST_AHEAD = TOKENS == 16 ? 4 : 3;  // what registers hold: a pass takes less than half of a load's time
 constexpr int AHEAD = PASSES < MOST_AHEAD ? PASSES : MOST_AHEAD;
 static_assert(STAGES > 1 || PASSES == 1, "a stage is asked for again one pass later");
-// With a norm the scales are those of tokens before it, which may be small; its result is not.
-constexpr float FP8_MAX = 448.0f, MIN_AMAX = NORM ? 1e-30f : 1e-4f;
 
 struct Shared {
   union {
@@ -121,7 +120,7 @@ struct Part {
       uint4 bytes = words[item][0];
       if constexpr (FP8) {
         float scale;
-        bytes = quantized(item, norm, scale, squares[item]);
+        bytes = bytes_of(item, norm, scale, squares[item]);
         if (p.chunk() == 0) s.scale[p.warpgroup][buffer][p.token(item)] = scale;
       }
       *reinterpret_cast<uint4*>(s.tokens[p.warpgroup][buffer] + swizzled(p.token(item), p.chunk())) = bytes;
@@ -129,32 +128,17 @@ struct Part {
   }
 
  private:
-  DEVICE static uint32 word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
-
-  DEVICE uint4 quantized(int item, const uint16* norm, float& scale, float& squares) const {
-    uint32 pairs[8], largest = 0;
+  DEVICE uint4 bytes_of(int item, const uint16* norm, float& scale, float& squares) const {
+    uint32 pairs[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       pairs[i] = word(words[item][i / 4 % VECTORS], i % 4);
-      if constexpr (NORM) {
-        const uint32 gain = reinterpret_cast<const uint32*>(norm)[i];
-        const float low = bf16_low(pairs[i]), high = bf16_high(pairs[i]);
-        squares += low * low + high * high;
-        pairs[i] = pack_bf16x2(low * bf16_low(gain), high * bf16_high(gain));
-      }
-      largest = larger_magnitude_bf16x2(largest, pairs[i]);
+      if constexpr (NORM) pairs[i] = weighted(pairs[i], reinterpret_cast<const uint32*>(norm)[i], squares);
     }
-#pragma unroll
-    for (int apart = 1; apart < 8; apart *= 2)
-      largest = larger_magnitude_bf16x2(largest, __shfl_xor_sync(~0u, largest, apart));
-    scale = fmaxf(fmaxf(bf16_low(largest), bf16_high(largest)), MIN_AMAX) * (1.0f / FP8_MAX);
+    scale = amax_of_lanes(pairs) * (1.0f / FP8_MAX);
     const float factor = reciprocal_approx(scale);
-    uint32 bytes[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      bytes[i] = pack_e4m3x4(bf16_low(pairs[2 * i]) * factor, bf16_high(pairs[2 * i]) * factor,
-                             bf16_low(pairs[2 * i + 1]) * factor, bf16_high(pairs[2 * i + 1]) * factor);
-    return make_uint4(bytes[0], bytes[1], bytes[2], bytes[3]);
+    return make_uint4(quantized(pairs[0], pairs[1], factor), quantized(pairs[2], pairs[3], factor),
+                      quantized(pairs[4], pairs[5], factor), quantized(pairs[6], pairs[7], factor));
   }
 };
 

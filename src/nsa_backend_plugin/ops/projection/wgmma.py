@@ -68,7 +68,8 @@ def linear(call: Linear) -> torch.Tensor:
     tokens, rows = call.out.shape
     if tokens == 0 or rows == 0:
         return call.out
-    variant, kernel = _kernels(call.arch, *_sizes(call))[next(t for t in _TOKENS if t >= tokens)]
+    sizes = _, _, blocks, _ = _sizes(call)
+    variant, kernel = _kernels(call.arch, *sizes)[next(t for t in _TOKENS if t >= tokens)]
     jit.launch(
         kernel,
         grid=(-(-rows // _ROWS) * variant.cluster, 1, 1),
@@ -77,7 +78,7 @@ def linear(call: Linear) -> torch.Tensor:
             _Arguments(
                 *(call.weight.data_ptr(), _pointer(call.weight_scale), call.x.data_ptr(), _pointer(call.norm_weight)),
                 *(call.out.data_ptr(), call.x.stride(0), call.out.stride(0)),
-                *(tokens, rows, _sizes(call)[2]),
+                *(tokens, rows, blocks),
                 call.eps,
             ),
         ),
