@@ -135,7 +135,7 @@ def fingerprint(case: CompileCase) -> str:
         if isinstance(value, JITFunction):
             read(value)
     configuration = dataclasses.asdict(dataclasses.replace(case, name="", kernel=None))
-    del configuration["most_spill_bytes"]  # a bar on what is compiled
+    del configuration["most_spill_bytes"], configuration["resident"]  # bars on what is compiled
     text = "\n".join([triton.__version__, *sorted(sources.values())])
     text += json.dumps(configuration, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -163,14 +163,24 @@ def _amd_resources(compiled: Any) -> tuple[int, int]:
     return int(registers[1]), int(scratch[1])
 
 
+def warp_slots(arch: str) -> int:
+    limits = hardware(arch)
+    return limits.warps_per_scheduler * limits.schedulers
+
+
 def occupancy(arch: str, registers: int, shared_bytes: int, warps: int) -> float:
     """Share of the warp slots of a core that programs of this size can fill."""
-    limits = hardware(arch)
-    slots = limits.warps_per_scheduler * limits.schedulers
+    limits, slots = hardware(arch), warp_slots(arch)
     granules = -(-max(registers, 1) // limits.register_granule) * limits.register_granule
     by_registers = min(limits.registers_per_lane // granules, limits.warps_per_scheduler) * limits.schedulers // warps
     by_shared = limits.shared_per_core // shared_bytes if shared_bytes else slots
     return min(by_registers, by_shared) * warps / slots
+
+
+def too_few(arch: str, case: CompileCase, share: float) -> str:
+    """What is wrong if a core of this occupancy holds fewer programs than the grid counts on: a second wave of them."""
+    held = round(share * warp_slots(arch) / case.num_warps)
+    return f"a core holds {held} programs, the grid counts on {case.resident}" if held < case.resident else ""
 
 
 def compile_case(arch: str, op: str, case: CompileCase) -> Result:
@@ -180,8 +190,10 @@ def compile_case(arch: str, op: str, case: CompileCase) -> Result:
     shared, limit = compiled.metadata.shared, hardware(arch).shared_per_program
     code = "ptx" if is_cuda(arch) else "amdgcn"
     found = _MATRIX_INSTRUCTIONS[code].findall(compiled.asm[code])
+    share = occupancy(arch, registers, shared, case.num_warps)
     problems = [
         f"spills {spill} bytes per lane" if spill > case.most_spill_bytes else "",
+        too_few(arch, case, share),
         f"needs {shared} bytes of shared memory, {arch} has {limit}" if shared > limit else "",
     ]
     return Result(
@@ -194,7 +206,7 @@ def compile_case(arch: str, op: str, case: CompileCase) -> Result:
         spill_bytes=spill,
         shared_bytes=shared,
         matrix_instructions=tuple(sorted({f if isinstance(f, str) else ".".join(f) for f in found})),
-        occupancy=occupancy(arch, registers, shared, case.num_warps),
+        occupancy=share,
         source=fingerprint(case),
         problem="; ".join(filter(None, problems)),
     )
@@ -296,6 +308,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     changes = []
     if arguments.check_table:
         changes = compile_table.differences(arguments.check_table, results, *scope)
+        shares = compile_table.occupancies(arguments.check_table)
+        for (arch, op, case), key in zip(cases, sources, strict=True):
+            if key in shares and (words := too_few(arch, case, shares[key])):
+                changes.append(f"{arch} {op}.{case.name}: {words}")
     if changes:
         print(f"{arguments.check_table} differs, --write-table renews it:", *changes, sep="\n")
     problems = sum(bool(r.problem) for r in results)

@@ -55,6 +55,11 @@ def sources(path: pathlib.Path) -> dict[_Key, str]:
     return {key: row[_SOURCE] for key, row in _read(path).items()}
 
 
+def occupancies(path: pathlib.Path) -> dict[_Key, float]:
+    """(target, operation.case) -> share of the warp slots that the row's programs fill."""
+    return {key: float(row[_OCCUPANCY]) for key, row in _read(path).items()}
+
+
 def _of(results: Sequence[Result]) -> dict[_Key, tuple[str, ...]]:
     return {(row[0], row[1]): row for row in map(_row, results)}
 

@@ -52,8 +52,8 @@ def kernel(x_ptr, N: tl.constexpr):
 
 # AMD lanes have 512 registers; asking for 8 waves per SIMD leaves 64 of them.
 for target, too_large, options in (("sm_90", 16384, {}), ("gfx942", 8192, {"waves_per_eu": 8})):
-    for size in (too_large, 256):
-        case = CompileCase("case", kernel, {"x_ptr": "*fp32"}, {"N": size}, num_warps=1, options=options)
+    for size, resident in ((too_large, 1), (256, 1), (256, 65)):
+        case = CompileCase("case", kernel, {"x_ptr": "*fp32"}, {"N": size}, 1, options=options, resident=resident)
         print(compile_case(target, "test", case).problem)
 """
 
@@ -142,14 +142,16 @@ def test_newer_tritons_were_tried_and_spill_only_where_it_is_known():
         assert set(entry["problems"]) <= try_tritons.KNOWN[entry["triton"]]
 
 
-def test_spills_are_found(tmp_path):
+def test_spills_are_found_and_grids_of_more_programs_than_a_core_holds(tmp_path):
     script = tmp_path / "spilling.py"
     script.write_text(SPILLING_KERNEL)
     output = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=COMPILE, check=True)
-    cuda_big, cuda_small, amd_big, amd_small = output.stdout.split("\n")[:4]
+    cuda_big, cuda_small, cuda_many, amd_big, amd_small, amd_many = output.stdout.split("\n")[:6]
     assert "spills" in cuda_big
     assert "spills" in amd_big
     assert cuda_small == amd_small == ""
+    assert re.fullmatch(r"a core holds \d+ programs, the grid counts on 65", cuda_many)
+    assert re.fullmatch(r"a core holds \d+ programs, the grid counts on 65", amd_many)
 
 
 def test_interpreted_kernels_are_refused():

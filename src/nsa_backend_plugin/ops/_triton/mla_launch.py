@@ -47,7 +47,7 @@ class Tile:
     num_warps: int
     num_stages: int
     swap: bool = False
-    per_core: int = field(default=2, repr=False)
+    per_core: int = field(default=1, repr=False)
 
 
 Tiles = dict[str, tuple[Tile, ...]]
@@ -55,13 +55,13 @@ Tiles = dict[str, tuple[Tile, ...]]
 # Kinds: "bf16" rows selected by slot, "pages" of bf16 rows, "packed" and "fp8" rows.
 # Measured on an H200 (tools/tune_mla.py, 2026-11-21); the largest tile listed serves every larger head count, in
 # blocks.
-_WIDE = (Tile(32, 64, 8, 3, per_core=1), Tile(64, 64, 8, 2, per_core=1))
+_WIDE = (Tile(32, 64, 8, 3), Tile(64, 64, 8, 2))
 _SM_90: Tiles = {
-    "bf16": (Tile(16, 32, 4, 5), *_WIDE),
-    "pages": (Tile(16, 64, 4, 3), *_WIDE),
+    "bf16": (Tile(16, 32, 4, 5, per_core=2), *_WIDE),
+    "pages": (Tile(16, 64, 4, 3, per_core=2), *_WIDE),
     "packed": (Tile(16, 32, 8, 2),),
     # Not measured: what compiles without spills. A tile of 64 heads converts a row once for all of them.
-    "fp8": (Tile(16, 32, 8, 2), Tile(64, 32, 8, 3, per_core=1)),
+    "fp8": (Tile(16, 32, 8, 2), Tile(64, 32, 8, 3)),
 }
 # By rule, from here on: fit the architecture's shared memory (KB in the name) and compile without spills.
 # On sm_100 a 64-head tile would go through tensor memory, which Triton stages beyond the shared memory there is.
@@ -295,6 +295,7 @@ def compile_cases(arch: str, kinds: Iterable[str], page_sizes: Iterable[int]) ->
                         constexprs={**constexprs, "EARLY": launches_early(arch)},
                         num_warps=config.num_warps,
                         num_stages=config.num_stages,
+                        resident=config.per_core,
                         divisible=(
                             *("q", "kv", "table", "out", "lse", "partial_out", "partial_lse"),
                             *("kv_stride", "table_stride"),

@@ -67,3 +67,4 @@ class CompileCase:
     divisible: Sequence[str] = ()  # arguments known to be multiples of 16 (pointers: 16-byte aligned)
     options: Mapping[str, Any] = field(default_factory=dict)  # other launch options, such as enable_fp_fusion
     most_spill_bytes: int = 0  # a lane, of a configuration that was measured to be the fastest nonetheless
+    resident: int = 1  # programs that the size of the grid counts on a core to hold at once

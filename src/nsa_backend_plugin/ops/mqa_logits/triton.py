@@ -215,13 +215,20 @@ class _Config:
     num_warps: int
     num_stages: int
     programs_per_core: int  # resident at once, so that one wave does all the work
+    registers: int | None = None  # a lane may use, where the compiler alone would take too many for that
 
     @property
     def columns(self) -> int:
         return self.queries * self.heads
 
+    @property
+    def options(self) -> dict[str, int]:
+        return {"maxnreg": self.registers} if self.registers else {}
 
-def _config(arch: str, kind: str, queries: int, heads: int, page_size: int = INDEX_PAGE_SIZE) -> _Config:
+
+def _config(
+    arch: str, kind: str, queries: int, heads: int, batch: int = 1, page_size: int = INDEX_PAGE_SIZE
+) -> _Config:
     """Tile sizes of a call. queries: next_n (paged) or rows (ragged)."""
     padded = max(16, triton.next_power_of_2(heads))
     # Accumulator columns: 256 fill the registers of 8 CUDA warps at 64 keys; AMD also keeps the queries in registers.
@@ -230,13 +237,26 @@ def _config(arch: str, kind: str, queries: int, heads: int, page_size: int = IND
     columns = share * padded
     if kind == "ragged":
         stages = 3 if is_cuda(arch) else 2
-        return _Config(128, share, padded, 8 if columns > 64 else 4, stages, 2)
+        return _Config(128, share, padded, 8 if columns > 64 else 4, stages, 1)
     tile = min(_PAGED_TILE, page_size & -page_size)
     if not is_cuda(arch):
-        return _Config(tile, share, padded, 4, 2, 4)
+        return _Config(tile, share, padded, 4, 2, 2)
     # mma.sync (sm_89, sm_120) has its operands in registers: 4 warps spill at 64 columns, though not at 128.
     eight = columns > 128 or (columns == 64 and arch not in _WARP_GROUP_MMA)
-    return _Config(tile, share, padded, 8 if eight else 4, 3, 4 if columns <= 128 else 1)
+    num_warps = 8 if eight else 4
+    return _Config(tile, share, padded, num_warps, 3, *_residents(arch, columns, num_warps, batch))
+
+
+def _residents(arch: str, columns: int, num_warps: int, batch: int) -> tuple[int, int | None]:
+    """Programs that a CUDA core holds at once, and the registers that each lane may use for that."""
+    many = batch > 256  # whose tile counts take registers, too
+    if columns > 128 or (many and num_warps == 8):
+        return 1, None
+    if many or arch not in _WARP_GROUP_MMA:
+        return 2, None
+    if columns <= 64:
+        return 4, 128
+    return (3, 168) if arch == "sm_90" else (2, None)
 
 
 def _loads_in_memory_order(arch: str) -> bool:
@@ -274,7 +294,7 @@ def paged(call: Paged) -> torch.Tensor:
     out = call.output()
     if batch * next_n == 0:
         return out
-    config = _config(call.arch, "paged", next_n, heads, call.page_size)
+    config = _config(call.arch, "paged", next_n, heads, batch, call.page_size)
     groups = triton.cdiv(next_n, config.queries)
     programs = max(1, core_count(out.device) * config.programs_per_core // groups)
     launch(
@@ -304,6 +324,7 @@ def paged(call: Paged) -> torch.Tensor:
         STAGES=config.num_stages,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        **config.options,
         **early_launch.options(call.arch),
     )
     if call.clean:
@@ -373,8 +394,8 @@ def compile_cases(arch: str) -> Iterator[support.CompileCase]:
             for layout in ("row_major", "preshuffled") if next_n == 1 else ("row_major",):
                 yield _paged_case(arch, f"paged {layout} {heads} heads next_n {next_n}", layout, heads, next_n, 64)
     # Registers hold the tile counts of the whole batch: its extremes, with the narrowest and the widest tile.
-    for heads, next_n in ((8, 1), (128, 2)):
-        for batch in (1, _max_batch(arch)):
+    for heads, next_n in ((8, 1), (64, 1), (64, 2), (128, 2)):
+        for batch in (1, 256, _max_batch(arch)):
             name = f"paged {heads} heads next_n {next_n} batch {batch}"
             yield _paged_case(arch, name, "row_major", heads, next_n, batch)
     for heads in (8, 32, 64, 128):
@@ -400,6 +421,7 @@ def compile_cases(arch: str) -> Iterator[support.CompileCase]:
             num_warps=config.num_warps,
             num_stages=config.num_stages,
             divisible=("q", "k", "k_scale", "weights", "row_start", "row_end", "out"),
+            resident=config.programs_per_core,
         )
     yield support.CompileCase(
         name="fill outside",
@@ -416,7 +438,7 @@ def compile_cases(arch: str) -> Iterator[support.CompileCase]:
 
 
 def _paged_case(arch: str, name: str, layout: str, heads: int, next_n: int, batch: int) -> support.CompileCase:
-    config = _config(arch, "paged", next_n, heads)
+    config = _config(arch, "paged", next_n, heads, batch)
     fp8 = support.fp8_pointer(arch)
     pointers = {"q": fp8, "weights": "*fp32", "out": "*fp32", "cache": fp8, "cache_scale": "*fp32"}
     pointers |= {"context_lens": "*i32", "block_table": "*i32"}
@@ -441,4 +463,6 @@ def _paged_case(arch: str, name: str, layout: str, heads: int, next_n: int, batc
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         divisible=tuple(pointers),
+        options=config.options,
+        resident=config.programs_per_core,
     )
