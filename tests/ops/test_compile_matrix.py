@@ -37,7 +37,7 @@ INSTRUCTIONS = {
     "sm_100": (r"tcgen05\.mma\.kind::f8f6f4", r"mma\.sync\.m16n8k16"),
 }
 #: Bytes a lane of the kernels whose `CompileCase` allows some.
-SPILLS = {"sparse_mla.union": 16}
+SPILLS = {"sparse_mla.union": 16, "mqa_logits.paged": 64}
 
 SPILLING_KERNEL = """
 import triton, triton.language as tl

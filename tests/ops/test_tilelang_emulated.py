@@ -82,6 +82,6 @@ def test_what_the_generated_code_computes(
     out = poison(2, heads, 512, dtype=torch.bfloat16, device="cpu")
     got, lse = tilelang.attend(dataclasses.replace(call, out=out))
     want, want_lse = reference.attend(dataclasses.replace(call, out=torch.empty(2, heads, 512)))
-    assert got is out or got.data_ptr() == out.data_ptr()
+    assert got is out
     assert_close(got, want, BARS[kind])
     torch.testing.assert_close(lse, want_lse, atol=1e-4, rtol=1e-4)

@@ -110,9 +110,11 @@ def attend(call: Attend) -> Result:
     kernel(padded, rows.view(-1, rows.shape[-1]), indices, partial, partial_lse, scale, unit)
     if splits > 1:
         _merge_kernel(width, merge_parts(splits), arch)(partial, partial_lse, result, result_lse)
-    if call.out is not None and padded is not q:
-        result = call.out.copy_(result[:, :heads])
-    return as_result(result[:, :heads], result_lse[:, :heads] if call.return_lse else None)
+    if padded is not q:
+        result, result_lse = result[:, :heads], result_lse[:, :heads]
+        if call.out is not None:
+            result = call.out.copy_(result)
+    return as_result(result, result_lse if call.return_lse else None)
 
 
 NAMES = {
