@@ -250,7 +250,7 @@ def _config(
 def _residents(arch: str, columns: int, num_warps: int, batch: int) -> tuple[int, int | None]:
     """Programs that a CUDA core holds at once, and the registers that each lane may use for that.
 
-    Two programs more are worth some spilled bytes: 64 requests of 8k took 25.0 us instead of 35.2 with 128 columns, 42.9
+    More of them are worth some spilled bytes: 64 requests of 8k took 25.0 us instead of 35.2 with 128 columns, 42.9
     instead of 58.1 with 256 (one H200, 2026-11-28).
     """
     if batch > 256:  # whose tile counts take registers, too
