@@ -1,7 +1,7 @@
 """What a server guesses over a hierarchical cache, for tests alone: a plugin of SGLang that writes it down.
 
-While a file names a part of the draft's cache, that part does not come back with the rest: in its place is what another
-prompt left on the device, as SGLang 0.5.17 leaves the index keys.
+While a file names a part of the draft's cache, that part does not come back with the rest, as the index keys of SGLang
+0.5.17: zeros are in its place, because what lies there on the device may be the same prompt's by chance.
 """
 
 from __future__ import annotations
@@ -12,10 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from nsa_backend_plugin.layouts import INDEX_PAGE_SIZE
 from tests import sglang_plugin
 
-#: What a draft layer has of a token, and SGLang's class of its place on the host.
-PARTS = {"latent rows": "MLATokenToKVPoolHost", "index keys": "DSAIndexerPoolHost"}
+#: What a draft layer has of a token: SGLang's class of its place on the host, its place on the device, tokens of a row.
+PARTS = {
+    "latent rows": ("MLATokenToKVPoolHost", "kv_buffer", 1),
+    "index keys": ("DSAIndexerPoolHost", "index_k_with_scale_buffer", INDEX_PAGE_SIZE),
+}
 
 
 class Recorder:
@@ -60,9 +66,17 @@ def write(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def load(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    file = Path(os.environ["LEFT_OUT"])
-    left_out = PARTS.get(file.read_text() if file.exists() else "")
-    return [one for one in original(*args, **kwargs) if not (one.is_draft and type(one.host_pool).__name__ == left_out)]
+    """The copies from the host to the device, without those that are left out."""
+    file, copies = Path(os.environ["LEFT_OUT"]), original(*args, **kwargs)
+    left_out = file.read_text() if file.exists() else ""
+    if not left_out:
+        return copies
+    host, device, tokens = PARTS[left_out]
+    spoilt = [one for one in copies if one.is_draft and type(one.host_pool).__name__ == host]
+    for one in spoilt:
+        rows = one.device_indices[::tokens] // tokens
+        getattr(one.device_pool, device)[0].view(torch.uint8)[rows] = 0
+    return [one for one in copies if all(one is not other for other in spoilt)]
 
 
 def register() -> None:
