@@ -51,6 +51,14 @@ def test_a_server_that_asks_for_nothing_is_served_in_a_release(package):
     assert defaults["pp_size"] == 1
 
 
+def test_what_a_releases_hierarchical_cache_does_to_drafts(package):
+    name, fault = package.parent.name, sglang_release.hicache_draft_fault(package)  # the wheel's folder has the name
+    if name == "0.5.23":
+        assert fault is None
+    else:
+        assert ("issue 32176" if name == "0.5.17" else "while the verification in flight") in fault
+
+
 #: File of the newest release: (what a next one may change there, into what, where the plugin says otherwise, how).
 CHANGES = {
     "srt/models/deepseek_common/attention_forward_methods/forward_mla.py": (

@@ -275,7 +275,13 @@ def test_drafts_between_servers_of_models_whose_layers_share_their_topk_are_refu
         launch.check_drafts(model, "NEXTN", role)
 
 
-def test_drafts_over_a_hierarchical_cache_are_refused() -> None:
+@pytest.mark.parametrize("fault", [None, "loses them"])
+def test_drafts_over_a_hierarchical_cache_that_spoils_them_are_refused(
+    fault: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of which releases that is so, tests/test_arguments.py says."""
+    monkeypatch.setattr(launch.release, "hicache_draft_fault", lambda: fault)
+
     def check(algorithm: str | None, hierarchical: bool) -> None:
         launch.check_hierarchical_cache(
             SimpleNamespace(speculative_algorithm=algorithm, enable_hierarchical_cache=hierarchical)
@@ -283,7 +289,10 @@ def test_drafts_over_a_hierarchical_cache_are_refused() -> None:
 
     check(None, True)
     check("EAGLE", False)
-    with pytest.raises(ValueError, match=r"--enable-hierarchical-cache with --speculative-algorithm EAGLE"):
+    refused = pytest.raises(
+        ValueError, match=r"--enable-hierarchical-cache with --speculative-algorithm EAGLE: SGLang \S+ loses them"
+    )
+    with refused if fault else contextlib.nullcontext():
         check("EAGLE", True)
 
 

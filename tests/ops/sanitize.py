@@ -39,6 +39,8 @@ from nsa_backend_plugin.ops.call import Declined
 from tools.calls import Arguments, Calls, block_table
 from tools.compile_matrix import kernel_modules
 
+#: Whose kernels are ours: beside our implementations a vendor's that reads what ours unpacked.
+OURS = (*dispatch.OWN, "flash_mla_unpacked")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MAKE = Calls(DEVICE)
 Case = tuple[dispatch.Operation, Arguments]
@@ -105,14 +107,18 @@ def attention_calls() -> Iterator[Case]:
             indices[:2], indices[4:] = indices[0].clone(), indices[0].clone()  # all but two select the same rows
             yield sparse_mla.attend, {**shared, "context": indices.unique(), "return_lse": True}
     for heads in (12, 128):
+        unpacked = MAKE.sparse_mla_attend(21, heads, 128, "packed")  # FlashMLA takes multiples of 128
+        context = unpacked["indices"].unique()
+        yield sparse_mla.attend, {**unpacked, "context": context[context >= 0], "return_lse": True}
+    for heads in (12, 128):
         for kind in ("bf16", "fp8"):
             yield dense_mla.decode, MAKE.dense_mla_decode([170, 0], heads, kind=kind)
 
 
 def launch(function: dispatch.Operation, arguments: Arguments, wanted: list[str]) -> None:
-    """A call by each kernel of ours that can run here."""
+    """A call by each implementation with kernels of ours that can run here."""
     facts = " ".join(f"{name}={value}" for name, value in function.call(**arguments).facts().items())
-    for impl in (name for name in function.available(DEVICE) if name in dispatch.OWN):
+    for impl in (name for name in function.available(DEVICE) if name in OURS):
         name = f"{function.name} {impl} {facts}"
         if wanted and not any(part in name for part in wanted):
             continue

@@ -215,16 +215,12 @@ def check_drafts(model: contract.ModelConfig, algorithm: str | None, role: str =
 
 
 def check_hierarchical_cache(server_args: Any) -> None:
-    """Raise ValueError for a hierarchical cache with drafts.
-
-    SGLang 0.5.17 does not keep the index keys of a draft layer in it (sglang issue 32176); newer releases do, and their
-    answers were not shown to be those of a cache that never left.
-    """
+    """Raise ValueError for drafts over a hierarchical cache of a release in which it spoils them."""
     algorithm = server_args.speculative_algorithm
-    if server_args.enable_hierarchical_cache and algorithm is not None:
+    if server_args.enable_hierarchical_cache and algorithm is not None and (fault := release.hicache_draft_fault()):
         raise ValueError(
-            f"--enable-hierarchical-cache with --speculative-algorithm {algorithm}: nsa_plugin does not support drafts "
-            "over a hierarchical cache yet. Start without one of the two"
+            f"--enable-hierarchical-cache with --speculative-algorithm {algorithm}: SGLang {release.version()} {fault}"
+            ". Start without one of the two, or use SGLang 0.5.23 or later"
         )
 
 

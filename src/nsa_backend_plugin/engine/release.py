@@ -74,6 +74,22 @@ def platform_declares_triton(package: Path | None = None) -> bool:
     return exists("sglang.srt.platforms.interface.SRTPlatform.capabilities", package)
 
 
+def hicache_draft_fault(package: Path | None = None) -> str | None:
+    """How a release's hierarchical cache spoils drafts; None where it does not, from 0.5.23 on.
+
+    0.5.18 began to keep a next-token layer's rows and index keys behind the model's own (pull request 30393), 0.5.19 to
+    wait for the forward in flight before it loads pages (36738), 0.5.23 before it stores them.
+    """
+    if not mentions("sglang.srt.mem_cache.cache_init_params", "mtp_draft_device_pools", package):
+        return (
+            "does not keep a draft layer's index keys there, and drafts guess wrong once a prefix has come back "
+            "(sglang issue 32176)"
+        )
+    if not mentions("sglang.srt.managers.cache_controller", "write_fence_stream", package):
+        return "stores or loads pages there while the verification in flight may still write to them"
+    return None
+
+
 def installed_package(name: str = "sglang") -> Path | None:
     """Folder of an installed package."""
     spec = importlib.util.find_spec(name)
