@@ -92,7 +92,7 @@ def check_arguments(server_args: Any, as_given: bool = False) -> None:
         own |= {name: (rule, f" with --disaggregation-mode {role}") for name, rule in arguments.IN_PAIRS.items()}
     if _splits_prefill(server_args):
         own |= {name: (rule, " with --enable-prefill-cp") for name, rule in arguments.WITH_PREFILL_CP.items()}
-    if (group := getattr(server_args, "dcp_size", 1)) > 1:
+    if (group := getattr(server_args, "dcp_size", 1)) != 1:
         beside = {name: (rule, f" with --dcp-size {group}") for name, rule in arguments.WITH_DECODE_CP.items()}
         own = beside | own
     general = {name: (rule, "") for name, rule in arguments.REFUSED.items() if name not in own}
