@@ -20,7 +20,7 @@ import torch
 from sglang.srt.layers.attention.flashattention_backend import FlashAttentionBackend, FlashAttentionMultiStepBackend
 from sglang.srt.runtime_context import get_parallel
 
-from nsa_backend_plugin.engine import latent_rows, query, unknown
+from nsa_backend_plugin.engine import contract, latent_rows, query, unknown
 from nsa_backend_plugin.engine.gpu import prefill, scratch, shards
 from nsa_backend_plugin.ops import dense_mla
 from nsa_backend_plugin.ops.call import Step
@@ -170,7 +170,7 @@ class NsaPluginMLABackend(FlashAttentionBackend):
 
     def _gathered(self, forward_batch: Any) -> tuple[torch.Tensor, torch.Tensor, int]:
         """(rows, page table, page size) of what the model gathered of every GPU of the group for this layer."""
-        gathered = forward_batch.attn_dcp_metadata
+        gathered: contract.GatheredContext = forward_batch.attn_dcp_metadata
         places = gathered.dcp_kv_indices
         fill = functools.partial(_table_of_rows, places, forward_batch.seq_lens_cpu)
         return gathered.dcp_kv_buffer, self.step.once("places of the context", fill, places), 1
