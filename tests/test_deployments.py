@@ -19,6 +19,7 @@ REFUSALS = {
     "refused on AMD": arguments.ON_DEVICE["rocm"],
     "refused between prefill and decode": arguments.IN_PAIRS,
     "refused with a split prefill": arguments.WITH_PREFILL_CP,
+    "refused with a split cache": arguments.WITH_DECODE_CP,
 }
 
 

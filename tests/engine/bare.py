@@ -9,6 +9,7 @@ import torch
 
 from nsa_backend_plugin import BACKEND_NAME
 from nsa_backend_plugin.engine import index_cache
+from nsa_backend_plugin.engine.gpu import shards
 from nsa_backend_plugin.layouts import index_page_bytes
 
 
@@ -36,7 +37,7 @@ def indexer(cos_sin: torch.Tensor, heads: int, topk: int) -> SimpleNamespace:
 def backend(kind: type, table: torch.Tensor, pages: torch.Tensor, topk: int, **pool: Any) -> Any:
     """Of a class of ours. table [requests, tokens] int32: slots; pool: more of the KV pool than its index keys."""
     made = object.__new__(kind)
-    made.device = torch.device("cpu")
+    made.device, made.share = torch.device("cpu"), shards.Share(1, 0)
     made.req_to_token = table
     made.req_to_token_pool = SimpleNamespace(req_to_token=table)
     made.token_to_kv_pool = SimpleNamespace(page_size=64, get_index_k_with_scale_buffer=lambda layer_id: pages, **pool)

@@ -95,12 +95,10 @@ def write_models(folder: Path) -> dict[str, Path]:
     "mla" has no indexer. "glm" is GLM-5.2's architecture with `INDEX_SHARE`. "moe" has experts in every layer.
     """
     dsa = train(folder / "dsa")
-    mla = {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"}
-    mla |= dict.fromkeys(("index_topk", "index_n_heads", "index_head_dim"))
     glm = {**export.ARCHITECTURES["glm"], **INDEX_SHARE}
     return {
         "dsa": dsa,
-        "mla": variant(dsa, folder / "mla", mla, without_indexer),
+        "mla": without_indexer(dsa, folder / "mla"),
         "glm": variant(dsa, folder / "glm", glm, lambda weights: export.interleave_indexer_rope(weights, 64, 128)),
         "moe": variant(dsa, folder / "moe", {"first_k_dense_replace": 0}, with_experts),
     }
@@ -116,8 +114,11 @@ def variant(model: Path, out: Path, changes: Mapping[str, Any], change: Callable
     return out
 
 
-def without_indexer(weights: Weights) -> Weights:
-    return {name: weight for name, weight in weights.items() if "indexer" not in name}
+def without_indexer(model: Path, out: Path) -> Path:
+    """A copy of a model that attends to everything."""
+    changes = {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"}
+    changes |= dict.fromkeys(("index_topk", "index_n_heads", "index_head_dim"))
+    return variant(model, out, changes, lambda weights: {n: w for n, w in weights.items() if "indexer" not in n})
 
 
 def with_experts(weights: Weights, experts: int = 8) -> Weights:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from nsa_backend_plugin.engine import index_cache
+from nsa_backend_plugin.engine.gpu import shards
 from nsa_backend_plugin.layouts import index_page_bytes, packed_latent_bytes
 from nsa_backend_plugin.ops import concat, indexer_prep, latent_cache, mqa_logits, projection, sparse_mla, topk
 from nsa_backend_plugin.ops._torch.rotary import apply_rope
@@ -163,7 +164,7 @@ class Case:
         self.backend.step = Step()
         self.backend.speculative_num_draft_tokens = per_request
         self.backend.attention_workspace = self.backend.logits_buffer = None
-        self.backend.use_mha = False
+        self.backend.use_mha, self.backend.share = False, shards.Share(1, 0)
         self.hidden = torch.randn(self.tokens, HIDDEN).to(torch.bfloat16)
         self.qkv = torch.randn(self.tokens, Q_LORA + 576).to(torch.bfloat16)
         self.batch = SimpleNamespace(

@@ -3,11 +3,12 @@
 python -m pytest -m gpu tests/engine/test_gpu_parallel.py
 
 With `-k tasks` dense layers alone, with `-k experts` layers of experts that are parallel too, and drafts, with
-`-k split` a prefill that is split over the GPUs.
+`-k split_prefill` a prefill that is split over the GPUs, with `-k split_cache` a cache whose tokens are.
 """
 
 from __future__ import annotations
 
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from nsa_backend_plugin.accuracy.ask import Answer, answer_all
 from nsa_backend_plugin.accuracy.compare import compare
 from nsa_backend_plugin.accuracy.questions import load_items
+from nsa_backend_plugin.engine import launch, release
 from nsa_backend_plugin.serving import Server
 from tests.engine import drafting, tiny_tasks
 from tests.engine.drafting import Arm, at_once, result, same_share
@@ -52,7 +54,7 @@ ARGS = (
 ENV = {"TRITON_INTERPRET": "0", "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"}
 
 
-def _ask(arms: dict[str, tuple[int, list[str]]], folder: Path) -> dict[str, list[Answer]]:
+def _ask(arms: dict[str, tuple[int, list[str]]], folder: Path, model: Path = MODEL_2K) -> dict[str, list[Answer]]:
     """Answers of every arm to the same long prompts: some one at a time, when a data-parallel rank idles.
 
     "..., again" has those of a second time, when all but the last page of a prompt is in the cache.
@@ -63,7 +65,7 @@ def _ask(arms: dict[str, tuple[int, list[str]]], folder: Path) -> dict[str, list
     def run(arm: str) -> dict[str, list[Answer]]:
         port, args = arms[arm]
         log, found = folder / f"{arm}.log", {}
-        with Server(MODEL_2K, [*ARGS, *args], ENV, port=port, log_path=log, timeout=180) as server:
+        with Server(model, [*ARGS, *args], ENV, port=port, log_path=log, timeout=180) as server:
             for label, part, concurrency in ((arm, items[:4], 1), (arm, items, 32), (f"{arm}, again", items, 8)):
                 found[label], _ = answer_all(
                     server.url,
@@ -75,6 +77,7 @@ def _ask(arms: dict[str, tuple[int, list[str]]], folder: Path) -> dict[str, list
                     timeout=120,
                 )
         assert ("Enabled DSA context parallel" in log.read_text()) == ("--enable-prefill-cp" in args)
+        assert ("DCP enabled, dcp_size=2" in log.read_text()) == ("--dcp-size=2" in args)
         return found
 
     with ThreadPoolExecutor(len(arms)) as pool:
@@ -121,6 +124,45 @@ def test_a_split_prefill_answers_as_one_gpu(arm: str, split: dict[str, list[Answ
     assert sum(a.correct for a in one) >= 0.95 * len(one)
     assert versus.agreement >= 0.98
     assert versus.agreement >= beside.agreement - 0.02
+    assert versus.logprob_difference is not None
+    assert versus.logprob_difference < 0.05
+
+
+#: A cache whose tokens are split: of whole prompts, in chunks behind others, and by SGLang's other exchange.
+DCP = ["--tp=2", "--dcp-size=2"]
+DCP_ARGS = {
+    "one": ["--tp=1"],
+    "dcp": DCP,
+    "dcp in chunks": [*DCP, "--chunked-prefill-size=1024", "--page-size=64"],
+    "dcp, ag_rs": [*DCP, "--dcp-comm-backend=ag_rs"],
+}
+ROWS = {"": "fp8_e4m3", "bf16, ": "bfloat16"}
+DCP_ARMS = {
+    f"{rows}{arm}": (10000 + 1200 * number, [*DCP_ARGS[arm], f"--kv-cache-dtype={ROWS[rows]}"])
+    for number, (rows, arm) in enumerate(itertools.product(ROWS, DCP_ARGS))
+}
+
+
+@pytest.fixture(scope="module", params=["dsa", "mla"])
+def split_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Answer]]:
+    folder = tmp_path_factory.mktemp("split-cache")
+    if request.param == "mla":
+        return _ask(DCP_ARMS, folder, drafting.without_indexer(MODEL_2K, folder / "model"))
+    if not release.exists(launch.SPLITS_ROWS_OF_INDEXED):
+        pytest.skip("this release does not split the tokens of models with an indexer")
+    return _ask(DCP_ARMS, folder)
+
+
+@pytest.mark.parametrize("again", ["", ", again"])
+@pytest.mark.parametrize("arm", [arm for arm in DCP_ARGS if arm != "one"])
+@pytest.mark.parametrize("rows", ROWS, ids=ROWS.get)
+def test_a_split_cache_answers_as_one_gpu(
+    rows: str, arm: str, again: str, split_cache: dict[str, list[Answer]]
+) -> None:
+    ours, one = split_cache[f"{rows}{arm}{again}"], split_cache[f"{rows}one{again}"]
+    versus = compare(one, ours)
+    print(rows, arm, again, sum(a.correct for a in ours), sum(a.correct for a in one), versus)
+    assert versus.agreement >= 0.98
     assert versus.logprob_difference is not None
     assert versus.logprob_difference < 0.05
 

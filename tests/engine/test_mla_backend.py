@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from nsa_backend_plugin.engine import latent_rows, launch, query
+from nsa_backend_plugin.engine.gpu import shards
 from nsa_backend_plugin.ops import dense_mla, preferences
 from nsa_backend_plugin.ops.arch import pretended
 from nsa_backend_plugin.ops.call import Step
@@ -36,6 +37,7 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Any:
     made = object.__new__(mla_backend.NsaPluginMLABackend)
     made.device, made.page_size, made.num_q_heads = torch.device("cpu"), PAGE, HEADS
     made.decode_workspace, made.step, made.rows_are_fp8 = None, Step(), False
+    made.share = shards.Share(1, 0)
     made.position_scaling = query.PositionScaling(SimpleNamespace(hf_text_config=None))
     made.latent = torch.randn(8 * PAGE, 1, 576)
 
@@ -295,7 +297,7 @@ def test_a_pool_whose_memory_may_be_given_back_is_not_promised_to_be_finite(
     sleeps: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mla_backend.FlashAttentionBackend, "__init__", lambda self, runner: None)
-    monkeypatch.setattr(mla_backend, "get_parallel", lambda: SimpleNamespace(attn_tp_size=1))
+    monkeypatch.setattr(mla_backend, "get_parallel", lambda: SimpleNamespace(attn_tp_size=1, attn_dcp_size=1))
     runner = SimpleNamespace(
         page_size=64,
         dtype=torch.bfloat16,

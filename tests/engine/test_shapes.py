@@ -26,7 +26,7 @@ def runner(monkeypatch: pytest.MonkeyPatch, attn: Attention, q_lora_rank: int | 
     index_cache.declare_layout(pool, "row_major")
     config = SimpleNamespace(index_n_heads=2, index_topk=64, q_lora_rank=q_lora_rank)
     monkeypatch.setattr(shapes, "is_deepseek_dsa", lambda config: True)
-    monkeypatch.setattr(shapes, "get_parallel", lambda: SimpleNamespace(attn_tp_size=2))
+    monkeypatch.setattr(shapes, "get_parallel", lambda: SimpleNamespace(attn_tp_size=2, attn_dcp_size=1))
     model_config = SimpleNamespace(hf_config=config, num_attention_heads=8)
     return SimpleNamespace(
         model_config=model_config, token_to_kv_pool=pool, model=torch.nn.Sequential(attn), dtype=torch.bfloat16

@@ -34,6 +34,8 @@ MODELS = {
     "V3, pages of one token": served.Model(16, page_size=1),
     "V3, fp8 rows": served.Model(16, kv="fp8"),
     "V3, fp8 rows, 128 heads": served.Model(128, kv="fp8"),
+    "V3, a cache over two GPUs": served.Model(64, group=2),
+    "V3.2 packed, a cache over two GPUs": served.Model(16, served.Indexer(64), kv="packed", group=2),
 }
 
 
@@ -85,6 +87,17 @@ def test_a_prefill_over_packed_rows_says_which_slots_it_may_select() -> None:
         assert call.lengths.shape == call.q.shape[:1]
         assert (call.context is not None) == step.prefill
         assert call.context is None or call.context.shape == (2 * 8128,)
+
+
+def test_over_a_part_of_each_context_attention_is_what_the_plugin_serves() -> None:
+    """With every GPU's heads, rows that may have no keys, and an lse; the keys of a dense prefill are the GPU's own."""
+    packed, dense = MODELS["V3.2 packed, a cache over two GPUs"], MODELS["V3, a cache over two GPUs"]
+    for model, heads in ((packed, 32), (dense, 128)):
+        ((operation, call),) = served.calls(model, served.Step(4, 8192), "sm_90")
+        assert operation.name == ("sparse_mla.attend" if model.indexer else "dense_mla.decode")
+        assert (call.q.shape[1], call.return_lse, call.rows_have_keys) == (heads, True, False)
+    ((operation, call),) = served.calls(dense, served.Step(1, 300, 300, prefill=True), "sm_90")
+    assert (operation.name, call.k_nope.shape[1]) == ("concat.mla_k", 64)
 
 
 def real(call: Call, device: torch.device) -> Call:

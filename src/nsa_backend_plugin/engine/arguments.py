@@ -106,7 +106,6 @@ REFUSED: Mapping[str, Refused] = {
     ),
     "enable_cp_tp_group_sharing": _no("one group of GPUs for context and tensor parallelism"),
     "enable_cp_decode_attn_tp": _no("attention's weights that decode splits over the GPUs of a split prefill"),
-    "dcp_size": _no("decode context parallelism", (1,)),
     "enable_layernorm_sp": _no("sequence parallelism"),
     "enable_attn_tp_input_scattered": _no("an attention input that is scattered over GPUs"),
     "disable_attn_tp_gather": _no("models that scatter and gather their hidden states themselves"),
@@ -168,6 +167,9 @@ _NO_PREFILL_CP: Mapping[str, Refused] = {
     "enable_dsa_prefill_context_parallel": Refused(_NVIDIA_PREFILL_CP, advice=_WITHOUT),
     "attn_cp_size": Refused(_NVIDIA_PREFILL_CP, (1,), advice=_WITHOUT),
 }
+_NO_DECODE_CP: Mapping[str, Refused] = {
+    "dcp_size": Refused("supports decode context parallelism on NVIDIA GPUs only", (1,), advice=_WITHOUT),
+}
 #: What a device changes in `REFUSED`.
 ON_DEVICE: Mapping[str, Mapping[str, Refused]] = {
     "cuda": {},
@@ -179,6 +181,7 @@ ON_DEVICE: Mapping[str, Mapping[str, Refused]] = {
         "disaggregation_mode": _no("prefill/decode disaggregation", ("null",), advice=_WITHOUT),
         "enable_hierarchical_cache": _no(_HICACHE, advice=_WITHOUT),
         **_NO_PREFILL_CP,
+        **_NO_DECODE_CP,
     },
     "cpu": {
         "speculative_algorithm": Refused("supports speculative decoding on NVIDIA GPUs only", _UNSET, advice=_WITHOUT),
@@ -190,6 +193,7 @@ ON_DEVICE: Mapping[str, Mapping[str, Refused]] = {
         # SGLang exchanges the ranks' tokens in pinned memory, by a Triton kernel and by collectives of GPUs.
         "enable_dp_attention": Refused("serves data-parallel attention on GPUs only", advice=_WITHOUT),
         **_NO_PREFILL_CP,
+        **_NO_DECODE_CP,
     },
 }
 
@@ -216,6 +220,34 @@ WITH_PREFILL_CP: Mapping[str, Refused] = {
     "enable_hierarchical_cache": _no("hierarchical cache beside a prefill that is split over GPUs"),
 }
 
+_BESIDE_DCP = "beside a cache whose tokens are split over GPUs"
+#: What a server with decode context parallelism refuses beside `REFUSED`: it was never tried there.
+WITH_DECODE_CP: Mapping[str, Refused] = {
+    "dcp_comm_backend": _no(
+        "FlashInfer's exchange of partial answers",
+        (None, "ag_rs", "a2a"),
+        advice="Start with --dcp-comm-backend a2a or ag_rs",
+    ),
+    "dcp_replicate_q_proj": _no(
+        f"projections of every GPU's queries on each {_BESIDE_DCP}",
+        (None, False),
+        advice="Start with --no-dcp-replicate-q-proj",
+    ),
+    "disaggregation_mode": _no("prefill and decode servers that split a cache's tokens", ("null",), advice=_WITHOUT),
+    "speculative_algorithm": _no(f"speculative decoding {_BESIDE_DCP}", _UNSET),
+    "dp_size": _no(f"data-parallel attention {_BESIDE_DCP}", (1,), asked=True),
+    "attn_dp_size": _no(f"data-parallel attention {_BESIDE_DCP}", (1,), asked=True),
+    "pp_size": _no(f"pipeline parallelism {_BESIDE_DCP}", (1,)),
+    "enable_prefill_cp": _no(f"a split prefill {_BESIDE_DCP}"),
+    "enable_dsa_prefill_context_parallel": _no(f"a split prefill {_BESIDE_DCP}"),
+    # SGLang takes every GPU's part of the prefixes for equally long, which those of decoding requests are not.
+    "enable_mixed_chunk": _no(f"decode in the batches of a prefill {_BESIDE_DCP}"),
+    "enable_lora": _no(f"LoRA {_BESIDE_DCP}", (None, False)),
+    "lora_paths": _no(f"LoRA {_BESIDE_DCP}", _UNSET),
+    "enable_memory_saver": _no(f"memory that is given back while the server sleeps {_BESIDE_DCP}"),
+    "enable_hierarchical_cache": _no(f"hierarchical cache {_BESIDE_DCP}"),
+}
+
 #: Arguments that concern attention and are taken with any value; some are checked elsewhere with the model at hand.
 SERVED: frozenset[str] = frozenset(
     _names("""
@@ -223,6 +255,7 @@ SERVED: frozenset[str] = frozenset(
     model_path quantization torchao_config json_model_override_args context_length load_format
     tp_size dp_size attn_dp_size enable_dp_attention pp_size
     enable_prefill_cp enable_dsa_prefill_context_parallel attn_cp_size
+    dcp_size dcp_comm_backend dcp_replicate_q_proj
     disaggregation_mode disaggregation_bootstrap_port disaggregation_ib_device num_reserved_decode_tokens
     disaggregation_decode_extra_slots disaggregation_decode_polling_interval
     speculative_num_steps speculative_num_draft_tokens speculative_draft_model_path
@@ -248,7 +281,7 @@ NO_CONCERN: Mapping[str, str] = {
     lmcache_config_file flexkv_config_file unified_cache_external_linker_backend unified_cache_external_linker_config
     hisparse_config kv_canary_real_data kv_canary_sweep_interval
     decoupled_spec_bind_endpoint decoupled_spec_connect_endpoints decoupled_spec_rank spec_trace_dir
-    prefill_cp_mode dcp_comm_backend dcp_replicate_q_proj
+    prefill_cp_mode
     enable_megamoe_for_layernorm_sp enable_dynamic_chunking pp_max_micro_batch_size pp_async_batch_depth
     pdmux_config_path sm_group_num tbo_token_distribution_threshold
     speculative_adaptive_config speculative_dflash_block_size speculative_dspark_block_size

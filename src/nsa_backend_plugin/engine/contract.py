@@ -26,6 +26,14 @@ class ForwardBatch(Protocol):
     positions: torch.Tensor
     out_cache_loc: torch.Tensor
     reuse_dsa_topk_indices: bool | None
+    attn_dcp_metadata: Any
+
+
+class GatheredContext(Protocol):
+    """What decode context parallelism gathers of a prefill's contexts: rows of a layer, and the place of each token."""
+
+    dcp_kv_buffer: torch.Tensor
+    dcp_kv_indices: torch.Tensor
 
 
 class ModelRunner(Protocol):
@@ -77,6 +85,7 @@ class Indexer(Protocol):
 #: Each type's class in SGLang. An attribute that a base class or another object sets is not asked for.
 CLASSES: Mapping[type, str] = {
     ForwardBatch: "sglang.srt.model_executor.forward_batch_info.ForwardBatch",
+    GatheredContext: "sglang.srt.layers.dcp.metadata.DecodeContextParallelMetadata",
     ModelRunner: "sglang.srt.model_executor.model_runner.ModelRunner",
     AttentionLayer: "sglang.srt.layers.radix_attention.RadixAttention",
     ModelConfig: "sglang.srt.configs.model_config.ModelConfig",

@@ -15,7 +15,12 @@ from nsa_backend_plugin.engine import arguments, contract, ledger, release
 
 _ENGINE = Path(__file__).parent
 #: What our code imports where a release has it, and only there.
-_WHERE_THERE = frozenset({"sglang.srt.arg_groups.model_override_base.model_config_of"})
+_WHERE_THERE = frozenset(
+    {
+        "sglang.srt.arg_groups.model_override_base.model_config_of",
+        "sglang.kernels.ops.attention.dsa.transform_index.transform_index_page_table_dcp",
+    }
+)
 
 
 @dataclass(frozen=True)

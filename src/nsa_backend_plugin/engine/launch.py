@@ -50,6 +50,7 @@ def checked_resolution(resolve: Callable[..., Any], server_args: Any, *args: Any
     check_variables()
     check_platform(_device_kind(server_args))
     _split_indexers_prefill(server_args)
+    _choose_for_split_cache(server_args)
     page_size = server_args.page_size  # as the user wrote it: SGLang replaces it for DSA models, with a warning only
     with _cpu_resolution(), rocm.resolution():
         result = resolve(server_args, *args, **kwargs)
@@ -60,6 +61,7 @@ def checked_resolution(resolve: Callable[..., Any], server_args: Any, *args: Any
         check_kv_cache(model, server_args.kv_cache_dtype, server_args.speculative_algorithm)
         check_stages(model, server_args.pp_size)
         check_context_parallel(model, server_args)
+        check_decode_context_parallel(model, server_args)
         check_hierarchical_cache(server_args)
     return result
 
@@ -90,6 +92,9 @@ def check_arguments(server_args: Any, as_given: bool = False) -> None:
         own |= {name: (rule, f" with --disaggregation-mode {role}") for name, rule in arguments.IN_PAIRS.items()}
     if _splits_prefill(server_args):
         own |= {name: (rule, " with --enable-prefill-cp") for name, rule in arguments.WITH_PREFILL_CP.items()}
+    if (group := getattr(server_args, "dcp_size", 1)) != 1:
+        beside = {name: (rule, f" with --dcp-size {group}") for name, rule in arguments.WITH_DECODE_CP.items()}
+        own = beside | own
     general = {name: (rule, "") for name, rule in arguments.REFUSED.items() if name not in own}
     for name, (rule, where) in (general | own).items():
         value = getattr(server_args, name, rule.served[0])  # a release without the argument
@@ -273,6 +278,27 @@ def check_context_parallel(model: contract.ModelConfig, server_args: Any) -> Non
         )
 
 
+def check_decode_context_parallel(model: contract.ModelConfig, server_args: Any) -> None:
+    """Raise ValueError for decode context parallelism as nsa_plugin does not serve it."""
+    from sglang.srt.configs.model_config import is_deepseek_dsa
+
+    if (size := getattr(server_args, "dcp_size", 1)) == 1:
+        return
+    if size < 1 or server_args.tp_size % size:
+        raise ValueError(
+            f"--dcp-size {size} with --tp {server_args.tp_size}: expected a number of GPUs that divides that of tensor "
+            "parallelism"
+        )
+    if not is_deepseek_dsa(model.hf_config):
+        return
+    if not release.exists(SPLITS_ROWS_OF_INDEXED):
+        raise ValueError(
+            f"--dcp-size {size} with {', '.join(model.hf_config.architectures)}: SGLang {release.version()} does not "
+            "split the cache of models with an indexer over GPUs. Use SGLang 0.5.22 or newer, or start without it"
+        )
+    _refuse_shared_topk(f"--dcp-size {size}", model)
+
+
 def check_exact(model_dtype: torch.dtype, device: torch.device, role: str = "null") -> None:
     """Raise ValueError when NSA_PLUGIN_EXACT is on where it cannot be exact. role: the disaggregation mode."""
     if not settings.enabled("NSA_PLUGIN_EXACT"):
@@ -362,6 +388,25 @@ def _split_indexers_prefill(server_args: Any) -> None:
     asked = _splits_prefill(server_args) and server_args.cp_strategy is not None
     if asked and hasattr(server_args, _SPLITS_INDEXED):
         setattr(server_args, _SPLITS_INDEXED, True)
+
+
+#: What SGLang selects a GPU's own tokens by, in releases that split the tokens of models with an indexer.
+SPLITS_ROWS_OF_INDEXED = "sglang.kernels.ops.attention.dsa.transform_index.transform_index_page_table_dcp"
+
+
+def _choose_for_split_cache(server_args: Any) -> None:
+    """With decode context parallelism, choose what SGLang would choose for Blackwell's kernels, on any GPU.
+
+    That is the rows of an fp8 cache beside an indexer, which are not ours, all queries' projection on every GPU, and
+    FlashInfer's exchange. The name of the kernels decides the rows alone: ours run.
+    """
+    if getattr(server_args, "dcp_size", 1) == 1:
+        return
+    if server_args.dcp_comm_backend is None:
+        server_args.dcp_comm_backend = "a2a"
+    if server_args.dcp_replicate_q_proj is None:
+        server_args.dcp_replicate_q_proj = False
+    server_args.dsa_prefill_backend = server_args.dsa_decode_backend = "flashmla_sparse"
 
 
 def _backends(server_args: Any) -> tuple[str | None, str | None]:

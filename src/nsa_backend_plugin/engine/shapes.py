@@ -19,12 +19,15 @@ def model(runner: Any) -> served.Model:
     """Of a ModelRunner."""
     config = runner.model_config.hf_config
     pool = runner.token_to_kv_pool
+    parallel = get_parallel()
+    whole = parallel.attn_dcp_size == 1
     base = served.Model(
-        runner.model_config.num_attention_heads // get_parallel().attn_tp_size,
+        runner.model_config.num_attention_heads // parallel.attn_tp_size,
         kv=_kind(pool.get_key_buffer(pool.start_layer)),
         page_size=pool.page_size,
         projections=_projections(runner.model),
-        values=projections.most_tokens_of_values(runner.model),
+        values=projections.most_tokens_of_values(runner.model) if whole else 0,
+        group=parallel.attn_dcp_size,
     )
     if not is_deepseek_dsa(config):
         return base
@@ -34,7 +37,7 @@ def model(runner: Any) -> served.Model:
         indexer=indexer.described(layers[0].indexer),
         layout=index_cache.layout_of(pool),
         quantized_q_lora=next((attn.q_lora_rank for attn in layers if query_projection.quantizes(attn)), 0),
-        absorbs=projections.most_tokens_of_heads(layers[0].w_kc, runner.dtype),
+        absorbs=projections.most_tokens_of_heads(layers[0].w_kc, runner.dtype) if whole else 0,
     )
 
 

@@ -75,7 +75,8 @@ class Model:
     heads: query heads. kv: "bf16", "packed" (with an indexer), or "fp8" (without one, and on ROCm).
     quantized_q_lora: width of q_lora where one call normalizes and quantizes it (merged fp8 projections), else 0.
     projections: of a layer, those that read few tokens. absorbs, values: the most tokens that `projection.per_head`
-    multiplies with W_UK and with W_UV.
+    multiplies with W_UK and with W_UV. group: GPUs that split each context: attention is over a part of it, with the
+    query heads of all of them, and SGLang prepares its input.
     """
 
     heads: int
@@ -87,6 +88,7 @@ class Model:
     projections: tuple[Projection, ...] = ()
     absorbs: int = 0
     values: int = 0
+    group: int = 1
 
 
 @dataclass(frozen=True)
@@ -165,17 +167,45 @@ def report(model: Model, steps: Iterable[Step], arch: str) -> list[str]:
 def _sparse(model: Model, indexer: Indexer, step: Step, arch: str, device: torch.device) -> Iterator[_Made]:
     """A prefill on a GPU writes its latent rows by SGLang, and on CUDA it is indexed by SGLang too."""
     make = _maker(device)
-    tokens, heads = step.requests * step.queries, model.heads
+    tokens, whole = step.requests * step.queries, model.group == 1
     cache = _latent_cache(model, arch_fp8_dtype(arch), make)
-    kv_scale = 1.0 if model.kv == "fp8" else None
+    q_all = make(tokens, model.heads * model.group, LATENT_DIM + ROPE_DIM)
+    if whole:
+        yield from _before_sparse(model, indexer, step, arch, make, q_all, cache)
+    context = step.requests * -(-step.context // model.page_size) * model.page_size
+    yield (
+        sparse_mla.attend,
+        sparse_mla.attend.call(
+            q_all,
+            cache,
+            make(tokens, indexer.topk, dtype=torch.int32),
+            1.0,
+            kv_scale=1.0 if model.kv == "fp8" else None,
+            lengths=make(tokens, dtype=torch.int32),
+            context=make(context, dtype=torch.int32) if step.prefill else None,
+            rows_have_keys=whole,
+            return_lse=not whole,
+        ),
+    )
 
+
+def _before_sparse(
+    model: Model,
+    indexer: Indexer,
+    step: Step,
+    arch: str,
+    make: Callable[..., torch.Tensor],
+    q_all: torch.Tensor,
+    cache: torch.Tensor,
+) -> Iterator[_Made]:
+    tokens, heads, _ = q_all.shape
+    kv_scale = 1.0 if model.kv == "fp8" else None
     normalizes = any(p.norm and tokens <= p.most_tokens for p in model.projections)
     if (width := model.quantized_q_lora) and not step.prefill and not normalizes:
         q_lora = make(tokens, width + LATENT_DIM + ROPE_DIM)[:, :width]
         yield norm_quant.rms, norm_quant.rms.call(q_lora, make(width))
     if not (step.prefill and is_cuda(arch)):
         yield from _indexer(model, indexer, step, arch, make)
-    q_all = make(tokens, heads, LATENT_DIM + ROPE_DIM)
     if arch == "cpu" or not step.prefill:
         latent = make(tokens, LATENT_DIM + ROPE_DIM)
         query = make(tokens, heads, NOPE_DIM + ROPE_DIM)
@@ -196,20 +226,6 @@ def _sparse(model: Model, indexer: Indexer, step: Step, arch: str, device: torch
                 norm_weight=make(LATENT_DIM) if fused else None,
             ),
         )
-    context = step.requests * -(-step.context // model.page_size) * model.page_size
-    yield (
-        sparse_mla.attend,
-        sparse_mla.attend.call(
-            q_all,
-            cache,
-            make(tokens, indexer.topk, dtype=torch.int32),
-            1.0,
-            kv_scale=kv_scale,
-            lengths=make(tokens, dtype=torch.int32),
-            context=make(context, dtype=torch.int32) if step.prefill else None,
-            rows_have_keys=True,
-        ),
-    )
 
 
 def _projections(model: Model, step: Step, device: torch.device) -> Iterator[_Made]:
@@ -342,13 +358,14 @@ def _dense(model: Model, step: Step, arch: str, device: torch.device) -> Iterato
     yield (
         dense_mla.decode,
         dense_mla.decode.call(
-            make(tokens, model.heads, LATENT_DIM + ROPE_DIM),
+            make(tokens, model.heads * model.group, LATENT_DIM + ROPE_DIM),
             _latent_cache(model, arch_fp8_dtype(arch), make),
             make(tokens, -(-step.context // model.page_size), dtype=torch.int32),
             make(tokens, dtype=torch.int32),
             1.0,
             page_size=model.page_size,
             kv_scale=1.0 if model.kv == "fp8" else None,
+            return_lse=model.group > 1,
         ),
     )
 

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from sglang.srt.layers.attention.dsa_backend import DeepseekSparseAttnBackend, DeepseekSparseAttnMultiStepBackend
 from sglang.srt.model_executor.runner_utils import capture_mode
+from sglang.srt.runtime_context import get_parallel
 
 from nsa_backend_plugin import BACKEND_NAME
 from nsa_backend_plugin.engine import index_cache, query, unknown
-from nsa_backend_plugin.engine.gpu import rocm, scratch
+from nsa_backend_plugin.engine.gpu import rocm, scratch, shards
 from nsa_backend_plugin.engine.indexer import Rows
 from nsa_backend_plugin.engine.latent_rows import plain_fp8_scale
 from nsa_backend_plugin.ops import mqa_logits, sparse_mla
@@ -39,6 +40,7 @@ class NsaPluginDSABackend(DeepseekSparseAttnBackend):
             )
         if self.hisparse_coordinator is not None:
             raise ValueError("nsa_plugin does not support HiSparse: start without it")
+        self.share = shards.Share.of(get_parallel())
         layout = index_cache.chosen_layout(self.device)
         if rocm.on_rocm():
             rocm.check_latent_cache(self.token_to_kv_pool)
@@ -131,8 +133,11 @@ class NsaPluginDSABackend(DeepseekSparseAttnBackend):
         k_rope: torch.Tensor | None = None,
         topk_indices: torch.Tensor | None = None,
         **keywords: Any,
-    ) -> torch.Tensor:
-        """k None: the fused path has written this token's latent row already."""
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """The answer [T, heads*512]; with decode context parallelism also its lse (`shards.answer`).
+
+        k None: the fused path has written this token's latent row already.
+        """
         unknown.refuse("the attention backend", keywords)
         if k is not None and save_kv_cache:
             self.token_to_kv_pool.set_mla_kv_buffer(layer, forward_batch.out_cache_loc, k, k_rope)
@@ -150,13 +155,13 @@ class NsaPluginDSABackend(DeepseekSparseAttnBackend):
         k_rope: torch.Tensor | None = None,
         topk_indices: torch.Tensor | None = None,
         **keywords: Any,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         forward = super().forward_extend if self.use_mha else self.forward_decode
         return forward(q, k, v, layer, forward_batch, save_kv_cache, q_rope, k_rope, topk_indices, **keywords)
 
     def _attend(
         self, q: torch.Tensor, q_rope: torch.Tensor | None, layer: Any, topk_indices: torch.Tensor | None, batch: Any
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         q_all = query.absorbed(q, q_rope, layer)
         if topk_indices is None:
             raise ValueError(f"layer {layer.layer_id}: sparse attention was called without top-k indices")
@@ -169,6 +174,9 @@ class NsaPluginDSABackend(DeepseekSparseAttnBackend):
         slots = self._pad_topk_indices(topk_indices, q_all.shape[0])
         if capture_mode.is_capture_mode and self.queries_per_request(batch.forward_mode) is None:
             slots, lengths = _one_key_each(slots, lengths)
+        if self.share.is_partial:
+            slots, lengths = self.share.selected(slots)
+            rows_have_keys = False
         out = sparse_mla.attend(
             q_all,
             kv,
@@ -179,9 +187,12 @@ class NsaPluginDSABackend(DeepseekSparseAttnBackend):
             lengths=lengths,
             context=self._context(batch.forward_mode),
             rows_have_keys=rows_have_keys,
+            return_lse=self.share.is_partial,
             step=self.step,
             workspace=self._workspace(q_all.shape[0]),
         )
+        if self.share.is_partial:
+            return shards.answer(*out)
         assert isinstance(out, torch.Tensor)
         return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)
 
@@ -202,7 +213,7 @@ class NsaPluginDSABackend(DeepseekSparseAttnBackend):
         return self.step.once(("lengths of a padded batch", tokens), pad, lengths)
 
     def _context(self, mode: Any) -> torch.Tensor | None:
-        """[S] int32 slots of a prefill's requests, whole pages; None in other modes, whose queries are few."""
+        """[S] int32 rows of a prefill's requests, whole pages; None in other modes, whose queries are few."""
         metadata = self.forward_metadata
         if self.queries_per_request(mode) is not None or metadata.indexer_seq_lens_cpu is None:
             return None
@@ -212,7 +223,8 @@ class NsaPluginDSABackend(DeepseekSparseAttnBackend):
             counts = (-(-metadata.indexer_seq_lens_cpu // size)).tolist()
             pages = torch.cat([row[:count] for row, count in zip(table, counts, strict=True)])
             within = torch.arange(size, dtype=torch.int32, device=table.device)
-            return (pages[:, None] * size + within).flatten()
+            found = (pages[:, None] * size + within).flatten()
+            return self.share.rows(found) if self.share.is_partial else found
 
         return self.step.once("slots of the context", slots, table)
 
@@ -224,7 +236,7 @@ class NsaPluginDSABackend(DeepseekSparseAttnBackend):
 
     def _workspace_bytes(self, tokens: int) -> int:
         return sparse_mla.workspace_bytes(
-            tokens, self.num_q_heads, self.dsa_index_topk, self.device, value_dim=self.kv_lora_rank
+            tokens, self.num_q_heads * self.share.size, self.dsa_index_topk, self.device, value_dim=self.kv_lora_rank
         )
 
 

@@ -4,7 +4,8 @@ Prefill, the verification of drafts, metadata and graph capture are SGLang's Fla
 `ops.dense_mla`, which takes any head count without padding.
 
 Over fp8 rows prefill computes in the model's dtype: dense prefill reads what it needs of the cache widened, and
-absorbed prefill (a short cached prefix) a widened copy of the batch's own pages.
+absorbed prefill (a short cached prefix) a widened copy of the batch's own pages. With decode context parallelism
+(`shards`) absorbed prefill reads what the model gathers of the other GPUs, decode this GPU's tokens.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import torch
 from sglang.srt.layers.attention.flashattention_backend import FlashAttentionBackend, FlashAttentionMultiStepBackend
 from sglang.srt.runtime_context import get_parallel
 
-from nsa_backend_plugin.engine import latent_rows, query, unknown
-from nsa_backend_plugin.engine.gpu import prefill, scratch
+from nsa_backend_plugin.engine import contract, latent_rows, query, unknown
+from nsa_backend_plugin.engine.gpu import prefill, scratch, shards
 from nsa_backend_plugin.ops import dense_mla
 from nsa_backend_plugin.ops.call import Step
 
@@ -34,9 +35,10 @@ class NsaPluginMLABackend(FlashAttentionBackend):
     joins_prefill_keys = True
     #: SGLang's pool starts as zeros, and holds keys of older requests later: in fp8 NaN for what was too large.
     kv_is_finite = True
-    #: SGLang's; exchanged while it prefills over fp8 rows.
+    #: SGLang's; exchanged while it prefills over other rows than the pool's.
     token_to_kv_pool: Any
     forward_metadata: Any
+    page_size: int
 
     def __init__(self, runner: Any, **speculative: Any):
         """speculative: what SGLang passes to the backends of a draft model (step, number of steps ...)."""
@@ -52,7 +54,9 @@ class NsaPluginMLABackend(FlashAttentionBackend):
         # SGLang reads it in prefill alone, where any other value quantizes queries and new keys to fp8 too.
         self.kv_cache_dtype_str = "auto"
         self.position_scaling = query.PositionScaling(runner.model_config)
-        self.num_q_heads = runner.model_config.num_attention_heads // get_parallel().attn_tp_size
+        self.share = shards.Share.of(get_parallel())
+        #: Of a decode step: with those that the other GPUs of its group project.
+        self.num_q_heads = runner.model_config.num_attention_heads // get_parallel().attn_tp_size * self.share.size
         if runner.dtype == torch.bfloat16:  # what SGLang reads the cached prefix as when it finds this attribute
             self.pack_prefix_chunk_kv = prefill.pack_chunk
         self.decode_workspace: torch.Tensor | None = None
@@ -90,28 +94,32 @@ class NsaPluginMLABackend(FlashAttentionBackend):
         q_rope: torch.Tensor | None = None,
         k_rope: torch.Tensor | None = None,
         **keywords: Any,
-    ) -> torch.Tensor:
-        metadata = self.forward_metadata
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """The answer [B, heads*512]; with decode context parallelism also its lse (`shards.answer`)."""
         unknown.refuse("the attention backend", keywords)
         if k is not None and save_kv_cache:
             self.token_to_kv_pool.set_mla_kv_buffer(layer, forward_batch.out_cache_loc, k, k_rope)
         q_all = self.position_scaling(query.absorbed(q, q_rope, layer), forward_batch.positions)
         kv = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
         kv_scale = latent_rows.plain_fp8_scale(kv)
+        table, lengths = self._contexts()
         out = dense_mla.decode(
             q_all,
             kv,
-            metadata.page_table,
-            metadata.cache_seqlens_int32,
+            table,
+            lengths,
             layer.scaling,
             page_size=self.page_size,
             kv_scale=kv_scale,
             value_dim=layer.v_head_dim,
-            rows_have_keys=True,  # SGLang pads batches with lengths of 1
+            rows_have_keys=self.share.rank == 0,  # SGLang pads batches with lengths of 1
             kv_is_finite=self.kv_is_finite and kv_scale is None,
+            return_lse=self.share.is_partial,
             workspace=self._workspace(q_all.shape[0]),
             step=self.step,
         )
+        if self.share.is_partial:
+            return shards.answer(*out)
         assert isinstance(out, torch.Tensor)
         return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)
 
@@ -131,30 +139,53 @@ class NsaPluginMLABackend(FlashAttentionBackend):
         if q_rope is None:
             return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **keywords)
         q_rope = self.position_scaling(q_rope, forward_batch.positions)
-        if not self.rows_are_fp8:
+        if not (self.rows_are_fp8 or self.share.is_partial):
             return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache, q_rope=q_rope, **keywords)
         if save_kv_cache:
             self.token_to_kv_pool.set_mla_kv_buffer(layer, forward_batch.out_cache_loc, k, keywords["k_rope"])
-        with self._widened(layer, forward_batch, q.dtype):
+        context = self._gathered(forward_batch) if self.share.is_partial else self._own(layer, forward_batch)
+        with self._reading(*context, q.dtype):
             return super().forward_extend(q, k, v, layer, forward_batch, False, q_rope=q_rope, **keywords)
 
-    @contextlib.contextmanager
-    def _widened(self, layer: Any, forward_batch: Any, dtype: torch.dtype) -> Iterator[None]:
-        """Within it, SGLang's absorbed prefill reads a copy of the batch's own pages: it widens all that it gets."""
-        pool, metadata = self.token_to_kv_pool, self.forward_metadata
-        table = metadata.page_table
+    def _contexts(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(page table, lengths) of what this GPU has of the contexts of a decode step."""
+        whole = self.forward_metadata.page_table, self.forward_metadata.cache_seqlens_int32
+        if not self.share.is_partial:
+            return whole
+
+        def share() -> tuple[torch.Tensor, torch.Tensor]:
+            return self.share.page_table(whole[0]), self.share.lengths(whole[1])
+
+        return self.step.once("this GPU's share of the contexts", share, *whole)
+
+    def _own(self, layer: Any, forward_batch: Any) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """(rows, page table, page size) of a copy of the batch's own pages."""
+        table = self.forward_metadata.page_table
         find = functools.partial(_own_pages, table, forward_batch.seq_lens_cpu, self.page_size)
         pages, renumbered = self.step.once("pages of the context", find, table)
-        kv = pool.get_key_buffer(layer.layer_id)
+        kv = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
         # As bytes: torch does not index fp8 on every device.
         rows = kv.view(torch.uint8).view(-1, self.page_size * kv.shape[-1])[pages]
-        self.token_to_kv_pool = _Rows(rows.view(kv.dtype).view(-1, *kv.shape[1:]).to(dtype))
-        self.forward_metadata = copy.copy(metadata)
-        self.forward_metadata.page_table = renumbered
+        return rows.view(kv.dtype).view(-1, *kv.shape[1:]), renumbered, self.page_size
+
+    def _gathered(self, forward_batch: Any) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """(rows, page table, page size) of what the model gathered of every GPU of the group for this layer."""
+        gathered: contract.GatheredContext = forward_batch.attn_dcp_metadata
+        places = gathered.dcp_kv_indices
+        fill = functools.partial(_table_of_rows, places, forward_batch.seq_lens_cpu)
+        return gathered.dcp_kv_buffer, self.step.once("places of the context", fill, places), 1
+
+    @contextlib.contextmanager
+    def _reading(self, rows: torch.Tensor, table: torch.Tensor, page_size: int, dtype: torch.dtype) -> Iterator[None]:
+        """Within it, SGLang's absorbed prefill reads these rows, which it would widen itself, in place of the pool."""
+        kept = self.token_to_kv_pool, self.forward_metadata, self.page_size
+        self.token_to_kv_pool, self.page_size = _Rows(rows.to(dtype)), page_size
+        self.forward_metadata = copy.copy(kept[1])
+        self.forward_metadata.page_table = table
         try:
             yield
         finally:
-            self.token_to_kv_pool, self.forward_metadata = pool, metadata
+            self.token_to_kv_pool, self.forward_metadata, self.page_size = kept
 
     def _workspace(self, batch: int) -> torch.Tensor | None:
         """None lets the operation allocate: eager steps."""
@@ -179,15 +210,34 @@ class _Rows:
 def _own_pages(table: torch.Tensor, lengths: torch.Tensor, page_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(pages [N] int64 that requests of these lengths use, block table of the same requests over a copy of those).
 
-    lengths: [B], on the host, or the device would be waited for. The copy has the pages in the order of the requests.
+    lengths: [B], on the host. The copy has the pages in the order of the requests.
     """
     counts = -(-lengths // page_size)
-    width = int(counts.max())
-    used = (torch.arange(width) < counts[:, None]).flatten().nonzero()[:, 0].to(table.device)
+    used, width = _used(counts, table.device)
     pages = table[:, :width].reshape(-1)[used].long()
-    renumbered = table.new_zeros(table.shape[0] * width)
-    renumbered[used] = torch.arange(len(used), dtype=table.dtype, device=table.device)
-    return pages, renumbered.view(-1, width)
+    return pages, _filled(torch.arange(len(used), dtype=table.dtype, device=table.device), used, len(counts), width)
+
+
+def _table_of_rows(places: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """[B, longest] int32 of the places [N] int32 of all tokens, request by request. lengths: [B], on the host."""
+    used, width = _used(lengths, places.device)
+    return _filled(places, used, len(lengths), width)
+
+
+def _used(counts: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, int]:
+    """(index, in a table [B, width] that is laid flat, of the first counts[b] entries of its rows, the least width).
+
+    counts: on the host, or the device would be waited for.
+    """
+    width = int(counts.max())
+    return (torch.arange(width) < counts[:, None]).flatten().nonzero()[:, 0].to(device), width
+
+
+def _filled(values: torch.Tensor, used: torch.Tensor, requests: int, width: int) -> torch.Tensor:
+    """[requests, width] with the values where `used` says so, else 0."""
+    table = values.new_zeros(requests * width)
+    table[used] = values
+    return table.view(requests, width)
 
 
 class NsaPluginMLADraftSteps(FlashAttentionMultiStepBackend):
