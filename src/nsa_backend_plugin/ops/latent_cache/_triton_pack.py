@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 
-from nsa_backend_plugin.layouts import LATENT_DIM, LATENT_TILE, PACKED_FP8, ROPE_DIM, packed_latent_bytes
+from nsa_backend_plugin.layouts import PACKED_FP8, packed_latent_bytes
 from nsa_backend_plugin.ops._triton import early_launch
 from nsa_backend_plugin.ops._triton.early_launch import await_predecessor
 from nsa_backend_plugin.ops._triton.launch import launch
-from nsa_backend_plugin.ops._triton.packed_rows import config, rope_ptr, row_constants, unpack, unpack_kernel
+from nsa_backend_plugin.ops._triton.packed_rows import config, rope_ptr, row_constants, unpack
 from nsa_backend_plugin.ops._triton.quant import declines_fp8, fp8_constants, scale_from_amax, to_fp8
-from nsa_backend_plugin.ops._triton.support import CompileCase, has_e4m3
-from nsa_backend_plugin.ops.arch import arch_fp8_dtype, launches_early
 from nsa_backend_plugin.ops.call import Reason
 from nsa_backend_plugin.ops.latent_cache import Dequantize, Quantize
 
@@ -119,29 +115,3 @@ def dequantize(call: Dequantize) -> torch.Tensor:
     out = call.output()
     unpack(call.rows, out, call.value_dim, call.tile_size)
     return call.shaped(out)
-
-
-def compile_cases(arch: str) -> Iterator[CompileCase]:
-    row_bytes = packed_latent_bytes(LATENT_DIM + ROPE_DIM)
-    packs = has_e4m3(arch) and arch_fp8_dtype(arch) == PACKED_FP8
-    for rows in (64, 8192):
-        block, warps = config(rows)
-        if packs:
-            constants = row_constants(LATENT_DIM, LATENT_TILE, ROPE_DIM, row_bytes, block)
-            yield CompileCase(
-                f"quantize.rows{rows}",
-                _quantize_kernel,
-                dict(kv_ptr="*bf16", out_ptr="*u8", rows="i32", kv_stride="i32"),
-                {**constants, **fp8_constants(PACKED_FP8), "EARLY": launches_early(arch)},
-                num_warps=warps,
-                divisible=("kv_ptr", "out_ptr", "kv_stride"),
-            )
-            for gathers in (False, True):
-                yield CompileCase(
-                    f"dequantize{'.slots' * gathers}.rows{rows}",
-                    unpack_kernel,
-                    dict(packed_ptr="*u8", slots_ptr="*i32" if gathers else "*bf16", out_ptr="*bf16", rows="i32"),
-                    {**constants, "FP8": fp8_constants(PACKED_FP8)["FP8"], "GATHERS": gathers},
-                    num_warps=warps,
-                    divisible=("packed_ptr", "slots_ptr", "out_ptr"),
-                )

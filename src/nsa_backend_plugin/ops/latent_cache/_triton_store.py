@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
-from nsa_backend_plugin.layouts import FP8_DTYPES, LATENT_DIM, LATENT_TILE, PACKED_FP8, ROPE_DIM, packed_latent_bytes
+from nsa_backend_plugin.layouts import FP8_DTYPES, LATENT_TILE, PACKED_FP8
 from nsa_backend_plugin.ops._triton import early_launch
 from nsa_backend_plugin.ops._triton.early_launch import await_predecessor
 from nsa_backend_plugin.ops._triton.launch import launch
 from nsa_backend_plugin.ops._triton.quant import declines_fp8, fp8_constants, to_fp8
-from nsa_backend_plugin.ops._triton.support import CompileCase, has_e4m3
-from nsa_backend_plugin.ops.arch import arch_fp8_dtype, launches_early
 from nsa_backend_plugin.ops.call import Reason
 from nsa_backend_plugin.ops.latent_cache import Store
 from nsa_backend_plugin.ops.latent_cache._triton_pack import is_power_of_two, pack_values
@@ -276,11 +271,6 @@ def declines_store(call: Store) -> Reason:
     return declines_fp8(call.arch, call.cache.dtype) if call.kind == "fp8" else None
 
 
-def _store_constants(kind: str, nope: int, rope: int, row: int, block: int, fp8_dtype: torch.dtype) -> dict[str, Any]:
-    shape = {"KIND": kind, "NOPE": nope, "ROPE": rope, "ROW": row, "TILE": LATENT_TILE}
-    return {**shape, "BLOCK": block, "HEADS": _HEADS_PER_PROGRAM, **fp8_constants(fp8_dtype)}
-
-
 def store(call: Store) -> None:
     tokens, nope = call.k_nope.shape
     if tokens == 0:
@@ -316,39 +306,16 @@ def store(call: Store) -> None:
         0 if k_rope_out is None else k_rope_out.stride(0),
         *((0, 0) if q_rope is None else q_rope.stride()[:2]),
         *((0, 0) if q_rope_out is None else q_rope_out.stride()[:2]),
+        KIND=call.kind,
         NEOX=call.is_neox,
+        NOPE=nope,
+        ROPE=call.k_rope.shape[1],
+        ROW=cache.shape[2],
+        TILE=LATENT_TILE,
+        BLOCK=block,
+        HEADS=_HEADS_PER_PROGRAM,
         num_warps=warps,
-        **_store_constants(call.kind, nope, call.k_rope.shape[1], cache.shape[2], block, fp8_dtype),
+        **fp8_constants(fp8_dtype),
         **_EXACT_ROPE,
         **early_launch.options(call.arch),
-    )
-
-
-def compile_cases(arch: str) -> Iterator[CompileCase]:
-    packs = has_e4m3(arch) and arch_fp8_dtype(arch) == PACKED_FP8
-    for kind, possible in (("bf16", True), ("fp8", has_e4m3(arch)), ("packed", packs)):
-        for tokens, rotations in ((64, (False, True)), (8192, (True,))) if possible else ():
-            for is_neox in rotations:
-                yield _store_case(arch, kind, is_neox, tokens)
-
-
-def _store_case(arch: str, kind: str, is_neox: bool, tokens: int) -> CompileCase:
-    block, warps = _config(tokens)
-    row = packed_latent_bytes(LATENT_DIM + ROPE_DIM) if kind == "packed" else LATENT_DIM + ROPE_DIM
-    bf16 = ("nope_ptr", "rope_ptr", "k_rope_out_ptr", "q_rope_ptr", "q_out_ptr", "norm_weight_ptr")
-    pointers = dict.fromkeys(bf16, "*bf16")
-    pointers |= dict(cache_ptr="*bf16" if kind == "bf16" else "*u8", cos_sin_ptr="*fp32")
-    pointers |= dict(slots_ptr="*i64", positions_ptr="*i64")
-    strides = ("nope_stride", "rope_stride", "k_rope_out_stride", "q_stride_t", "q_stride_h", "q_out_stride_t")
-    numbers = dict.fromkeys(("tokens", "heads", "slots_stride", "positions_stride", *strides, "q_out_stride_h"), "i32")
-    floats = {"norm_eps": "fp32", **({"kv_scale": "fp32"} if kind == "fp8" else {})}
-    constants = _store_constants(kind, LATENT_DIM, ROPE_DIM, row, block, arch_fp8_dtype(arch))
-    return CompileCase(
-        f"store.{kind}.{'neox' if is_neox else 'interleaved'}.T{tokens}",
-        _store_kernel,
-        pointers | numbers | floats,
-        {**constants, "NEOX": is_neox, "EARLY": launches_early(arch), **({} if kind == "fp8" else {"kv_scale": None})},
-        num_warps=warps,
-        divisible=(*pointers, *strides, "q_out_stride_h"),
-        options=_EXACT_ROPE,
     )

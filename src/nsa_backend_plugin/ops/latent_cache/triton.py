@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from nsa_backend_plugin.ops._triton import support
 from nsa_backend_plugin.ops.latent_cache import _triton_pack, _triton_store
 
@@ -14,8 +12,3 @@ declines_store = _triton_store.declines_store
 quantize = _triton_pack.quantize
 dequantize = _triton_pack.dequantize
 store = _triton_store.store
-
-
-def compile_cases(arch: str) -> Iterator[support.CompileCase]:
-    yield from _triton_pack.compile_cases(arch)
-    yield from _triton_store.compile_cases(arch)
