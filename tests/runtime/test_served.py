@@ -141,9 +141,7 @@ def test_preparing_compiles_and_launches_nothing(monkeypatch) -> None:
     for path in ("latent_cache._triton_store", "latent_cache._triton_pack", "_triton.mla_launch"):
         monkeypatch.setattr(f"nsa_backend_plugin.ops.{path}.launch", recording)
     topk_cuda._kernels.cache_clear()
-    monkeypatch.setattr(
-        jit, "load", lambda source, names, *rest: {n: warmed.append(n) or jit.Kernel(n, None) for n in names}
-    )
+    monkeypatch.setattr(jit, "load", lambda source, name, *rest: warmed.append(name) or jit.Kernel(name, None))
     for operation, call in served.calls(
         served.Model(16, served.Indexer(64), quantized_q_lora=1536), served.Step(8, 8192), "sm_90"
     ):
