@@ -24,7 +24,7 @@ def test_mla_tiles_are_tried_and_right(tmp_path: Path) -> None:
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert ran.returncode == 0, ran.stderr[-2000:]
     rows = json.loads(out.read_text())["rows"]
-    assert {row["shape"].split()[0] for row in rows} == {"sparse", "dense"}
+    assert {row["shape"].split()[0] for row in rows} == {"sparse_decode", "dense_decode"}
     assert all("problem" not in row and row["us"] > 0 for row in rows)
 
 

@@ -62,7 +62,7 @@ def block_table(
     order = torch.randperm(total + 2, device=device) + 1 if pages is None else torch.randperm(pages, device=device)
     own = torch.arange(max(int(counts.max()), 1)) < counts[:, None]
     table = torch.zeros(own.shape, dtype=torch.int32, device=device)
-    table[own.to(device)] = order[:total].int()
+    table.masked_scatter_(own.to(device), order[:total].int())
     return table, total + 3 if pages is None else pages
 
 
@@ -204,7 +204,9 @@ class Calls:
             "q": self._queries(len(seen), heads, kind, q_size),
             "kv": kv,
             "kv_scale": kv_scale * kv_size if kind == "fp8" else None,
-            "block_table": table.repeat_interleave(torch.tensor(counts, device=self.device), dim=0),
+            "block_table": table.repeat_interleave(
+                torch.tensor(counts, device=self.device), dim=0, output_size=len(seen)
+            ),
             "seq_lens": int32(seen, self.device),
             "softmax_scale": SOFTMAX_SCALE,
             "page_size": page_size,

@@ -28,15 +28,16 @@ from types import ModuleType
 from typing import Any
 
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.backends.compiler import BaseBackend
+from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction
 
 from nsa_backend_plugin import settings
-from nsa_backend_plugin.ops._triton.support import CompileCase, interpreted
+from nsa_backend_plugin.ops._triton.support import interpreted
 from nsa_backend_plugin.ops.arch import is_cuda
 from nsa_backend_plugin.ops.dispatch import implementation_names
-from tools import compile_table
+from tools import compile_cases, compile_table
+from tools.compile_cases import MAY_SPILL, CompileCase, gpu_target
 
 DEFAULT_TARGETS = ("sm_90", "sm_100", "gfx942", "gfx950")
 #: `--targets all`: also what the kernels claim without being tuned for it.
@@ -93,22 +94,10 @@ class Result:
     problem: str = ""
 
 
-def gpu_target(arch: str) -> GPUTarget:
-    """Triton's target of an architecture name such as "sm_90" or "gfx942"."""
-    if re.fullmatch(r"sm_\d+", arch):
-        return GPUTarget("cuda", int(arch[3:]), 32)
-    if re.fullmatch(r"gfx\w+", arch):
-        return GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
-    raise ValueError(f"target={arch!r}: expected sm_<number> or gfx<name>")
-
-
-def _source(case: CompileCase) -> ASTSource:
+def _source(case: CompileCase, backend: BaseBackend) -> ASTSource:
     names = case.kernel.arg_names
-    known = {*case.signature, *case.constexprs}
-    if known != set(names):
-        raise ValueError(f"{case.name}: signature and constexprs name {sorted(known)}: expected {sorted(names)}")
     signature = {n: case.signature.get(n, "constexpr") for n in names}
-    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in case.divisible}
+    attributes = {(names.index(n),): backend.parse_attr(known) for n, known in case.known.items()}
     return ASTSource(case.kernel, signature, dict(case.constexprs), attributes)
 
 
@@ -135,7 +124,7 @@ def fingerprint(case: CompileCase) -> str:
         if isinstance(value, JITFunction):
             read(value)
     configuration = dataclasses.asdict(dataclasses.replace(case, name="", kernel=None))
-    del configuration["most_spill_bytes"], configuration["resident"]  # bars on what is compiled
+    del configuration["resident"]  # a bar on what is compiled
     text = "\n".join([triton.__version__, *sorted(sources.values())])
     text += json.dumps(configuration, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -177,34 +166,34 @@ def occupancy(arch: str, registers: int, shared_bytes: int, warps: int) -> float
     return min(by_registers, by_shared) * warps / slots
 
 
-def too_few(arch: str, case: CompileCase, share: float) -> str:
+def too_few(arch: str, case: CompileCase, share: float, warps: int) -> str:
     """What is wrong if a core of this occupancy holds fewer programs than the grid counts on: a second wave of them."""
-    held = round(share * warp_slots(arch) / case.num_warps)
+    held = round(share * warp_slots(arch) / warps)
     return f"a core holds {held} programs, the grid counts on {case.resident}" if held < case.resident else ""
 
 
 def compile_case(arch: str, op: str, case: CompileCase) -> Result:
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **case.options}
-    compiled = triton.compile(_source(case), target=gpu_target(arch), options=options)
+    target = gpu_target(arch)
+    compiled = triton.compile(_source(case, make_backend(target)), target=target, options=dict(case.options))
     registers, spill = _cuda_resources(compiled) if is_cuda(arch) else _amd_resources(compiled)
-    shared, limit = compiled.metadata.shared, hardware(arch).shared_per_program
+    made, limit = compiled.metadata, hardware(arch).shared_per_program
     code = "ptx" if is_cuda(arch) else "amdgcn"
     found = _MATRIX_INSTRUCTIONS[code].findall(compiled.asm[code])
-    share = occupancy(arch, registers, shared, case.num_warps)
+    share = occupancy(arch, registers, made.shared, made.num_warps)
     problems = [
-        f"spills {spill} bytes per lane" if spill > case.most_spill_bytes else "",
-        too_few(arch, case, share),
-        f"needs {shared} bytes of shared memory, {arch} has {limit}" if shared > limit else "",
+        f"spills {spill} bytes per lane" if spill > MAY_SPILL.get((arch, case.kernel.__name__), 0) else "",
+        too_few(arch, case, share, made.num_warps),
+        f"needs {made.shared} bytes of shared memory, {arch} has {limit}" if made.shared > limit else "",
     ]
     return Result(
         target=arch,
         op=op,
         case=case.name,
-        warps=case.num_warps,
-        stages=case.num_stages,
+        warps=made.num_warps,
+        stages=made.num_stages,
         registers=registers,
         spill_bytes=spill,
-        shared_bytes=shared,
+        shared_bytes=made.shared,
         matrix_instructions=tuple(sorted({f if isinstance(f, str) else ".".join(f) for f in found})),
         occupancy=share,
         source=fingerprint(case),
@@ -214,7 +203,7 @@ def compile_case(arch: str, op: str, case: CompileCase) -> Result:
 
 def _failed(arch: str, op: str, case: CompileCase, error: Exception) -> Result:
     reason = f"does not compile: {type(error).__name__}: {str(error).strip().splitlines()[-1]}"
-    return Result(arch, op, case.name, case.num_warps, case.num_stages, 0, 0, 0, (), 0.0, fingerprint(case), reason)
+    return Result(arch, op, case.name, 0, 0, 0, 0, 0, (), 0.0, fingerprint(case), reason)
 
 
 def kernel_modules(ops: Sequence[str]) -> dict[str, ModuleType]:
@@ -231,7 +220,7 @@ def all_cases(targets: Sequence[str], modules: Mapping[str, ModuleType]) -> Iter
     for arch in targets:
         for op, module in modules.items():
             if module.available(arch) is None:
-                yield from ((arch, op, case) for case in module.compile_cases(arch))
+                yield from ((arch, op, case) for case in compile_cases.cases(op, arch))
 
 
 def compile_all(cases: Iterable[tuple[str, str, CompileCase]]) -> Iterator[Result]:
@@ -310,7 +299,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         changes = compile_table.differences(arguments.check_table, results, *scope)
         shares = compile_table.occupancies(arguments.check_table)
         for (arch, op, case), key in zip(cases, sources, strict=True):
-            if key in shares and (words := too_few(arch, case, shares[key])):
+            if key in shares and (words := too_few(arch, case, shares[key], case.options.get("num_warps", 4))):
                 changes.append(f"{arch} {op}.{case.name}: {words}")
     if changes:
         print(f"{arguments.check_table} differs, --write-table renews it:", *changes, sep="\n")

@@ -12,10 +12,8 @@ import argparse
 import itertools
 import json
 import operator
-import os
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -59,7 +57,7 @@ def variants_of_cuda(sizes: cuda._Sizes, tokens: int, arch: str, cores: int) -> 
 def variants_of_wgmma(sizes: cuda._Sizes, tokens: int, arch: str, cores: int) -> Iterator[wgmma._Variant]:
     """Today's, and those that differ in warpgroups, stages and clusters, of at most three waves of blocks."""
     _, _, rows, blocks = sizes
-    today = next(v for v in wgmma._variants(wgmma._Kind(*sizes.kind), rows, blocks, cores) if v.tokens >= tokens)
+    today = next(v for v in wgmma._variants(sizes.kind, rows, blocks, cores) if v.tokens >= tokens)
     yield today
     for cluster, warpgroups, stages in itertools.product(range(1, 9), (1, 2, 4), range(1, 8)):
         share = -(-blocks // cluster)
@@ -73,26 +71,22 @@ def variants_of_wgmma(sizes: cuda._Sizes, tokens: int, arch: str, cores: int) ->
             yield found
 
 
-def load_cuda(arch: str, variant: cuda._Variant) -> jit.Kernel:
-    return jit.load(cuda._SOURCE, ["projection"], arch, cuda._defines(variant))["projection"]
-
-
 class Implementation(NamedTuple):
     module: ModuleType
     names: tuple[str, ...]
     variants: Callable[[cuda._Sizes, int, str, int], Iterator[Any]]
-    load: Callable[[str, Any], jit.Kernel]
+    kernel: str
     token_keys: tuple[int, ...]  # of the result of its `_kernels`
     shown: tuple[str, ...]
 
 
 IMPLEMENTATIONS = {
     "cuda": Implementation(
-        *(cuda, NAMES, variants_of_cuda, load_cuda, cuda._TOKEN_TILES),
+        *(cuda, NAMES, variants_of_cuda, "projection", cuda._TOKEN_TILES),
         ("warps_of_depth", "warps_of_rows", "blocks", "cluster"),
     ),
     "wgmma": Implementation(
-        *(wgmma, tuple(workload.SHAPES), variants_of_wgmma, wgmma._load, wgmma._TOKENS),
+        *(wgmma, tuple(workload.SHAPES), variants_of_wgmma, "multiply_tokens", wgmma._TOKENS),
         ("warpgroups", "stages", "cluster"),
     ),
 }
@@ -106,8 +100,7 @@ def problem_of(name: str, tokens: int, heads: int, device: torch.device) -> Prob
 def tune(impl: str, name: str, tokens: int, heads: int, device: torch.device) -> list[dict[str, Any]]:
     how, problem, arch = IMPLEMENTATIONS[impl], problem_of(name, tokens, heads, device), device_arch(device)
     chosen = list(how.variants(sizes_of(name, heads), tokens, arch, core_count(device)))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # a second each
-        kernels = list(pool.map(partial(how.load, arch), chosen))
+    kernels = jit.load_all(how.module._SOURCE, how.kernel, arch, list(map(how.module._defines, chosen)))
     rows = []
     selected = how.module._kernels
     try:

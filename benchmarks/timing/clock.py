@@ -234,12 +234,12 @@ class Ceilings:
     launch_us: float
 
 
-def measure_ceilings(device: torch.device, quick: bool = False) -> Ceilings:
+def measure_ceilings(device: torch.device) -> Ceilings:
     """Measure the ceilings, twice, and keep the best: right after heavy work the clocks are lower for a moment.
 
-    `quick` uses small tensors (and is what a CPU gets).
+    A CPU gets small tensors.
     """
-    quick = quick or device.type != "cuda"
+    quick = device.type != "cuda"
     count = 1 << (22 if quick else 29)
     source = torch.ones(count, dtype=torch.int32, device=device)
     floats, target = source.view(torch.float32), torch.empty(count, device=device)

@@ -113,7 +113,7 @@ def test_arguments_become_c_values() -> None:
 def test_launch_and_graph_replay(source: Path) -> None:
     count = 20_000  # 80 KB of shared memory: past the default limit
     device = torch.device("cuda", torch.cuda.current_device())
-    kernel = jit.load(source, ["scale_add"], device_arch(device), {"ADD": 3})["scale_add"]
+    kernel = jit.load(source, "scale_add", device_arch(device), {"ADD": 3})
     x, y = torch.randn(count, device=device), torch.full((count,), float("nan"), device=device)
 
     def run() -> None:
@@ -133,4 +133,4 @@ def test_launch_and_graph_replay(source: Path) -> None:
 @pytest.mark.gpu
 def test_unknown_kernel_name(source: Path) -> None:
     with pytest.raises(RuntimeError, match="NOT_FOUND"):
-        jit.load(source, ["no_such_kernel"], device_arch("cuda"), {"ADD": 3})
+        jit.load(source, "no_such_kernel", device_arch("cuda"), {"ADD": 3})

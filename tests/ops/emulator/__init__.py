@@ -132,8 +132,8 @@ class Kernel:
     defines: Defines
 
 
-def _load(source: Path, names: Sequence[str], arch: str, defines: Mapping[str, object] | None = None) -> dict[str, Any]:
-    return {name: Kernel(source, name, tuple(sorted((defines or {}).items()))) for name in names}
+def _load(source: Path, name: str, arch: str, defines: Mapping[str, object] | None = None) -> Kernel:
+    return Kernel(source, name, tuple(sorted((defines or {}).items())))
 
 
 def _launch(

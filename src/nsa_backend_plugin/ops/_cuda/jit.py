@@ -7,9 +7,8 @@ releases and its launch offers no programmatic dependent launch; tvm-ffi builds 
 A source is one `.cu` file, free of toolkit headers (NVRTC ships none), whose kernels are `extern "C" __global__`.
 Variants are made with defines, one cubin each. It may include `.cuh` files of its own folder and of this one.
 
-    kernels = jit.load(Path(__file__).with_name("decode.cu"), ["decode"], "sm_90", {"HEADS": 16})
-    jit.launch(kernels["decode"], grid=(tokens, 1, 1), block=(128, 1, 1), args=(q, out, tokens, scale),
-                    shared_bytes=98304)
+    kernel = jit.load(Path(__file__).with_name("decode.cu"), "decode", "sm_90", {"HEADS": 16})
+    jit.launch(kernel, grid=(tokens, 1, 1), block=(128, 1, 1), args=(q, out, tokens, scale), shared_bytes=98304)
 
 Compiled cubins are kept in memory and in $XDG_CACHE_HOME/nsa_backend_plugin/cubin (default ~/.cache), keyed by source,
 options and NVRTC version. `load` compiles and loads: call it before CUDA graph capture (the first eager call of an op
@@ -26,6 +25,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,14 +92,18 @@ def compiles(source: Path, arch: str, defines: Mapping[str, object] | None = Non
     return _compiles(source, arch, _freeze(defines))
 
 
-def load(
-    source: Path, kernel_names: Sequence[str], arch: str, defines: Mapping[str, object] | None = None
-) -> dict[str, Kernel]:
-    """Kernels of a source by name, compiled for `arch` with `-Dname=value` for each define.
+def load(source: Path, name: str, arch: str, defines: Mapping[str, object] | None = None) -> Kernel:
+    """A kernel of a source, compiled for `arch` with `-Dname=value` for each define.
 
     Raises CompileError with NVRTC's log, RuntimeError for an error of the driver (an unknown kernel name among them).
     """
-    return {name: _kernel(source, name, arch, _freeze(defines)) for name in kernel_names}
+    return _kernel(source, name, arch, _freeze(defines))
+
+
+def load_all(source: Path, name: str, arch: str, variants: Sequence[Mapping[str, object]]) -> list[Kernel]:
+    """`load` with the defines of each variant, side by side: compiling one takes seconds where no cache has it."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda defines: load(source, name, arch, defines), variants))
 
 
 def launch(
@@ -111,9 +115,8 @@ def launch(
     shared_bytes: int = 0,
     pdl: bool = False,
     device: torch.device | None = None,
-    stream: int | None = None,
 ) -> None:
-    """Enqueue a kernel on torch's current stream of `device` (default: the first tensor argument's), or on `stream`.
+    """Enqueue a kernel on torch's current stream of `device` (default: the first tensor argument's).
 
     args, in the order of the kernel's parameters: a tensor or None for a pointer, int for a 32-bit int, float for a
     32-bit float, any ctypes value or structure for itself (`ctypes.c_longlong(n)`).
@@ -135,7 +138,7 @@ def launch(
     config.gridDimX, config.gridDimY, config.gridDimZ = grid
     config.blockDimX, config.blockDimY, config.blockDimZ = block
     config.sharedMemBytes = shared_bytes
-    config.hStream = torch.cuda.current_stream(index).cuda_stream if stream is None else stream
+    config.hStream = torch.cuda.current_stream(index).cuda_stream
     if pdl:
         attribute = driver.CUlaunchAttribute()
         attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION

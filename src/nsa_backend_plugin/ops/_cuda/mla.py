@@ -255,12 +255,12 @@ class _MergeArguments(ctypes.Structure):
 
 @functools.cache
 def _decode_kernel(arch: str, config: Config) -> jit.Kernel:
-    return jit.load(_DECODE, ["mla_decode"], arch, config.defines)["mla_decode"]
+    return jit.load(_DECODE, "mla_decode", arch, config.defines)
 
 
 @functools.cache
 def _merge_kernel(arch: str) -> jit.Kernel:
-    return jit.load(_MERGE, ["mla_merge"], arch)["mla_merge"]
+    return jit.load(_MERGE, "mla_merge", arch)
 
 
 def groups(heads: int) -> int:

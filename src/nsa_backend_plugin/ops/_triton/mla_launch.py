@@ -7,20 +7,18 @@ compile-checked, not run.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import triton
 
-from nsa_backend_plugin.layouts import LATENT_DIM, LATENT_TILE, ROPE_DIM
+from nsa_backend_plugin.layouts import LATENT_TILE
 from nsa_backend_plugin.ops import checks
 from nsa_backend_plugin.ops._torch.mla import MlaCall, Result, result
-from nsa_backend_plugin.ops._triton import early_launch, quant, support
+from nsa_backend_plugin.ops._triton import early_launch, quant
 from nsa_backend_plugin.ops._triton.launch import launch
 from nsa_backend_plugin.ops._triton.mla_kernels import attend_kernel, combine_kernel
-from nsa_backend_plugin.ops.arch import is_rocm, launches_early
+from nsa_backend_plugin.ops.arch import is_rocm
 from nsa_backend_plugin.ops.call import Reason
 
 #: No row of up to 16 heads is cut into more parts; with more heads, which have more to merge, half as many.
@@ -199,49 +197,46 @@ def attend(
         kv.stride(0),
         table.stride(0),
         splits,
-        **_constexprs(heads, value_dim, query_dim - value_dim, kind, page_size, config, split, lse is not None),
+        HEADS=heads,
+        VALUE_DIM=value_dim,
+        ROPE_DIM=query_dim - value_dim,
+        CHUNK=min(value_dim, LATENT_TILE),
+        PAGE_SIZE=page_size,
+        PACKED=kind == "packed",
+        SPLIT=split,
+        WRITE_LSE=lse is not None,
+        HEAD_TILE=config.heads,
+        KEY_TILE=config.keys,
+        STAGES=config.num_stages,
+        SWAP=config.swap,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        resident=config.per_core,
         **early,
     )
     if split:
-        constexprs, warps = _combine_config(rows, heads, value_dim, splits, lse is not None)
+        dims, split_tile, warps = _combine_config(rows, heads, value_dim, splits)
         launch(
             combine_kernel,
-            (rows, heads, value_dim // constexprs["DIM_TILE"]),
+            (rows, heads, value_dim // dims),
             partial_out,
             partial_lse,
             out,
             out if lse is None else lse,
             splits,
-            **constexprs,
+            HEADS=heads,
+            VALUE_DIM=value_dim,
+            DIM_TILE=dims,
+            SPLIT_TILE=split_tile,
+            WRITE_LSE=lse is not None,
             num_warps=warps,
             **early,
         )
     return result(out, lse)
 
 
-def _constexprs(
-    heads: int, value_dim: int, rope_dim: int, kind: str, page_size: int, config: Tile, split: bool, write_lse: bool
-) -> dict[str, Any]:
-    return {
-        "HEADS": heads,
-        "VALUE_DIM": value_dim,
-        "ROPE_DIM": rope_dim,
-        "CHUNK": min(value_dim, LATENT_TILE),
-        "PAGE_SIZE": page_size,
-        "PACKED": kind == "packed",
-        "SPLIT": split,
-        "WRITE_LSE": write_lse,
-        "HEAD_TILE": config.heads,
-        "KEY_TILE": config.keys,
-        "STAGES": config.num_stages,
-        "SWAP": config.swap,
-    }
-
-
-def _combine_config(rows: int, heads: int, value_dim: int, splits: int, write_lse: bool) -> tuple[dict[str, Any], int]:
-    """Constants and warps of `combine_kernel`: small pieces to spread few rows over the device."""
+def _combine_config(rows: int, heads: int, value_dim: int, splits: int) -> tuple[int, int, int]:
+    """DIM_TILE, SPLIT_TILE and warps of `combine_kernel`: small pieces to spread few rows over the device."""
     split_tile = triton.next_power_of_2(splits)
     in_registers = _VALUES_PER_WARP // split_tile
     if rows * heads < 128:
@@ -250,70 +245,8 @@ def _combine_config(rows: int, heads: int, value_dim: int, splits: int, write_ls
         dims, warps = min(LATENT_TILE, in_registers), 1
     else:
         dims, warps = value_dim, 4
-    constexprs = {
-        "HEADS": heads,
-        "VALUE_DIM": value_dim,
-        "DIM_TILE": min(dims, _power_of_two_part(value_dim)),
-        "SPLIT_TILE": split_tile,
-        "WRITE_LSE": write_lse,
-    }
-    return constexprs, warps
+    return min(dims, _power_of_two_part(value_dim)), split_tile, warps
 
 
 def _power_of_two_part(value: int) -> int:
     return value & -value
-
-
-def compile_cases(arch: str, kinds: Iterable[str], page_sizes: Iterable[int]) -> Iterator[support.CompileCase]:
-    """Every tile that `tile` can select on an architecture, split and not, and the combine kernel."""
-    kv_type = {"bf16": "*bf16", "pages": "*bf16", "packed": "*u8", "fp8": support.fp8_pointer(arch)}
-    for kind in kinds:
-        rows_of = "bf16" if kind == "pages" else kind
-        for page_size in page_sizes:
-            for heads in (8, 32, 128):  # of each tile the head count with masks, if there is one
-                config = tile(arch, kind, heads)
-                for split in (True, False):
-                    constexprs = _constexprs(heads, LATENT_DIM, ROPE_DIM, kind, page_size, config, split, True)
-                    yield support.CompileCase(
-                        name=f"{rows_of} heads={heads} page={page_size} split={split} {config}",
-                        kernel=attend_kernel,
-                        signature={
-                            "q": "*bf16",
-                            "kv": kv_type[kind],
-                            "table": "*i32",
-                            "lengths": "*i32",
-                            "out": "*bf16",
-                            "lse": "*fp32",
-                            "partial_out": "*fp32" if split else "*bf16",
-                            "partial_lse": "*fp32",
-                            "score_scale": "fp32",
-                            "value_scale": "fp32",
-                            "kv_stride": "i32",
-                            "table_stride": "i32",
-                            "splits": "i32",
-                        },
-                        constexprs={**constexprs, "EARLY": launches_early(arch)},
-                        num_warps=config.num_warps,
-                        num_stages=config.num_stages,
-                        resident=config.per_core,
-                        divisible=(
-                            *("q", "kv", "table", "out", "lse", "partial_out", "partial_lse"),
-                            *("kv_stride", "table_stride"),
-                        ),
-                    )
-    for rows, splits in ((1, MAX_SPLITS), (8, 16), (8, MAX_SPLITS), (128, 2)):
-        constexprs, warps = _combine_config(rows, 16, LATENT_DIM, splits, True)
-        yield support.CompileCase(
-            name=f"combine rows={rows} splits={splits}",
-            kernel=combine_kernel,
-            signature={
-                "partial_out": "*fp32",
-                "partial_lse": "*fp32",
-                "out": "*bf16",
-                "lse": "*fp32",
-                "splits": "i32",
-            },
-            constexprs={**constexprs, "EARLY": launches_early(arch)},
-            num_warps=warps,
-            divisible=("partial_out", "partial_lse", "out", "lse"),
-        )

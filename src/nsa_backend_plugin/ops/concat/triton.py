@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -12,7 +12,6 @@ from nsa_backend_plugin.layouts import FP8_DTYPES
 from nsa_backend_plugin.ops._triton import support
 from nsa_backend_plugin.ops._triton.launch import launch
 from nsa_backend_plugin.ops._triton.quant import declines_fp8, fp8_constants
-from nsa_backend_plugin.ops.arch import arch_fp8_dtype
 from nsa_backend_plugin.ops.call import Reason
 from nsa_backend_plugin.ops.concat import MlaK, QAll
 
@@ -74,7 +73,8 @@ def _launch(nope: torch.Tensor, rope: torch.Tensor, out: torch.Tensor, rope_stri
     rows = tokens * heads
     if rows == 0:
         return out
-    constants, target = {"FP8": None, "FP8_MAX": 0.0}, out
+    constants: dict[str, Any] = {"FP8": None, "FP8_MAX": 0.0}
+    target = out
     if out.dtype in FP8_DTYPES:
         if nope.dtype == out.dtype:
             nope, rope = nope.view(torch.uint8), rope.view(torch.uint8)
@@ -120,25 +120,3 @@ def declines_mla_k(call: MlaK) -> Reason:
 
 def mla_k(call: MlaK) -> torch.Tensor:
     return _launch(call.k_nope, call.k_rope, call.output(), 0)
-
-
-def compile_cases(arch: str) -> Iterator[support.CompileCase]:
-    strides = ("nope_stride_t", "nope_stride_h", "rope_stride_t", "rope_stride_h")
-    copies = {"bf16": {"FP8": None, "FP8_MAX": 0.0}}
-    if support.has_e4m3(arch):
-        copies["fp8"] = fp8_constants(arch_fp8_dtype(arch))
-    for function, nope_dim in (("q_all", 512), ("mla_k", 128)):
-        for target, constants in copies.items():
-            if function == "q_all" and target == "fp8":
-                continue  # q_all never converts
-            for rows in (128, 1 << 20):
-                block, warps = _config(rows, nope_dim + 64)
-                yield support.CompileCase(
-                    f"{function}.{target}.rows{rows}",
-                    _concat_kernel,
-                    dict(nope_ptr="*bf16", rope_ptr="*bf16", out_ptr="*u8" if target == "fp8" else "*bf16")
-                    | dict.fromkeys(("rows", "heads", *strides), "i32"),
-                    dict(NOPE=nope_dim, ROPE=64, NOPE_BLOCK=nope_dim, ROPE_BLOCK=64, BLOCK=block, **constants),
-                    num_warps=warps,
-                    divisible=("nope_ptr", "rope_ptr", "out_ptr", "rows", "heads", *strides),
-                )

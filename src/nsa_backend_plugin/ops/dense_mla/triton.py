@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
 from nsa_backend_plugin.ops._torch.mla import Result
@@ -47,8 +45,3 @@ def decode(call: Decode) -> Result:
         config=config,
         splits=splits,
     )
-
-
-def compile_cases(arch: str) -> Iterator[support.CompileCase]:
-    kinds = ["pages", "fp8"] if support.has_e4m3(arch) else ["pages"]
-    return mla_launch.compile_cases(arch, kinds, [1, 64])

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 
-from nsa_backend_plugin.layouts import INDEX_DIM, INDEX_LAYOUTS, INDEX_PAGE_SIZE, SCALE_FORMATS
+from nsa_backend_plugin.layouts import INDEX_DIM
 from nsa_backend_plugin.ops._triton.index_pages import scale_offset, store_rows, value_offsets
 from nsa_backend_plugin.ops._triton.launch import launch
 from nsa_backend_plugin.ops._triton.quant import declines_fp8, fp8_constants
-from nsa_backend_plugin.ops._triton.support import CompileCase, available, has_e4m3
-from nsa_backend_plugin.ops.arch import arch_fp8_dtype
+from nsa_backend_plugin.ops._triton.support import available
 from nsa_backend_plugin.ops.call import Reason
 from nsa_backend_plugin.ops.index_key_cache import Gather, Store
 
-__all__ = ["available", "compile_cases", "declines_store", "gather", "store"]
+__all__ = ["available", "declines_store", "gather", "store"]
 
 _DIM = tl.constexpr(INDEX_DIM)
 
@@ -148,32 +145,3 @@ def gather(call: Gather) -> tuple[torch.Tensor, torch.Tensor]:
             num_warps=warps,
         )
     return value, scale
-
-
-def compile_cases(arch: str) -> Iterator[CompileCase]:
-    page_size = INDEX_PAGE_SIZE
-    for layout in INDEX_LAYOUTS:
-        for tokens in (64, 8192) if has_e4m3(arch) else ():
-            for scale_format in SCALE_FORMATS:
-                block, warps = _store_config(tokens)
-                yield CompileCase(
-                    f"store.{layout}.{scale_format}.T{tokens}",
-                    _store_kernel,
-                    dict(key_ptr="*bf16", cache_ptr="*u8", slots_ptr="*i64", tokens="i32")
-                    | dict(key_stride="i32", slots_stride="i32"),
-                    dict(PAGE_SIZE=page_size, PRESHUFFLED=layout == "preshuffled", UE8M0=scale_format == "ue8m0")
-                    | dict(BLOCK=block, **fp8_constants(arch_fp8_dtype(arch))),
-                    num_warps=warps,
-                    divisible=("key_ptr", "cache_ptr", "slots_ptr", "key_stride"),
-                )
-        for batch in (1, 256):
-            block, padded_batch, warps = _gather_config(batch, page_size)
-            yield CompileCase(
-                f"gather.{layout}.B{batch}",
-                _gather_kernel,
-                dict(cache_ptr="*u8", table_ptr="*i32", lens_ptr="*i32", value_ptr="*u8", scale_ptr="*fp32")
-                | dict(batch="i32", total="i32", table_stride_b="i32", table_stride_p="i32", lens_stride="i32"),
-                dict(PAGE_SIZE=page_size, PRESHUFFLED=layout == "preshuffled", BLOCK=block, BATCH=padded_batch),
-                num_warps=warps,
-                divisible=("cache_ptr", "table_ptr", "lens_ptr", "value_ptr", "scale_ptr"),
-            )

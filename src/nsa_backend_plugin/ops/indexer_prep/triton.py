@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
-from nsa_backend_plugin.layouts import INDEX_DIM, INDEX_LAYOUTS, INDEX_PAGE_SIZE, SCALE_FORMATS
+from nsa_backend_plugin.layouts import INDEX_DIM
 from nsa_backend_plugin.ops._triton import early_launch
 from nsa_backend_plugin.ops._triton.early_launch import await_predecessor
 from nsa_backend_plugin.ops._triton.index_pages import store_rows
 from nsa_backend_plugin.ops._triton.launch import launch
 from nsa_backend_plugin.ops._triton.quant import declines_fp8, fp8_constants, scale_from_amax, to_fp8
-from nsa_backend_plugin.ops._triton.support import CompileCase, available, has_e4m3
-from nsa_backend_plugin.ops.arch import arch_fp8_dtype, launches_early
+from nsa_backend_plugin.ops._triton.support import available
 from nsa_backend_plugin.ops.call import Reason
 from nsa_backend_plugin.ops.indexer_prep import KeyStore, Query
 
-__all__ = ["available", "compile_cases", "declines_key_store", "declines_query", "key_store", "query"]
+__all__ = ["available", "declines_key_store", "declines_query", "key_store", "query"]
 
 # A row of 128 lies as 16 chunks of 8: a lane holds a chunk, 16 neighbouring lanes a row. Steps within a chunk stay in
 # registers, steps between chunks are warp shuffles (`tl.gather` along the chunk axis), and shared memory stays unused.
@@ -268,37 +264,3 @@ def key_store(call: KeyStore) -> None:
         **fp8_constants(call.fp8_dtype),
         **early_launch.options(call.arch),
     )
-
-
-def compile_cases(arch: str) -> Iterator[CompileCase]:
-    if not has_e4m3(arch):
-        return
-    # Every variant in one configuration; in the others what decides about registers: the rotation.
-    every = [(64, scale_format, INDEX_LAYOUTS) for scale_format in SCALE_FORMATS]
-    for rows, scale_format, layouts in (*every, (4096, "fp32", ("row_major",)), (8192, "fp32", ("row_major",))):
-        block, warps = _config(rows)
-        for is_neox in (False, True):
-            shared: dict[str, Any] = {"ROPE": 64, "NEOX": is_neox, "HADAMARD": True, "BLOCK": block}
-            shared["EARLY"] = launches_early(arch)
-            shared |= {"UE8M0": scale_format == "ue8m0", **fp8_constants(arch_fp8_dtype(arch))}
-            variant = f"{'neox' if is_neox else 'interleaved'}.{scale_format}.rows{rows}"
-            yield _query_case(f"query.{variant}", shared, warps)
-            for layout in layouts:
-                yield _key_case(f"key_store.{layout}.{variant}", shared, layout, warps)
-
-
-def _query_case(name: str, shared: dict[str, Any], warps: int) -> CompileCase:
-    pointers = {"q_ptr": "*bf16", "gate_ptr": "*bf16", "positions_ptr": "*i64", "cos_sin_ptr": "*fp32"}
-    pointers |= {"q_fp8_ptr": "*u8", "weights_ptr": "*fp32"}
-    strides = ("q_stride_t", "q_stride_h", "gate_stride")
-    numbers = {"weight_scale": "fp32", **dict.fromkeys(("tokens", "positions_stride", *strides), "i32")}
-    constants = {**shared, "HEADS": 64}
-    return CompileCase(name, _query_kernel, pointers | numbers, constants, warps, divisible=(*pointers, *strides))
-
-
-def _key_case(name: str, shared: dict[str, Any], layout: str, warps: int) -> CompileCase:
-    pointers = {"key_ptr": "*bf16", "weight_ptr": "*bf16", "bias_ptr": "*bf16", "positions_ptr": "*i64"}
-    pointers |= {"cos_sin_ptr": "*fp32", "cache_ptr": "*u8", "slots_ptr": "*i64"}
-    numbers = {"eps": "fp32", **dict.fromkeys(("tokens", "key_stride", "positions_stride", "slots_stride"), "i32")}
-    constants = {**shared, "PAGE_SIZE": INDEX_PAGE_SIZE, "PRESHUFFLED": layout == "preshuffled"}
-    return CompileCase(name, _key_kernel, pointers | numbers, constants, warps, divisible=(*pointers, "key_stride"))

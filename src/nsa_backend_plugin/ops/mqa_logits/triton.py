@@ -7,20 +7,19 @@ which is never stored.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from nsa_backend_plugin.layouts import INDEX_DIM, INDEX_PAGE_SIZE
+from nsa_backend_plugin.layouts import INDEX_PAGE_SIZE
 from nsa_backend_plugin.ops._torch.logits import row_lengths
 from nsa_backend_plugin.ops._triton import early_launch, support
 from nsa_backend_plugin.ops._triton.early_launch import await_predecessor
 from nsa_backend_plugin.ops._triton.index_pages import scale_offset, value_offsets
 from nsa_backend_plugin.ops._triton.launch import launch
-from nsa_backend_plugin.ops.arch import core_count, is_cuda, is_rocm, launches_early
+from nsa_backend_plugin.ops.arch import core_count, is_cuda, is_rocm
 from nsa_backend_plugin.ops.call import Reason
 from nsa_backend_plugin.ops.mqa_logits import Paged, Ragged
 
@@ -325,6 +324,7 @@ def paged(call: Paged) -> torch.Tensor:
         STAGES=config.num_stages,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        resident=config.programs_per_core,
         **config.options,
         **early_launch.options(call.arch),
     )
@@ -367,6 +367,7 @@ def ragged(call: Ragged) -> torch.Tensor:
         STAGES=config.num_stages,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        resident=config.programs_per_core,
     )
     if call.clean:
         _fill_outside(out, start, end)
@@ -385,86 +386,4 @@ def _fill_outside(out: torch.Tensor, row_start: torch.Tensor | None, row_end: to
         out.stride(0),
         HAS_START=row_start is not None,
         BLOCK=_FILL_BLOCK,
-    )
-
-
-def compile_cases(arch: str) -> Iterator[support.CompileCase]:
-    pointers = {"q": support.fp8_pointer(arch), "weights": "*fp32", "out": "*fp32"}
-    for heads in (8, 32, 64, 128):
-        for next_n in (1, 2, 4):
-            for layout in ("row_major", "preshuffled") if next_n == 1 else ("row_major",):
-                yield _paged_case(arch, f"paged {layout} {heads} heads next_n {next_n}", layout, heads, next_n, 64)
-    # Registers hold the tile counts of the whole batch: its extremes, with the narrowest and the widest tile.
-    for heads, next_n in ((8, 1), (64, 1), (64, 2), (128, 2)):
-        for batch in (1, 256, _max_batch(arch)):
-            name = f"paged {heads} heads next_n {next_n} batch {batch}"
-            yield _paged_case(arch, name, "row_major", heads, next_n, batch)
-    for heads in (8, 32, 64, 128):
-        config = _config(arch, "ragged", 4096, heads)
-        yield support.CompileCase(
-            name=f"ragged {heads} heads",
-            kernel=_ragged_kernel,
-            signature={
-                **pointers,
-                "k": support.fp8_pointer(arch),
-                "k_scale": "*fp32",
-                "row_start": "*i32",
-                "row_end": "*i32",
-                **dict.fromkeys(("tokens", "keys", "heads", "out_stride", "tiles_per_program"), "i32"),
-            },
-            constexprs={
-                "D": INDEX_DIM,
-                "TILE": config.tile,
-                "QUERIES": config.queries,
-                "HEADS": config.heads,
-                "STAGES": config.num_stages,
-            },
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            divisible=("q", "k", "k_scale", "weights", "row_start", "row_end", "out"),
-            resident=config.programs_per_core,
-        )
-    yield support.CompileCase(
-        name="fill outside",
-        kernel=_fill_outside_kernel,
-        signature={
-            "out": "*fp32",
-            "row_start": "*i32",
-            "row_end": "*i32",
-            "columns": "i32",
-            "out_stride": "i32",
-        },
-        constexprs={"HAS_START": True, "BLOCK": _FILL_BLOCK},
-    )
-
-
-def _paged_case(arch: str, name: str, layout: str, heads: int, next_n: int, batch: int) -> support.CompileCase:
-    config = _config(arch, "paged", next_n, heads, batch)
-    fp8 = support.fp8_pointer(arch)
-    pointers = {"q": fp8, "weights": "*fp32", "out": "*fp32", "cache": fp8, "cache_scale": "*fp32"}
-    pointers |= {"context_lens": "*i32", "block_table": "*i32"}
-    return support.CompileCase(
-        name=name,
-        kernel=_paged_kernel,
-        signature=pointers | dict.fromkeys(("batch", "heads", "table_stride", "out_stride"), "i32"),
-        constexprs={
-            "NEXT_N": next_n,
-            "LENS_PER_QUERY": next_n == 2,
-            "PRESHUFFLED": layout == "preshuffled",
-            "LINEAR": layout == "preshuffled" and _loads_in_memory_order(arch),
-            "PAGE_SIZE": INDEX_PAGE_SIZE,
-            "D": INDEX_DIM,
-            "TILE": config.tile,
-            "QUERIES": config.queries,
-            "HEADS": config.heads,
-            "BATCH": batch,
-            "STAGES": config.num_stages,
-            "EARLY": launches_early(arch),
-        },
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        divisible=tuple(pointers),
-        options=config.options,
-        most_spill_bytes=64 if arch == "sm_90" else 0,  # `_residents` says why
-        resident=config.programs_per_core,
     )

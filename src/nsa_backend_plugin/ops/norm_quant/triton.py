@@ -5,8 +5,6 @@ Its bytes may differ from the reference's by a rounding: sums in another order, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
@@ -15,7 +13,6 @@ from nsa_backend_plugin.ops._triton import early_launch, support
 from nsa_backend_plugin.ops._triton.early_launch import await_predecessor
 from nsa_backend_plugin.ops._triton.launch import launch
 from nsa_backend_plugin.ops._triton.quant import declines_fp8, fp8_constants, scale_from_amax
-from nsa_backend_plugin.ops.arch import arch_fp8_dtype, launches_early
 from nsa_backend_plugin.ops.call import Reason
 from nsa_backend_plugin.ops.norm_quant import GROUP, Result, Rms
 
@@ -76,28 +73,12 @@ def rms(call: Rms) -> Result:
             call.eps,
             call.x.stride(0),
             scales.stride(1),
-            **_constants(groups, values.dtype, call.scale_format),
+            GROUPS=groups,
+            GROUP=GROUP,
+            ROWS=triton.next_power_of_2(groups),
+            UE8M0=call.scale_format == "ue8m0",
+            **fp8_constants(values.dtype),
             num_warps=_WARPS,
             **early_launch.options(call.arch),
         )
     return values, scales
-
-
-def _constants(groups: int, dtype: torch.dtype, scale_format: str) -> dict[str, object]:
-    rows = triton.next_power_of_2(groups)
-    return dict(GROUPS=groups, GROUP=GROUP, ROWS=rows, UE8M0=scale_format == "ue8m0", **fp8_constants(dtype))
-
-
-def compile_cases(arch: str) -> Iterator[support.CompileCase]:
-    if not support.has_e4m3(arch):
-        return
-    pointers = dict(x_ptr="*bf16", weight_ptr="*bf16", values_ptr="*u8", scales_ptr="*fp32")
-    for width, scale_format in ((1536, "fp32"), (1536, "ue8m0"), (2048, "fp32")):
-        yield support.CompileCase(
-            f"rms.{width}.{scale_format}",
-            _rms_kernel,
-            pointers | dict(eps="fp32", x_stride="i32", scales_stride="i32"),
-            _constants(width // GROUP, arch_fp8_dtype(arch), scale_format) | {"EARLY": launches_early(arch)},
-            num_warps=_WARPS,
-            divisible=(*pointers, "x_stride"),
-        )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -165,9 +164,8 @@ def _pointer(call: Linear | PerHead, name: str) -> int | None:
 def _kernels(arch: str, sizes: _Sizes, cores: int) -> dict[int, tuple[_Variant, jit.Kernel]]:
     """By tiles of 8 tokens, all at once: the first call loads what any later, captured call may need."""
     variants = _variants(arch, sizes, cores)
-    with ThreadPoolExecutor() as pool:
-        kernels = pool.map(lambda v: jit.load(_SOURCE, ["projection"], arch, _defines(v))["projection"], variants)
-        return {v.token_tiles: (v, kernel) for v, kernel in zip(variants, kernels, strict=True)}
+    kernels = jit.load_all(_SOURCE, "projection", arch, list(map(_defines, variants)))
+    return {v.token_tiles: (v, kernel) for v, kernel in zip(variants, kernels, strict=True)}
 
 
 @functools.cache

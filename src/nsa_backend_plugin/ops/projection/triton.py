@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
@@ -12,7 +10,7 @@ from nsa_backend_plugin.ops._triton import early_launch, support
 from nsa_backend_plugin.ops._triton.early_launch import await_predecessor
 from nsa_backend_plugin.ops._triton.launch import launch
 from nsa_backend_plugin.ops._triton.quant import declines_fp8, fp8_constants, scale_from_amax
-from nsa_backend_plugin.ops.arch import arch_fp8_dtype, launches_early
+from nsa_backend_plugin.ops.arch import arch_fp8_dtype
 from nsa_backend_plugin.ops.call import Reason
 from nsa_backend_plugin.ops.projection import GROUP, Linear, PerHead
 
@@ -128,13 +126,20 @@ def _launch(
     tokens, depth = call.x.shape[0], call.x.shape[-1]
     if tokens == 0 or heads == 0 or rows == 0:
         return
-    tile = _tile(tokens)
+    tile, quantized = _tile(tokens), weight_scale is not None
     launch(
         _projection_kernel,
         (triton.cdiv(rows, _ROWS), heads, triton.cdiv(tokens, tile)),
         *(call.x, call.weight, weight_scale, norm_weight, call.out),
         *(tokens, rows, eps, *strides),
-        **_constants(call.arch, depth, tile, weight_scale is not None, norm_weight is not None),
+        DEPTH=depth,
+        GROUP=GROUP,
+        BLOCK=GROUP if quantized or depth % GROUP == 0 else GROUP // 2,
+        TOKENS=tile,
+        ROWS=_ROWS,
+        QUANTIZED=quantized,
+        NORM=norm_weight is not None,
+        **fp8_constants(arch_fp8_dtype(call.arch)),
         num_warps=_WARPS,
         num_stages=_stages(tile),
         **early_launch.options(call.arch),
@@ -148,41 +153,3 @@ def _tile(tokens: int) -> int:
 def _stages(tile: int) -> int:
     """Loads in flight, within the 64 KB that a block of gfx942 has."""
     return 4 if tile == _TOKENS else 2
-
-
-def _constants(arch: str, depth: int, tile: int, quantized: bool, norm: bool) -> dict[str, object]:
-    return dict(
-        DEPTH=depth,
-        GROUP=GROUP,
-        BLOCK=GROUP if quantized or depth % GROUP == 0 else GROUP // 2,
-        TOKENS=tile,
-        ROWS=_ROWS,
-        QUANTIZED=quantized,
-        NORM=norm,
-        **fp8_constants(arch_fp8_dtype(arch)),
-    )
-
-
-def compile_cases(arch: str) -> Iterator[support.CompileCase]:
-    for name, depth, quantized, norm, out in (
-        ("fp8", 7168, True, False, "*bf16"),
-        ("fp8.norm", 1536, True, True, "*bf16"),
-        ("bf16.fp32", 7168, False, False, "*fp32"),
-        ("bf16.norm", 1536, False, True, "*bf16"),
-        ("bf16.head", 128, False, False, "*bf16"),
-    ):
-        if quantized and not support.has_e4m3(arch):
-            continue
-        for tile in (_TOKENS, _MOST_TOKENS):
-            weight = support.fp8_pointer(arch) if quantized else "*bf16"
-            pointers = dict(x_ptr="*bf16", weight_ptr=weight, scale_ptr="*fp32", norm_ptr="*bf16", out_ptr=out)
-            strides = dict.fromkeys(("x_token", "x_head", "weight_head", "out_token", "out_head"), "i32")
-            yield support.CompileCase(
-                f"{name}.{tile}",
-                _projection_kernel,
-                pointers | dict(tokens="i32", rows="i32", eps="fp32") | strides,
-                _constants(arch, depth, tile, quantized, norm) | {"EARLY": launches_early(arch)},
-                num_warps=_WARPS,
-                num_stages=_stages(tile),
-                divisible=(*pointers, *strides),
-            )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,20 +13,14 @@ from nsa_backend_plugin.ops._cuda import alignment, jit
 from nsa_backend_plugin.ops.arch import core_count
 from nsa_backend_plugin.ops.call import Reason
 from nsa_backend_plugin.ops.projection import GROUP, Linear
+from nsa_backend_plugin.ops.projection.cuda import _BLOCK_BYTES, _Kind, _pointer, _sizes_of_linear
 
 _SOURCE = Path(__file__).with_name("wgmma.cu")
 _ROWS = 64  # of the weights, for a block of threads
-_BLOCK_BYTES = 128  # of a row of the weights
 _STAGE_BYTES = _ROWS * _BLOCK_BYTES
 _TOKENS = (16, 32)
 _SHARED_BYTES = 227 << 10
 MAX_TOKENS = _TOKENS[-1]
-
-
-class _Kind(NamedTuple):
-    fp8: bool
-    norm: bool
-    out_f32: bool
 
 
 class _Variant(NamedTuple):
@@ -76,8 +69,12 @@ def linear(call: Linear) -> torch.Tensor:
         block=(128 * variant.warpgroups, 1, 1),
         args=(
             _Arguments(
-                *(call.weight.data_ptr(), _pointer(call.weight_scale), call.x.data_ptr(), _pointer(call.norm_weight)),
-                *(call.out.data_ptr(), call.x.stride(0), call.out.stride(0)),
+                call.weight.data_ptr(),
+                _pointer(call, "weight_scale"),
+                call.x.data_ptr(),
+                _pointer(call, "norm_weight"),
+                call.out.data_ptr(),
+                *(call.x.stride(0), call.out.stride(0)),
                 *(tokens, rows, blocks),
                 call.eps,
             ),
@@ -87,10 +84,6 @@ def linear(call: Linear) -> torch.Tensor:
         device=call.x.device,
     )
     return call.out
-
-
-def _pointer(value: torch.Tensor | None) -> int | None:
-    return None if value is None else value.data_ptr()
 
 
 class _Arguments(ctypes.Structure):
@@ -106,22 +99,16 @@ class _Arguments(ctypes.Structure):
 
 def _sizes(call: Linear) -> tuple[_Kind, int, int, int]:
     """What a variant is made for: kind, rows, blocks of the depth, multiprocessors."""
-    rows, depth = call.weight.shape
-    kind = _Kind(call.weight_scale is not None, call.norm_weight is not None, call.out.dtype == torch.float32)
-    return kind, rows, depth * call.weight.element_size() // _BLOCK_BYTES, core_count(call.x.device)
+    kind, _, rows, blocks = _sizes_of_linear(call)
+    return kind, rows, blocks, core_count(call.x.device)
 
 
 @functools.cache
 def _kernels(arch: str, kind: _Kind, rows: int, blocks: int, cores: int) -> dict[int, tuple[_Variant, jit.Kernel]]:
     """By the most tokens, all at once: the first call loads what any later, captured call may need."""
     variants = _variants(kind, rows, blocks, cores)
-    with ThreadPoolExecutor() as pool:
-        kernels = pool.map(functools.partial(_load, arch), variants)
-        return {v.tokens: (v, kernel) for v, kernel in zip(variants, kernels, strict=True)}
-
-
-def _load(arch: str, variant: _Variant) -> jit.Kernel:
-    return jit.load(_SOURCE, ["multiply_tokens"], arch, _defines(variant))["multiply_tokens"]
+    kernels = jit.load_all(_SOURCE, "multiply_tokens", arch, list(map(_defines, variants)))
+    return {v.tokens: (v, kernel) for v, kernel in zip(variants, kernels, strict=True)}
 
 
 @functools.cache

@@ -10,16 +10,12 @@ rows of the next tile in flight. The list is padded to whole tiles, so no load o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import triton
 import triton.language as tl
 
-from nsa_backend_plugin.layouts import LATENT_DIM, ROPE_DIM
-from nsa_backend_plugin.ops._triton import support
 from nsa_backend_plugin.ops._triton.mla_kernels import _LN2, _LOWEST
-from nsa_backend_plugin.ops.arch import launches_early
 
 
 @dataclass(frozen=True)
@@ -120,49 +116,3 @@ def union_kernel(
     if WRITE_LSE:
         row_lse = tl.where(total > 0, highest * _LN2 + tl.log(total), float("-inf"))
         tl.store(lse + first_row + row, row_lse, mask=row_exists)
-
-
-def constexprs(heads: int, group: int, tile: Tile, write_lse: bool) -> dict[str, int | bool]:
-    return {
-        "HEADS": heads,
-        "VALUE_DIM": LATENT_DIM,
-        "ROPE_DIM": ROPE_DIM,
-        "WRITE_LSE": write_lse,
-        "GROUP": group,
-        "ROW_TILE": tile.rows,
-        "KEY_TILE": tile.keys,
-        "STAGES": tile.num_stages,
-    }
-
-
-def compile_cases(arch: str) -> Iterator[support.CompileCase]:
-    """Groups of every size, with and without rows of padding."""
-    tile = TILES.get(arch)
-    if tile is not None:
-        for heads in (1, 8, 12, 16):
-            yield case(arch, heads, tile)
-
-
-def case(arch: str, heads: int, tile: Tile) -> support.CompileCase:
-    group = group_size(heads, tile)
-    return support.CompileCase(
-        name=f"union heads={heads} group={group} {tile}",
-        kernel=union_kernel,
-        signature={
-            "q": "*bf16",
-            "kv": "*bf16",
-            "lists": "*i32",
-            "counts": "*i32",
-            "out": "*bf16",
-            "lse": "*fp32",
-            "score_scale": "fp32",
-            "kv_stride": "i32",
-            "list_stride": "i32",
-            "tokens": "i32",
-        },
-        constexprs={**constexprs(heads, group, tile, True), "EARLY": launches_early(arch)},
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        divisible=("q", "kv", "lists", "counts", "out", "lse", "kv_stride", "list_stride"),
-        most_spill_bytes=16,  # with 8 heads it spills, and takes 0.6 to 0.9 of the other tiles' time
-    )

@@ -132,7 +132,7 @@ def _defines(group: int) -> dict[str, object]:
 
 @functools.cache
 def _kernel(arch: str, group: int) -> jit.Kernel:
-    return jit.load(_SOURCE, ["union_lists"], arch, _defines(group))["union_lists"]
+    return jit.load(_SOURCE, "union_lists", arch, _defines(group))
 
 
 def _in_torch(

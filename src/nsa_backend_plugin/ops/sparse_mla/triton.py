@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 
 import torch
 
 from nsa_backend_plugin.ops._torch.mla import Result
-from nsa_backend_plugin.ops._triton import mla_launch, quant, support
+from nsa_backend_plugin.ops._triton import mla_launch, support
 from nsa_backend_plugin.ops.arch import core_count
 from nsa_backend_plugin.ops.call import Reason
-from nsa_backend_plugin.ops.sparse_mla import Attend, _union_kernel
+from nsa_backend_plugin.ops.sparse_mla import Attend
 
 available = support.available_for_large_tiles
 
@@ -46,13 +45,3 @@ def _whole_rows(call: Attend) -> torch.Tensor:
     tokens, topk = call.indices.shape
     make = functools.partial(torch.full, (tokens,), topk, dtype=torch.int32, device=call.q.device)
     return call.step.once(("whole rows", tokens, topk), make, device=call.q.device)
-
-
-def compile_cases(arch: str) -> Iterator[support.CompileCase]:
-    kinds = ["bf16"]
-    if quant.declines_fp8(arch, torch.float8_e4m3fn) is None:  # the fp8 flavour of packed rows
-        kinds.append("packed")
-    if support.has_e4m3(arch):
-        kinds.append("fp8")
-    yield from mla_launch.compile_cases(arch, kinds, [0])
-    yield from _union_kernel.compile_cases(arch)

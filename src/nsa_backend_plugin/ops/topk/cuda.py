@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,9 +86,7 @@ def _variants(arch: str) -> list[_Variant]:
 def _kernels(arch: str) -> dict[_Variant, jit.Kernel]:
     """All variants at once: the first call loads what any later, captured call may need."""
     variants = _variants(arch)
-    with ThreadPoolExecutor() as pool:  # compiling one takes seconds where no cache has it
-        kernels = pool.map(lambda variant: jit.load(_SOURCE, ["topk"], arch, _defines(variant))["topk"], variants)
-        return dict(zip(variants, kernels, strict=True))
+    return dict(zip(variants, jit.load_all(_SOURCE, "topk", arch, list(map(_defines, variants))), strict=True))
 
 
 def select(call: Select) -> torch.Tensor:

@@ -11,8 +11,6 @@ Sources: threshold from a sample, Floyd and Rivest 1975.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
@@ -233,31 +231,6 @@ def select(call: Select) -> torch.Tensor:
         LONG=long,
         BLOCK=block,
         num_warps=_num_warps(call.arch),
+        resident=_PROGRAMS_PER_CORE,
     )
     return call.out
-
-
-def compile_cases(arch: str) -> Iterator[support.CompileCase]:
-    pointers = {
-        "logits": "*fp32",
-        **dict.fromkeys(("lengths", "row_starts", "page_table", "page_rows", "out", "candidates"), "*i32"),
-    }
-    for k, long in ((2048, True), (2048, False)):
-        yield support.CompileCase(
-            name=f"select k {k} {'long' if long else 'short'} rows",
-            kernel=_select_kernel,
-            signature={
-                **pointers,
-                **dict.fromkeys(("rows", "k", "logits_stride", "table_stride"), "i32"),
-            },
-            constexprs={
-                "HAS_STARTS": not long,
-                "PAGE_SIZE": 64,
-                "HAS_PAGE_ROWS": not long,
-                "LONG": long,
-                "BLOCK": _block(k),
-            },
-            num_warps=_num_warps(arch),
-            divisible=tuple(pointers),
-            resident=_PROGRAMS_PER_CORE,
-        )
