@@ -35,6 +35,8 @@ class Preference:
 _RUN = "benchmarks/run_h200.py, NVIDIA H200, 2026-11-21"
 _LAYERS = "nsa-plugin profile --together, NVIDIA H200, 2026-11-28 (RESULTS.notes.md)"
 _ANY_MORE = 1 << 30
+#: FA3 can schedule for all layers: their rows have the same lengths.
+_SCHEDULED: Mapping[str, Fact] = {"lengths": True}
 _UNTRIED_ROCM = "rule: AITER's kernels are tuned on the hardware, ours are only compiled for it"
 _PUBLIC_ROCM = "rule: MI355X, 8 and 16 heads, Triton beat TileLang (SGLang pull requests 37847, 39106); not run here"
 
@@ -56,20 +58,24 @@ TABLE: tuple[Preference, ...] = (
         "rule: 640 TFLOP/s against 410, less the copy of a context",
         {"kv": "packed", "heads": (33, 128), "tokens": (512, _ANY_MORE), "context": (1, 1 << 18)},
     ),
+    # FlashMLA and FA3 make their schedules once per step, so these go by the columns `*_planned` of that run.
     *(
         Preference(
             "sparse_mla.attend",
             "sm_90",
-            ("flash_mla", "cuda", "triton"),
+            (vendor, "cuda", "triton"),
             _RUN,
-            {"kv": kv, "heads": heads, "tokens": (fewest, _ANY_MORE)},
+            {"kv": kv, "heads": heads, "tokens": tokens, **more},
         )
-        for kv, heads, fewest in (
-            ("packed", (33, 64), 65),
-            ("packed", (65, 128), 17),
-            ("bf16", (17, 32), 128),
-            ("bf16", (33, 64), 64),
-            ("bf16", (65, 128), 32),
+        for vendor, kv, heads, tokens, more in (
+            ("flash_mla", "packed", (33, 64), (9, _ANY_MORE), {}),
+            ("flash_mla", "packed", (65, 128), (4, _ANY_MORE), {}),
+            ("fa3", "bf16", (17, 32), (16, 255), _SCHEDULED),
+            ("fa3", "bf16", (33, 64), (16, 63), _SCHEDULED),
+            ("fa3", "bf16", (65, 128), (8, 63), _SCHEDULED),
+            ("flash_mla", "bf16", (17, 32), (128, _ANY_MORE), {}),
+            ("flash_mla", "bf16", (33, 64), (64, _ANY_MORE), {}),
+            ("flash_mla", "bf16", (65, 128), (32, _ANY_MORE), {}),
         )
     ),
     Preference("sparse_mla.attend", "sm_90", ("cuda", "triton"), _RUN, {"kv": "packed"}),

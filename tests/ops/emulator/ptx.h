@@ -29,11 +29,6 @@ inline void add_copy(std::deque<gpu::Copy>& group, uint32 to, const void* from, 
   group.push_back({place, present ? from : nullptr, bytes, nullptr});
 }
 inline void copy_async_16(uint32 to, const void* from, bool present) { add_copy(open_group(), to, from, 16, present); }
-inline void copy_async_4(uint32 to, const void* from) { add_copy(gpu::self->awaited, to, from, 4, true); }
-inline void copies_wait() {
-  gpu::land(gpu::self->awaited);
-  for (auto& group : gpu::self->groups) gpu::land(group);
-}
 inline uint4 load_global_16(const void* from, bool present) {
   if (present) gpu::check_global(from, 16);
   return present ? *static_cast<const uint4*>(from) : uint4{};

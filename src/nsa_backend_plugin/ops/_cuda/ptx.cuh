@@ -37,14 +37,6 @@ DEVICE void copy_async_16(uint32 to, const void* from, bool present) {
                : "memory");
 }
 
-// 4 bytes likewise, always there.
-DEVICE void copy_async_4(uint32 to, const void* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
-}
-
-// Until all copies of this thread have landed.
-DEVICE void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
 // 16 bytes that are read once; zeros, and no read, where `present` is false. Stays where it stands among its like.
 DEVICE uint4 load_global_16(const void* from, bool present) {
   uint4 value = make_uint4(0, 0, 0, 0);

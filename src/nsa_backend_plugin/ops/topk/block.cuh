@@ -15,7 +15,6 @@ constexpr int kBins = 1 << kDigitBits;
 constexpr int kBinsPerThread = kBins / THREADS;
 constexpr int kMaxCandidates = kTile < 8192 ? kTile : 8192;  // at most 64 KB of key and index
 constexpr int kBitmapWords = 2 * kMaxCandidates;
-constexpr int kPages = 2048;
 constexpr u32 kFull = 0xffffffffu;
 constexpr u32 kZeroKey = 0x80000000u;
 static_assert(kBins % THREADS == 0, "every thread owns the same number of bins");
@@ -26,7 +25,7 @@ struct Shared {
   u32 bin, above, bin_count;  // result of one radix step
   u32 taken, taken_equal;     // append positions
   u32 handed_over;            // where this block's candidates begin in the first block's list
-  u32 largest, largest_inverse;  // among the keys, and among their complements
+  u32 largest;                // key among the candidates
   union {
     struct {
       u32 key[kMaxCandidates];
@@ -35,7 +34,6 @@ struct Shared {
     u32 bitmap[kBitmapWords];  // of the chosen positions, for sorting them; the candidates are dead by then
   };
   int chosen[MAX_K];
-  int pages[kPages];          // of a row that has no more
 };
 static_assert(sizeof(Shared) <= SHARED_BYTES, "the launch reserves too little shared memory");
 

@@ -27,8 +27,8 @@ _CLUSTERS = {8: 10, 4: 5, 2: 2}
 #: Wider rows may be long: topk.cu streams what exceeds one tile of registers.
 _TILE = 16 * _THREADS_FEW_ROWS
 MAX_K = 4096
-#: Covers topk.cu's Shared: histogram, warp sums and scalars, candidates, chosen indices, pages.
-_SHARED_BYTES = 4 * 2048 + 256 + 8 * 8192 + 4 * MAX_K + 4 * 2048
+#: Covers topk.cu's Shared: histogram, warp sums and scalars, candidates, chosen indices.
+_SHARED_BYTES = 4 * 2048 + 256 + 8 * 8192 + 4 * MAX_K
 
 
 def available(arch: str) -> Reason:

@@ -15,6 +15,7 @@ struct Row {
   static constexpr int kVectors = kVectorsPerThread;
   static constexpr int kSlots = 4 * kVectors;
   static constexpr bool kIsShare = kBlocks > 1;
+  static constexpr u32 kCommonKey = kZeroKey;  // many keys may be this one
   const float4* vectors;
   int lead;    // logits of the first vector that precede the row
   int length;
@@ -27,7 +28,6 @@ struct Row {
     tile_count = (length + lead + kTileLogits - 1) / kTileLogits;
   }
   __device__ __forceinline__ int tiles() const { return tile_count; }
-  __device__ __forceinline__ u32 common_key() const { return kZeroKey; }  // many keys may be this one
   __device__ __forceinline__ int vector_count() const { return (length + lead + 3) / 4; }
   __device__ __forceinline__ int left_from(int vector) const { return length + lead - 4 * vector; }
 
@@ -87,20 +87,13 @@ template <class Origin>
 struct Resident {
   static constexpr int kSlots = Origin::kSlots;
   static constexpr bool kIsShare = Origin::kIsShare;
+  static constexpr u32 kCommonKey = Origin::kCommonKey;
   const Origin& origin;
   u32 keys[kSlots];
   u32 exists;
-  u32 base = 0;  // what keys count from
 
   __device__ __forceinline__ explicit Resident(const Origin& origin) : origin(origin) { exists = origin.load(0, keys); }
   __device__ __forceinline__ int tiles() const { return 1; }
-  __device__ __forceinline__ u32 common_key() const { return origin.common_key() - base; }
-  // No key that exists may be smaller.
-  __device__ __forceinline__ void count_from(u32 smallest) {
-    base = smallest;
-#pragma unroll
-    for (int i = 0; i < kSlots; ++i) keys[i] -= smallest;
-  }
   __device__ __forceinline__ u32 load(int, u32 (&out)[kSlots]) const {
 #pragma unroll
     for (int i = 0; i < kSlots; ++i) out[i] = keys[i];
@@ -114,8 +107,8 @@ template <int kVectors>
 struct Sample {
   static constexpr int kSlots = 4 * kVectors;
   static constexpr bool kIsShare = false;
+  static constexpr u32 kCommonKey = kZeroKey;
   const Row<kVectors>& row;
-  __device__ __forceinline__ u32 common_key() const { return kZeroKey; }
   __device__ __forceinline__ u32 load(int, u32 (&keys)[kSlots]) const { return row.load_sample(keys); }
   __device__ __forceinline__ int index(int, int) const { return 0; }
 };
@@ -125,8 +118,8 @@ template <int kSlotsPerThread>
 struct Candidates {
   static constexpr int kSlots = kSlotsPerThread;
   static constexpr bool kIsShare = false;
+  static constexpr u32 kCommonKey = 0;
   int count;
-  __device__ __forceinline__ u32 common_key() const { return 0; }
   __device__ __forceinline__ int slot_at(int slot) const {
     return slot * THREADS + static_cast<int>(threadIdx.x);
   }

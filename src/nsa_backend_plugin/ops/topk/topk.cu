@@ -35,7 +35,6 @@ template <class Source, class Project>
 __device__ __forceinline__ void count_bins(const Source& source, Project project, u32 prefix, u32 mask, int shift,
                                            u32 digit_mask) {
   Shared& s = shared();
-  const u32 common_key = source.common_key();
   u32 common = 0;  // a ReLU makes many zeros: counted one by one they would queue up at one bin
 #pragma unroll 1
   for (int tile = 0; tile < source.tiles(); ++tile) {
@@ -46,13 +45,13 @@ __device__ __forceinline__ void count_bins(const Source& source, Project project
       u32 key = keys[i];
       const bool projected = project(key, source, tile, i);
       const bool counts = projected & (exists >> i & 1) & ((key & mask) == prefix);
-      const bool is_common = key == common_key;
+      const bool is_common = key == Source::kCommonKey;
       common += counts & is_common;
       increment_if(counts & !is_common, &s.histogram[key >> shift & digit_mask]);
     }
   }
   common = __reduce_add_sync(kFull, common);
-  if (common && threadIdx.x % 32 == 0) atomicAdd(&s.histogram[common_key >> shift & digit_mask], common);
+  if (common && threadIdx.x % 32 == 0) atomicAdd(&s.histogram[Source::kCommonKey >> shift & digit_mask], common);
   __syncthreads();
 }
 
@@ -252,28 +251,20 @@ __device__ __forceinline__ void choose(const Source& source, u32 k, int bits = 3
   __syncthreads();
 }
 
-// Choose from keys in registers. They lie close together: counted from the smallest, and from the leading bit of the
-// largest, they spread over the bins of the first step. Many in one bin would queue up there.
-template <class Origin>
-__device__ __forceinline__ void choose_resident(const Origin& origin, u32 k) {
+// Choose from the candidate list. Candidates lie close together: counted from their largest key's leading bit, they
+// spread over the bins of the first step.
+template <int kSlots>
+__device__ __forceinline__ void choose_candidates(int count, u32 k) {
   Shared& s = shared();
-  Resident<Origin> resident(origin);
-  u32 largest = 0, largest_inverse = 0;
+  const Candidates<kSlots> candidates{count};
+  const Resident<Candidates<kSlots>> resident(candidates);
+  u32 largest = 0;
 #pragma unroll
-  for (int i = 0; i < Origin::kSlots; ++i) {
-    if (!(resident.exists >> i & 1)) continue;
-    largest = max(largest, resident.keys[i]);
-    largest_inverse = max(largest_inverse, ~resident.keys[i]);
-  }
+  for (int i = 0; i < kSlots; ++i) largest = max(largest, resident.keys[i]);
   largest = __reduce_max_sync(kFull, largest);
-  largest_inverse = __reduce_max_sync(kFull, largest_inverse);
-  if (threadIdx.x % 32 == 0) {
-    atomicMax(&s.largest, largest);
-    atomicMax(&s.largest_inverse, largest_inverse);
-  }
+  if (threadIdx.x % 32 == 0) atomicMax(&s.largest, largest);
   __syncthreads();
-  resident.count_from(~s.largest_inverse);
-  choose(resident, k, 32 - __clz((s.largest + s.largest_inverse + 1) | 1));
+  choose(resident, k, 32 - __clz(s.largest | 1));
 }
 
 // ---------------------------------------------------------------- output
@@ -359,9 +350,9 @@ __device__ __forceinline__ bool choose_long(const float* begin, int length, u32 
   __syncthreads();
   constexpr int kSlots = kMaxCandidates / THREADS;
   if (static_cast<int>(k) <= count && count <= kMaxCandidates / 2) {
-    choose_resident(Candidates<kSlots / 2>{count}, k);
+    choose_candidates<kSlots / 2>(count, k);
   } else if (static_cast<int>(k) <= count && count <= kMaxCandidates) {
-    choose_resident(Candidates<kSlots>{count}, k);
+    choose_candidates<kSlots>(count, k);
   } else {
     choose(Row<kVectors>(begin, length), k);
   }
@@ -375,7 +366,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER_DIMS
   Shared& s = shared();
 #pragma unroll
   for (int b = 0; b < kBinsPerThread; ++b) s.histogram[b * THREADS + threadIdx.x] = 0;
-  if (threadIdx.x == 0) s.taken = s.taken_equal = s.largest = s.largest_inverse = 0;
+  if (threadIdx.x == 0) s.taken = s.taken_equal = s.largest = 0;
   __syncthreads();
   if constexpr (CLUSTER > 1) cluster_arrive();
   // Nothing of the predecessor's output is read before this, and the successor may start, up to where it waits for this
@@ -387,11 +378,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER_DIMS
   const int start = row_starts ? row_starts[row_number] : 0;
   const int* table = page_table;
   if (page_table) table += (page_rows ? static_cast<i64>(page_rows[row_number]) : row_number) * page_table_stride;
-  // Asked for now, because the output waits for them.
-  const int pages = table ? (length + page_size - 1) / page_size : 0;
-  const bool staged = pages <= kPages;
-  if (staged && cluster_rank() == 0)
-    for (int i = threadIdx.x; i < pages; i += THREADS) copy_async_4(shared_address(&s.pages[i]), table + i);
   if constexpr (CLUSTER > 1) cluster_wait();  // every block has started: the first one's counters are ready
   const bool all = length <= k;
   if (all && cluster_rank() != 0) return;
@@ -404,24 +390,20 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER_DIMS
     } else if (cluster_rank() != 0) {
       return;
     } else if (short_row.tiles() == 1) {
-      choose_resident(short_row, k);
+      choose(Resident<Row<kVectors / 2>>(short_row), k);
     } else {
-      choose_resident(row, k);
+      choose(Resident<Row<kVectors>>(row), k);
     }
     if (DETERMINISTIC) sort_chosen(k, length);
   }
 
-  if (staged) {
-    copies_wait();
-    __syncthreads();
-  }
   int* row_out = out + row_number * k;
   const int found = min(length, k);
   for (int i = threadIdx.x; i < k; i += THREADS) {
     int index = -1;
     if (i < found) {
       index = all ? i : s.chosen[i];
-      if (table) index = (staged ? s.pages : table)[index / page_size] * page_size + index % page_size;
+      if (table) index = table[index / page_size] * page_size + index % page_size;
     }
     row_out[i] = index;
   }
