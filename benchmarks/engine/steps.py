@@ -1,8 +1,9 @@
-"""Every engine test and measurement of a GPU host, each in a process with a time limit: results in --out.
+"""Every test and measurement of a GPU host, each in a process with a time limit: logs and results in --out.
 
     python -m benchmarks engine --out benchmarks/results/engine
     python -m benchmarks engine --out results/ --only tests layers-fp8
 
+On a host with several GPUs steps run side by side, one to each, and begin in the order above; they share the cores.
 Exits 1 when a step failed or ran out of time. The limits leave room above what the steps took on an H200 host.
 """
 
@@ -10,15 +11,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import os
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from benchmarks.run.environment import REPO, of_children
 
@@ -26,11 +31,16 @@ TINY = REPO / "examples" / "models" / "tiny-dsa-2k"
 _POINTS = "1:8192 16:8192 64:8192 1:32768 16:32768 1:131072"
 _BATCHES = " ".join(f"{batch}:8192" for batch in (2, 4, 8, 32, 128))
 _SWEEP = "1:1024 2:1024 8:1024 32:1024 64:1024 128:1024 1:8192 4:8192 16:8192 64:8192 1:32768 8:32768 1:131072 2:131072"
-#: Name -> (limit in seconds, tests).
+_ATTENTION = "tests/ops/test_sparse_mla.py tests/ops/test_dense_mla.py tests/ops/test_union.py"
+#: Name -> (limit in seconds, GPUs, arguments of pytest).
 TESTS = {
-    "tests": (400, "tests/engine/test_gpu.py"),
-    "tests-speculative": (400, "tests/engine/test_speculative_gpu.py"),
-    "tests-parallel": (300, "tests/engine/test_gpu_parallel.py"),
+    "tests": (400, 1, "-m gpu tests/engine/test_gpu.py"),
+    "tests-deployments": (900, 1, "-m gpu tests/engine/test_deployments_gpu.py"),
+    "tests-speculative": (400, 1, "-m gpu tests/engine/test_speculative_gpu.py"),
+    "tests-parallel": (600, 2, "-m gpu tests/engine/test_gpu_parallel.py"),
+    "tests-attention": (900, 1, _ATTENTION),
+    "tests-ops": (900, 1, " ".join(["tests/ops", *(f"--ignore={path}" for path in _ATTENTION.split())])),
+    "tests-benchmarks": (300, 1, "-m gpu tests/benchmarks tests/runtime"),
 }
 #: Name -> (limit in seconds, arguments of engine.measure). Twenty layers keep the GPU busier than the host.
 MEASUREMENTS = {
@@ -63,18 +73,30 @@ SANITIZED = (
 END_SECONDS = 15
 
 
-def commands(out: Path, force: bool = False) -> dict[str, tuple[int, list[str]]]:
-    """Name -> (limit in seconds, command), in the order in which they run."""
+class Step(NamedTuple):
+    """limit: in seconds."""
+
+    limit: int
+    gpus: int
+    command: list[str]
+
+
+def commands(out: Path, force: bool = False) -> dict[str, Step]:
+    """By name, in the order in which they begin."""
     python = sys.executable
-    pytest = [python, "-m", "pytest", "-v", "-s", "-m", "gpu"]
-    steps = {name: (limit, [*pytest, path]) for name, (limit, path) in TESTS.items()}
+    pytest = [python, "-m", "pytest", "-v", "-s"]
+    steps = {name: Step(limit, gpus, [*pytest, *words.split()]) for name, (limit, gpus, words) in TESTS.items()}
+    if importlib.util.find_spec("xdist"):
+        for name in ("tests-attention", "tests-ops"):
+            steps[name].command.append("-n=4")
     for name, (limit, text) in MEASUREMENTS.items():
         command, *words = shlex.split(text)
-        steps[name] = (limit, [python, "-m", "benchmarks", command, f"--out={out}", *["--force"] * force, *words])
+        words = [python, "-m", "benchmarks", command, f"--out={out}", *["--force"] * force, *words]
+        steps[name] = Step(limit, 1, words)
     memcheck = ["compute-sanitizer", "--tool=memcheck", "--report-api-errors=no", "--error-exitcode=9", python, "-m"]
     memcheck += ["tests.engine.gpu_probe", *shlex.split(SANITIZED)]
     if shutil.which("compute-sanitizer"):
-        steps["memcheck"] = (300, memcheck)
+        steps["memcheck"] = Step(300, 1, memcheck)
     return steps
 
 
@@ -91,26 +113,81 @@ def main(words: Sequence[str]) -> int:
     unknown = sorted(set(options.only or ()) - set(steps))
     if unknown:
         parser.error(f"--only {unknown[0]}: expected some of {', '.join(steps)}")
-    codes = {name: _run(name, *steps[name], options.out) for name in options.only or steps}
-    return int(any(codes.values()))
+    names = options.only or list(steps)
+    gpus = Gpus(visible_gpus())
+    running: list[Future[int]] = []
+    with ThreadPoolExecutor(max(len(gpus), 1)) as pool:
+        for name in names:
+            running.append(pool.submit(_on, gpus, gpus.take(steps[name].gpus), name, steps[name], options.out))
+    return int(any(future.result() for future in running))
 
 
-def _run(name: str, limit: int, command: list[str], out: Path) -> int:
-    """Exit code; 124 when the limit was reached. The output goes to a log and its end to stdout."""
+def visible_gpus() -> list[str]:
+    """Their names in CUDA_VISIBLE_DEVICES; none where there is no GPU."""
+    if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name for name in named.split(",") if name]
+    import torch
+
+    return [str(index) for index in range(torch.cuda.device_count())]
+
+
+class Gpus:
+    """Those of a host that no step has. A host without any runs one step at a time."""
+
+    def __init__(self, names: Sequence[str]):
+        self._free = list(names)
+        self._count = len(self._free)
+        self._changed = threading.Condition()
+        self._alone = threading.Semaphore(1)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def take(self, number: int) -> list[str]:
+        """So many, as soon as they are free; all where the host has fewer."""
+        number = min(number, self._count)
+        if number == 0:
+            self._alone.acquire()
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._free) >= number)
+            taken, self._free = self._free[:number], self._free[number:]
+        return taken
+
+    def give_back(self, names: Sequence[str]) -> None:
+        if not names:
+            self._alone.release()
+        with self._changed:
+            self._free += names
+            self._changed.notify_all()
+
+
+def _on(gpus: Gpus, taken: list[str], name: str, step: Step, out: Path) -> int:
+    """As `_run`, on those GPUs and their part of the host's cores: a quarter of it for each process of a step."""
     env = of_children()
+    if taken:
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(taken)
+        env.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) * len(taken) // len(gpus) // 4, 1)))
+    try:
+        return _run(name, step, out, env)
+    finally:
+        gpus.give_back(taken)
+
+
+def _run(name: str, step: Step, out: Path, env: dict[str, str]) -> int:
+    """Exit code; 124 when the limit was reached. The output goes to a log and its end to stdout."""
     if name == "memcheck":
-        env["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # every tensor its own allocation, with its own bounds
+        env = {**env, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # every tensor its own allocation, with its own bounds
     log = out / f"{name}.log"
     start = time.monotonic()
     with log.open("wb") as file:
-        process = subprocess.Popen(command, cwd=REPO, env=env, stdout=file, stderr=file, start_new_session=True)
+        process = subprocess.Popen(step.command, cwd=REPO, env=env, stdout=file, stderr=file, start_new_session=True)
         try:
-            code = process.wait(limit)
+            code = process.wait(step.limit)
         except subprocess.TimeoutExpired:
             code = 124
             _end(process)
-    print("\n".join(log.read_text(errors="replace").splitlines()[-30:]))
-    print(f"== {name}: exit code {code} after {time.monotonic() - start:.0f} s", flush=True)
+    end = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
+    print(f"{end}\n== {name}: exit code {code} after {time.monotonic() - start:.0f} s", flush=True)
     return code
 
 

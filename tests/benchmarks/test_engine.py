@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -140,7 +141,7 @@ def test_every_step_of_the_whole_run_parses(tmp_path: Path, monkeypatch: pytest.
     steps = run_engine.commands(tmp_path)
     assert {"tests", "memcheck"} <= set(steps)
     for name in run_engine.MEASUREMENTS:
-        words = steps[name][1]
+        words = steps[name].command
         options = engine_h200.arguments().parse_args(words[3:])
         assert options.out == tmp_path
         engine_h200.parse_arms(options.arms or ["nsa_plugin", "dsa"])
@@ -150,6 +151,29 @@ def test_every_step_of_the_whole_run_parses(tmp_path: Path, monkeypatch: pytest.
 def test_a_step_that_takes_too_long_is_ended(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     command = [sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)"]
     start = time.monotonic()
-    assert run_engine._run("slow", 2, command, tmp_path) == 124
+    assert run_engine._run("slow", run_engine.Step(2, 1, command), tmp_path, dict(os.environ)) == 124
     assert time.monotonic() - start < 30
     assert "begun\n== slow: exit code 124" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("gpus, most", [("0,1,2,3", 4), ("5,7", 2), ("", 1)])
+def test_steps_share_a_host(gpus: str, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has its own GPUs while it runs; where there are none, one runs at a time."""
+    script = "import os, time; print(os.environ['CUDA_VISIBLE_DEVICES'] or '-', time.time()); time.sleep(1); "
+    script += "print(time.time())"
+    wanted = {"one": 1, "two": 2, "another": 1, "more": 1}
+    steps = {name: run_engine.Step(20, number, [sys.executable, "-c", script]) for name, number in wanted.items()}
+    monkeypatch.setattr(run_engine, "commands", lambda out, force: steps)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+    assert run_engine.main([f"--out={tmp_path}"]) == 0
+    spans = []
+    for name, number in wanted.items():
+        (used, begin), (end,) = (line.split() for line in (tmp_path / f"{name}.log").read_text().splitlines())
+        taken = set(used.split(",")) & set(gpus.split(","))
+        assert len(taken) == min(number, len(gpus.split(","))) or not gpus
+        spans.append((float(begin), float(end), taken))
+    at_once = [[other for other in spans if other[0] <= begin < other[1]] for begin, _, _ in spans]
+    for group in at_once:
+        names = [gpu for _, _, taken in group for gpu in taken]
+        assert len(names) == len(set(names))
+    assert max(map(len, at_once)) == (3 if most == 4 else most)
