@@ -23,11 +23,19 @@ _MLA_FP8 = "Tile(heads=64, keys=32, num_warps=8, num_stages=3"
 _MLA_BF16 = "Tile(heads=64, keys=64, num_warps=8, num_stages=2"
 #: What spills, by Triton, and stays, beside what `compile_cases.MAY_SPILL` allows with any. The tiles of 64 heads were
 #: tuned with 3.6.0; with 3.8.0 that of bf16 rows spills 72 to 88 bytes and that of fp8 rows 24, and what would be
-#: fastest there was not measured. On sm_89, which is compiled for and tuned nowhere, a kernel is 8 to 16 bytes short.
+#: fastest there was not measured. Paged logits on targets that are tuned nowhere are 8 to 68 bytes short, for some of
+#: more requests than servers batch; on sm_90 over preshuffled pages, which are AMD's, 72.
 KNOWN = {
-    "3.7.1": {"sm_89 mqa_logits.paged row_major 128 heads next_n 1"},
+    "3.7.1": {
+        "sm_89 mqa_logits.paged row_major 128 heads next_n 1",
+        "sm_100 mqa_logits.paged 64 heads next_n 1 batch 4096",
+    },
     "3.8.0": {
         "sm_89 mqa_logits.paged row_major 32 heads next_n 2",
+        "sm_90 mqa_logits.paged preshuffled 128 heads next_n 1",
+        "sm_100 mqa_logits.paged row_major 8 heads next_n 4",
+        "sm_100 mqa_logits.paged 64 heads next_n 2 batch 4096",
+        "gfx1201 mqa_logits.paged 64 heads next_n 2 batch 2048",
         *(
             f"sm_90 {op}.{kind} heads={heads} page={page} split={split} {tile}, swap=False)"
             for op, page in (("dense_mla", 1), ("sparse_mla", 0))
