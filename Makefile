@@ -85,7 +85,7 @@ test-tritons: setup-test  ## every kernel compiles with the Tritons of newer rel
 
 test-gpu:  ## every kernel on a CUDA or ROCm device, then the engine, with the host's own Python (GPU_PYTHON=...)
 	PYTHONPATH=src $(GPU_PYTHON) -m pytest -q tests/ops $(PYTEST_ARGS)
-	PYTHONPATH=src $(GPU_PYTHON) -m pytest -q -m gpu tests/benchmarks tests/engine $(PYTEST_ARGS)
+	PYTHONPATH=src $(GPU_PYTHON) -m pytest -q -m gpu tests/benchmarks tests/engine tests/runtime $(PYTEST_ARGS)
 
 # Every tensor its own allocation, with its own bounds.
 MEMCHECK = PYTHONPATH=src PYTORCH_NO_CUDA_MEMORY_CACHING=1 \

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -177,3 +178,15 @@ def test_steps_share_a_host(gpus: str, most: int, tmp_path: Path, monkeypatch: p
         names = [gpu for _, _, taken in group for gpu in taken]
         assert len(names) == len(set(names))
     assert max(map(len, at_once)) == (3 if most == 4 else most)
+
+
+def test_no_gpu_test_is_left_out(tmp_path: Path) -> None:
+    """Of `make test-gpu`, and of the steps."""
+    recipe = re.search(r"^test-gpu:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert recipe
+    steps = [step.command for step in run_engine.commands(tmp_path).values()]
+    for run in (recipe[1].split(), [word for command in steps for word in command]):
+        folders = [ROOT / word for word in run if word.startswith("tests/")]
+        for path in (ROOT / "tests").rglob("test_*.py"):
+            if "mark.gpu" in path.read_text():
+                assert any(path.is_relative_to(folder) for folder in folders), path
