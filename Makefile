@@ -10,9 +10,11 @@ SETUP_ARGS ?=
 # and of the servers that differ in layout, page size, stages or patches each release has a part.
 ON_PRIMARY := -k "not (mla-page1 or pipeline or (dsa-chunked and not patched))" \
 	$(patsubst %,--ignore=tests/engine/test_%.py,disaggregation disaggregation_drafts)
-# Of two servers, what waits for timeouts and a second model are `make test-pairs`, and so is a full host cache.
+# Of two servers, what waits for timeouts and a second model are `make test-pairs`, and so is a full host cache, and a
+# cache that is split, of a model without an indexer.
 ON_NEWEST := -k "not (whole or page64-chunked or mla-pipeline or (dsa-chunked and patched) or preshuffled or layouts_that_differ or \
-		(test_disaggregation and (mla or retracts or killed or dsa-1-1-2)) or full_host_cache)" \
+		(test_disaggregation and (mla or retracts or killed or dsa-1-1-2)) or full_host_cache or \
+		(test_dcp_servers and mla))" \
 	$(patsubst %,--ignore=tests/engine/test_%.py,ladder accuracy demo gpu_probe)
 
 .PHONY: help setup setup-test setup-primary setup-newest demo serve doctor check test test-ops test-unit test-engine test-engine-newest test-pairs test-patched test-releases test-tritons test-gpu test-memcheck clean
@@ -63,10 +65,10 @@ test-engine: setup-test
 test-engine-newest: setup-test
 	$(VENV_NEWEST)/bin/python -m pytest -q -m "not gpu" tests/engine $(ON_NEWEST) $(PYTEST_ARGS)
 
-test-pairs: setup-test  ## prefill and decode in two servers, and a hierarchical cache, on both releases
+test-pairs: setup-test  ## prefill and decode in two servers, hierarchical and split caches, on both releases
 	@set -e; for venv in $(VENV) $(VENV_NEWEST); do \
 		OMP_NUM_THREADS=1 $$venv/bin/python -m pytest -q tests/engine/test_disaggregation*.py \
-			tests/engine/test_hicache_drafts.py $(PYTEST_ARGS); \
+			tests/engine/test_hicache_drafts.py tests/engine/test_dcp_servers.py $(PYTEST_ARGS); \
 	done
 
 test-patched: setup-test  ## all parity and refusal tests on both releases with patches/ in place of the hooks

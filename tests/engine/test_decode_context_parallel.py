@@ -279,7 +279,7 @@ def test_what_the_gpus_attend_to_of_the_selected_tokens_is_merged(
 ) -> None:
     """Slots of the whole group come from the indexer; every GPU has some of them, or none."""
     group = Group(size, 64, LENGTHS, monkeypatch)
-    extends = [1] * len(LENGTHS) if mode == "DECODE" else [1, 2, 1, 40, 1, 64, 2, 30]
+    extends = [1] * len(LENGTHS) if mode == "DECODE" else [1, 2, 1, 9, 1, 17, 2, 6]
     request = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(extends))
     seen = [n - m + j + 1 for n, m in zip(LENGTHS, extends, strict=True) for j in range(m)]
     topk, lengths = 8, torch.tensor(LENGTHS)
