@@ -297,9 +297,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     changes = []
     if arguments.check_table:
         changes = compile_table.differences(arguments.check_table, results, *scope)
-        shares = compile_table.occupancies(arguments.check_table)
+        held = compile_table.occupancies(arguments.check_table)
         for (arch, op, case), key in zip(cases, sources, strict=True):
-            if key in shares and (words := too_few(arch, case, shares[key], case.options.get("num_warps", 4))):
+            if key in held and (words := too_few(arch, case, *held[key])):
                 changes.append(f"{arch} {op}.{case.name}: {words}")
     if changes:
         print(f"{arguments.check_table} differs, --write-table renews it:", *changes, sep="\n")

@@ -22,7 +22,7 @@ _COLUMNS = (
     "matrix_instructions",
     "source",
 )
-_REGISTERS, _OCCUPANCY, _SOURCE = (_COLUMNS.index(name) for name in ("registers", "occupancy", "source"))
+_WARPS, _REGISTERS, _OCCUPANCY, _SOURCE = map(_COLUMNS.index, ("warps", "registers", "occupancy", "source"))
 #: Seen on gfx950: the same kernel got 12 or 17 registers, depending on what else the process had compiled before it.
 REGISTER_SLACK = 8
 _Key = tuple[str, str]
@@ -55,9 +55,9 @@ def sources(path: pathlib.Path) -> dict[_Key, str]:
     return {key: row[_SOURCE] for key, row in _read(path).items()}
 
 
-def occupancies(path: pathlib.Path) -> dict[_Key, float]:
-    """(target, operation.case) -> share of the warp slots that the row's programs fill."""
-    return {key: float(row[_OCCUPANCY]) for key, row in _read(path).items()}
+def occupancies(path: pathlib.Path) -> dict[_Key, tuple[float, int]]:
+    """(target, operation.case) -> (share of the warp slots that the row's programs fill, warps of a program)."""
+    return {key: (float(row[_OCCUPANCY]), int(row[_WARPS])) for key, row in _read(path).items()}
 
 
 def _of(results: Sequence[Result]) -> dict[_Key, tuple[str, ...]]:

@@ -18,11 +18,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from typing import NamedTuple
 
 from benchmarks.run.environment import REPO, of_children
@@ -114,11 +114,16 @@ def main(words: Sequence[str]) -> int:
     if unknown:
         parser.error(f"--only {unknown[0]}: expected some of {', '.join(steps)}")
     names = options.only or list(steps)
-    gpus = Gpus(visible_gpus())
+    gpus = visible_gpus() or [""]  # without any, one step at a time
+    free: SimpleQueue[str] = SimpleQueue()
+    for gpu in gpus:
+        free.put(gpu)
+    cores = (os.cpu_count() or 1) // len(gpus)
     running: list[Future[int]] = []
-    with ThreadPoolExecutor(max(len(gpus), 1)) as pool:
+    with ThreadPoolExecutor(len(gpus)) as pool:
         for name in names:
-            running.append(pool.submit(_on, gpus, gpus.take(steps[name].gpus), name, steps[name], options.out))
+            taken = [free.get() for _ in range(min(steps[name].gpus, len(gpus)))]
+            running.append(pool.submit(_on, free, taken, cores, name, steps[name], options.out))
     return int(any(future.result() for future in running))
 
 
@@ -131,46 +136,16 @@ def visible_gpus() -> list[str]:
     return [str(index) for index in range(torch.cuda.device_count())]
 
 
-class Gpus:
-    """Those of a host that no step has. A host without any runs one step at a time."""
-
-    def __init__(self, names: Sequence[str]):
-        self._free = list(names)
-        self._count = len(self._free)
-        self._changed = threading.Condition()
-        self._alone = threading.Semaphore(1)
-
-    def __len__(self) -> int:
-        return self._count
-
-    def take(self, number: int) -> list[str]:
-        """So many, as soon as they are free; all where the host has fewer."""
-        number = min(number, self._count)
-        if number == 0:
-            self._alone.acquire()
-        with self._changed:
-            self._changed.wait_for(lambda: len(self._free) >= number)
-            taken, self._free = self._free[:number], self._free[number:]
-        return taken
-
-    def give_back(self, names: Sequence[str]) -> None:
-        if not names:
-            self._alone.release()
-        with self._changed:
-            self._free += names
-            self._changed.notify_all()
-
-
-def _on(gpus: Gpus, taken: list[str], name: str, step: Step, out: Path) -> int:
-    """As `_run`, on those GPUs and their part of the host's cores: a quarter of it for each process of a step."""
-    env = of_children()
-    if taken:
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(taken)
-        env.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) * len(taken) // len(gpus) // 4, 1)))
+def _on(free: SimpleQueue[str], taken: list[str], cores: int, name: str, step: Step, out: Path) -> int:
+    """As `_run`, on those GPUs, free again afterwards. cores: for each; a quarter of them for a process of the step."""
+    threads = str(max(cores * len(taken) // 4, 1))
     try:
-        return _run(name, step, out, env)
+        return _run(
+            name, step, out, {"OMP_NUM_THREADS": threads, **of_children(), "CUDA_VISIBLE_DEVICES": ",".join(taken)}
+        )
     finally:
-        gpus.give_back(taken)
+        for gpu in taken:
+            free.put(gpu)
 
 
 def _run(name: str, step: Step, out: Path, env: dict[str, str]) -> int:
