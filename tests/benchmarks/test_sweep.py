@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
 import signal
@@ -408,21 +409,23 @@ def test_bad_command_lines(words: tuple[str, ...], capsys: pytest.CaptureFixture
 def test_killed_run_resumes(tmp_path: Path) -> None:
     """The real command, killed with SIGKILL after its first rows, then run again."""
     config = tmp_path / "many.yaml"
-    tokens = list(range(1, 41))
+    tokens = list(range(1, 101))
     config.write_text(f"workload: concat_k\nbackends: [torch]\nparams: {{heads: 4, tokens: {tokens}}}\n")
     output = tmp_path / "out.json"
     command = [sys.executable, "-m", "benchmarks", "--config", str(config), "--device", "cpu"]
     command += ["--repeats", "3", "--output-json", str(output), "--output-csv", str(tmp_path / "out.csv")]
     journal = tmp_path / "out.json.rows.jsonl"
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, bufsize=0, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert child.stdout is not None
+    # However slowly this process runs, the command cannot end before it is killed: the pipe holds half of its rows.
+    fcntl.fcntl(child.stdout, fcntl.F_SETPIPE_SZ, 4096)
     for line in child.stdout:
-        if line.startswith("[3/40]"):
+        if line.startswith(b"[3/100]"):
             break
     child.send_signal(signal.SIGKILL)
     child.wait()
     kept = len(journal.read_text().splitlines()) - 1  # less the ceilings
-    assert 3 <= kept < 40
+    assert 3 <= kept < 100
     again = subprocess.run(command, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
     assert " rows kept from an interrupted run" in again.stdout
