@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -48,6 +49,7 @@ def test_a_trace_without_attention_is_refused() -> None:
 #: as BEHAVE says: fail or hang while it loads, or at the shape that BEHAVE_AT names.
 PROGRAM = """
 import json, os, subprocess, sys, time
+from collections.abc import Callable
 from pathlib import Path
 here = Path(os.environ["HERE"])
 behave, at = os.environ.get("BEHAVE"), os.environ.get("BEHAVE_AT")
@@ -80,7 +82,11 @@ for line in sys.stdin:
         do(behave)
     number, colon, context = line.strip().partition(":")
     if not colon:
-        answer({"prompt": int(number), "first_token_ms": 1.5})
+        spent = [{"name": "gemm", "launches": 40, "us": 991.0}, {"name": "copy", "launches": 1, "us": 9.0}]
+        row = {"prompt": int(number), "first_token_ms": 1.5, "kernels": spent}
+        if "--no-kernels" in sys.argv:
+            del row["kernels"]
+        answer(row)
         continue
     row = json.loads((here / "row").read_text())
     row |= {"batch": int(number), "context": int(context)}
@@ -158,6 +164,16 @@ def test_arms_that_are_loaded_together_are_measured_in_turn(measured: Path, caps
     out = capsys.readouterr().out
     assert "stream 7" not in out
     assert [line.split() for line in out.splitlines()[-2:]] == [["512", arm, "1.50"] for arm in ("nsa_plugin", "dsa")]
+
+
+def test_the_kernels_of_a_prompt_are_printed(measured: Path, capsys: pytest.CaptureFixture) -> None:
+    """The longest; the file has all."""
+    words = ["--arms", "dsa", "--shapes", "1:64", "--prompts", "512", "--json", str(measured / "rows.json")]
+    assert run_profile(*words) == 0
+    out = capsys.readouterr().out
+    assert "dsa prompt 512\n       991.0 us   99%    40 x gemm\n" in out
+    assert "copy" not in out
+    assert len(json.loads((measured / "rows.json").read_text())["rows"][1]["kernels"]) == 2
 
 
 def test_arms_are_measured_one_after_the_other(measured: Path) -> None:
@@ -347,10 +363,25 @@ class Model:
 def test_a_prompt_is_prefilled_in_chunks_that_end_at_pages(release, chunk, chunks) -> None:
     """Each over the tokens of those before it; the warm-up and five more, each in an emptied cache."""
     model = Model(release)
-    row = layer_profile.first_token(model, model, 500, chunk)
+    row = layer_profile.first_token(model, model, 500, chunk, kernels=False)
     assert model.ran == ["clear", *chunks] * 6
     assert row["first_token_ms"] >= 0
     assert row["logits_finite"]
+
+
+def test_the_kernels_of_a_prompt_are_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model()
+    traced = [{"name": name, "us": us} for name, us in [("a", 1.0), ("b", 5.0), ("a", 1.5)]]
+
+    def trace(step: Callable[[], None]) -> list[dict]:
+        model.ran.clear()
+        step()
+        return traced
+
+    monkeypatch.setattr(layer_profile, "trace_kernels", trace)
+    row = layer_profile.first_token(model, model, 500, 300, kernels=True)
+    assert model.ran == ["clear", (0, 256), (256, 500)]
+    assert row["kernels"] == [{"name": "b", "launches": 1, "us": 5.0}, {"name": "a", "launches": 2, "us": 2.5}]
 
 
 def test_steps_are_waited_for_in_groups() -> None:

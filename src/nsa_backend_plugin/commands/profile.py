@@ -2,7 +2,7 @@
 
 Each arm is an attention backend with variables and arguments of its own, run in a process of its own on the same model,
 shapes and cache contents. Printed per arm and shape: decode step, attention span and launches of one layer, and every
-kernel with its stream and time; per arm and prompt: milliseconds to the first token.
+kernel with its stream and time; per arm and prompt: milliseconds to the first token, and the kernels by their time.
 
     nsa-plugin profile --arms nsa_plugin dsa --shapes 1:8192 64:8192 --json layers.json -- --model-path M ...
     nsa-plugin profile --arms nsa_plugin "nsa_plugin NSA_PLUGIN_DUAL_STREAM=0" -- --model-path M ...
@@ -31,6 +31,8 @@ _PROGRAM = [sys.executable, "-m", "nsa_backend_plugin.engine.layer_profile"]
 #: SGLang's names for the model, and the file that may hold it.
 _MODEL_OPTIONS = {"--model-path", "--model", "--config"}
 _POLL_SECONDS = 0.1
+#: Of a prompt's kernels, what a kernel takes to be printed. The JSON has them all.
+_LEAST_SHARE = 0.01
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--shapes", nargs="+", default=["1:8192", "16:8192", "64:8192"], help="BATCH:CONTEXT")
     parser.add_argument("--prompts", nargs="*", type=int, default=[], metavar="TOKENS", help="first tokens, too")
-    parser.add_argument("--no-kernels", action="store_true", help="decode steps alone: tracing a layer takes seconds")
+    parser.add_argument("--no-kernels", action="store_true", help="times alone: tracing takes seconds")
     parser.add_argument("--together", action="store_true", help="load all arms at once, measure them in turn")
     parser.add_argument("--json", type=Path, help="write every number here")
     parser.add_argument("--brief", action="store_true", help="print the summary table only")
@@ -59,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
     failed = failed or any("error" in row for row in rows)
     if not options.brief:
         for row in rows:
-            _print_layer(row)
+            _print_kernels(row)
     _print_table(rows)
     if options.json:
         write_json(options.json, {"command": sys.argv, "rows": rows})
@@ -147,14 +149,19 @@ def _measure(arms: list[Arm], options: argparse.Namespace, rows: list[dict[str, 
         return len(alive) == len(arms)
 
 
-def _print_layer(row: dict[str, Any]) -> None:
-    if "error" not in row and "attention" not in row:
+def _print_kernels(row: dict[str, Any]) -> None:
+    if not {"error", "attention", "kernels"} & row.keys():
         return
     print(f"\n{row['arm']} {_point(row)}")
     if "error" in row:
         print(f"  {row['error']}")
         return
-    for kernel in row["attention"]["kernels"]:
+    whole = sum(kernel["us"] for kernel in row.get("kernels", ()))
+    for kernel in row.get("kernels", ()):
+        share = kernel["us"] / whole
+        if share >= _LEAST_SHARE:
+            print(f"  {kernel['us']:10.1f} us {share:5.0%} {kernel['launches']:5} x {kernel['name'][:120]}")
+    for kernel in row.get("attention", {}).get("kernels", ()):
         print(f"  {kernel['start_us']:8.1f} {kernel['us']:7.2f} us  stream {kernel['stream']}  {kernel['name'][:120]}")
 
 

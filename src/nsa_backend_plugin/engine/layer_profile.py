@@ -11,6 +11,7 @@ scores and every sequence has its own pages.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import os
@@ -104,6 +105,16 @@ def trace_kernels(step: Any) -> list[dict[str, Any]]:
     ]
 
 
+def totals(kernels: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """name, launches and us of each kernel in all, the longest first."""
+    found: dict[str, dict[str, Any]] = {}
+    for kernel in kernels:
+        row = found.setdefault(kernel["name"], {"name": kernel["name"], "launches": 0, "us": 0.0})
+        row["launches"] += 1
+        row["us"] = round(row["us"] + kernel["us"], 2)
+    return sorted(found.values(), key=lambda row: -row["us"])
+
+
 def attention_layer(kernels: list[dict[str, Any]]) -> dict[str, Any]:
     """The median attention part of a layer: from its input norm up to its post-attention norm."""
     borders = [i for i, k in enumerate(kernels) if BORDER.search(k["name"])]
@@ -172,7 +183,7 @@ def serve(lines: Iterable[str], server_args: list[str], output: Path, kernels: b
     """Load the model once and answer each line with a line of JSON, appended to `output`.
 
     The first line of `output` says that the model is loaded, and how many tokens its cache holds. lines: BATCH:CONTEXT
-    or the length of a prompt, in tokens. kernels: trace a layer of every shape too. What fails is a row with "error".
+    or the length of a prompt, in tokens. kernels: trace them, too. What fails is a row with "error".
     """
     one_batch, model, args = load(server_args)
     runner = model.torch_runner
@@ -186,7 +197,7 @@ def serve(lines: Iterable[str], server_args: list[str], output: Path, kernels: b
             if colon:
                 row.update(measure_shape(one_batch, model, row["batch"], row["context"], kernels))
             else:
-                row.update(first_token(one_batch, model, row["prompt"], args.chunked_prefill_size))
+                row.update(first_token(one_batch, model, row["prompt"], args.chunked_prefill_size, kernels))
         except Exception as error:
             row["error"] = repr(error)
         _append(output, row)
@@ -256,8 +267,10 @@ def measure_shape(one_batch: Any, model: Any, batch_size: int, context: int, ker
     return {**row, "logits_finite": bool(torch.isfinite(logits).all())}
 
 
-def first_token(one_batch: Any, model: Any, length: int, chunk: int | None) -> dict[str, Any]:
+def first_token(one_batch: Any, model: Any, length: int, chunk: int | None, kernels: bool) -> dict[str, Any]:
     """first_token_ms and logits_finite of one request with a prompt of `length` random tokens that no cache has seen.
+
+    With `kernels`, also what the GPU ran for such a prompt: each kernel's name, launches and us, the longest first.
 
     From the request to its first token on the host, in ms: the prompt is prefilled as a scheduler does it, in chunks of
     `chunk` tokens (none for None or less than 1), each of which attends to those before. Median of FIRST_TOKENS
@@ -267,25 +280,28 @@ def first_token(one_batch: Any, model: Any, length: int, chunk: int | None) -> d
     runner = model.torch_runner
     # A scheduler, too, ends all chunks but the last at a page.
     size = max(chunk // runner.page_size, 1) * runner.page_size if chunk and chunk > 0 else length
-    times = []
-    for _ in range(1 + FIRST_TOKENS):
+    logits = None
+
+    def request() -> Any:
         model.clear()
         _check_fits(runner, 1, length)
         prompt = torch.randint(3, runner.model_config.vocab_size, (length,)).tolist()
-        [request] = one_batch.prepare_synthetic_inputs_for_latency_test(1, length, [prompt])
-        logits = None
+        [made] = one_batch.prepare_synthetic_inputs_for_latency_test(1, length, [prompt])
+        return made
 
-        def prefill(request: Any = request) -> None:
-            nonlocal logits
-            for start in range(0, length, size):
-                _set_chunk(runner, request, start, min(start + size, length))
-                tokens, logits, _ = model.extend([request])
-            tokens.tolist()
+    def prefill(request: Any) -> None:
+        nonlocal logits
+        for start in range(0, length, size):
+            _set_chunk(runner, request, start, min(start + size, length))
+            tokens, logits, _ = model.extend([request])
+        tokens.tolist()
 
-        times.append(_seconds(prefill))
-        assert logits is not None
-        finite = bool(torch.isfinite(logits).all())
-    return {"first_token_ms": round(1e3 * statistics.median(times[1:]), 2), "logits_finite": finite}
+    times = [_seconds(functools.partial(prefill, request())) for _ in range(1 + FIRST_TOKENS)]
+    row: dict[str, Any] = {"first_token_ms": round(1e3 * statistics.median(times[1:]), 2)}
+    if kernels:
+        row["kernels"] = totals(trace_kernels(lambda: prefill(request())))
+    assert logits is not None
+    return {**row, "logits_finite": bool(torch.isfinite(logits).all())}
 
 
 def _set_chunk(runner: Any, request: Any, start: int, end: int) -> None:
