@@ -159,41 +159,37 @@ REFUSED: Mapping[str, Refused] = {
 }
 
 _WITHOUT = "Start without it"
-_NVIDIA_ONLY = Refused("supports speculative decoding on NVIDIA GPUs only", _UNSET, advice=_WITHOUT)
+_NVIDIA_DRAFTS = Refused("supports speculative decoding on NVIDIA GPUs only", _UNSET, advice=_WITHOUT)
 _PINNED_LORA = "cannot serve LoRA where there is no pinned memory"
 _NVIDIA_PREFILL_CP = "supports prefill context parallelism on NVIDIA GPUs only"
-_NO_PREFILL_CP: Mapping[str, Refused] = {
+_NO_CONTEXT_PARALLEL: Mapping[str, Refused] = {
     "enable_prefill_cp": Refused(_NVIDIA_PREFILL_CP, advice=_WITHOUT),
     "enable_dsa_prefill_context_parallel": Refused(_NVIDIA_PREFILL_CP, advice=_WITHOUT),
     "attn_cp_size": Refused(_NVIDIA_PREFILL_CP, (1,), advice=_WITHOUT),
-}
-_NO_DECODE_CP: Mapping[str, Refused] = {
     "dcp_size": Refused("supports decode context parallelism on NVIDIA GPUs only", (1,), advice=_WITHOUT),
 }
 #: What a device changes in `REFUSED`.
 ON_DEVICE: Mapping[str, Mapping[str, Refused]] = {
     "cuda": {},
     "rocm": {
-        "speculative_algorithm": Refused("supports speculative decoding on NVIDIA GPUs only", _UNSET, advice=_WITHOUT),
+        "speculative_algorithm": _NVIDIA_DRAFTS,
         # Here they also decide the layout of SGLang's fp8 rows, and these two ask for the one that we read.
         "dsa_prefill_backend": Refused(_OWN_KERNELS, (None, "tilelang", "aiter"), asked=True),
         "dsa_decode_backend": Refused(_OWN_KERNELS, (None, "tilelang", "aiter"), asked=True),
         "disaggregation_mode": _no("prefill/decode disaggregation", ("null",), advice=_WITHOUT),
         "enable_hierarchical_cache": _no(_HICACHE, advice=_WITHOUT),
-        **_NO_PREFILL_CP,
-        **_NO_DECODE_CP,
+        **_NO_CONTEXT_PARALLEL,
     },
     "cpu": {
-        "speculative_algorithm": Refused("supports speculative decoding on NVIDIA GPUs only", _UNSET, advice=_WITHOUT),
-        "enable_lora": Refused("cannot serve LoRA where there is no pinned memory", (None, False), advice=_WITHOUT),
+        "speculative_algorithm": _NVIDIA_DRAFTS,
+        "enable_lora": Refused(_PINNED_LORA, (None, False), advice=_WITHOUT),
         "lora_paths": Refused(_PINNED_LORA, _UNSET, advice=_WITHOUT),
         "enable_memory_saver": _no("memory that is given back while the server sleeps", advice=_WITHOUT),
         "cpu_offload_gb": _no("weights off the device", (0,), advice=_WITHOUT),
         "enable_hierarchical_cache": _no(_HICACHE, advice=_WITHOUT),
         # SGLang exchanges the ranks' tokens in pinned memory, by a Triton kernel and by collectives of GPUs.
         "enable_dp_attention": Refused("serves data-parallel attention on GPUs only", advice=_WITHOUT),
-        **_NO_PREFILL_CP,
-        **_NO_DECODE_CP,
+        **_NO_CONTEXT_PARALLEL,
     },
 }
 
@@ -207,20 +203,29 @@ IN_PAIRS: Mapping[str, Refused] = {
     "enable_hierarchical_cache": _no("hierarchical cache of prefill and decode servers", advice=_WITHOUT),
 }
 
+
+def _beside(split: str) -> dict[str, Refused]:
+    """What neither split of a context over GPUs was tried with."""
+    return {
+        "speculative_algorithm": _no(f"speculative decoding beside {split}", _UNSET),
+        "dp_size": _no(f"data-parallel attention beside {split}", (1,), asked=True),
+        "attn_dp_size": _no(f"data-parallel attention beside {split}", (1,), asked=True),
+        "pp_size": _no(f"pipeline parallelism beside {split}", (1,)),
+        "enable_lora": _no(f"LoRA beside {split}", (None, False)),
+        "lora_paths": _no(f"LoRA beside {split}", _UNSET),
+        "enable_hierarchical_cache": _no(f"hierarchical cache beside {split}"),
+    }
+
+
+_SPLIT_PREFILL = "a prefill that is split over GPUs"
 #: What a server whose prefill is split over GPUs refuses beside `REFUSED`: it was never tried there.
 WITH_PREFILL_CP: Mapping[str, Refused] = {
     "disaggregation_mode": _no("prefill and decode servers that split prefill over GPUs", ("null",), advice=_WITHOUT),
-    "speculative_algorithm": _no("speculative decoding beside a prefill that is split over GPUs", _UNSET),
-    "dp_size": _no("data-parallel attention beside a prefill that is split over GPUs", (1,), asked=True),
-    "attn_dp_size": _no("data-parallel attention beside a prefill that is split over GPUs", (1,), asked=True),
-    "pp_size": _no("pipeline parallelism beside a prefill that is split over GPUs", (1,)),
-    "enable_mixed_chunk": _no("decode in the batches of a prefill that is split over GPUs"),
-    "enable_lora": _no("LoRA beside a prefill that is split over GPUs", (None, False)),
-    "lora_paths": _no("LoRA beside a prefill that is split over GPUs", _UNSET),
-    "enable_hierarchical_cache": _no("hierarchical cache beside a prefill that is split over GPUs"),
+    "enable_mixed_chunk": _no(f"decode in the batches of {_SPLIT_PREFILL}"),
+    **_beside(_SPLIT_PREFILL),
 }
 
-_BESIDE_DCP = "beside a cache whose tokens are split over GPUs"
+_SPLIT_CACHE = "a cache whose tokens are split over GPUs"
 #: What a server with decode context parallelism refuses beside `REFUSED`: it was never tried there.
 WITH_DECODE_CP: Mapping[str, Refused] = {
     "dcp_comm_backend": _no(
@@ -229,23 +234,17 @@ WITH_DECODE_CP: Mapping[str, Refused] = {
         advice="Start with --dcp-comm-backend a2a or ag_rs",
     ),
     "dcp_replicate_q_proj": _no(
-        f"projections of every GPU's queries on each {_BESIDE_DCP}",
+        f"projections of every GPU's queries on each beside {_SPLIT_CACHE}",
         (None, False),
         advice="Start with --no-dcp-replicate-q-proj",
     ),
     "disaggregation_mode": _no("prefill and decode servers that split a cache's tokens", ("null",), advice=_WITHOUT),
-    "speculative_algorithm": _no(f"speculative decoding {_BESIDE_DCP}", _UNSET),
-    "dp_size": _no(f"data-parallel attention {_BESIDE_DCP}", (1,), asked=True),
-    "attn_dp_size": _no(f"data-parallel attention {_BESIDE_DCP}", (1,), asked=True),
-    "pp_size": _no(f"pipeline parallelism {_BESIDE_DCP}", (1,)),
-    "enable_prefill_cp": _no(f"a split prefill {_BESIDE_DCP}"),
-    "enable_dsa_prefill_context_parallel": _no(f"a split prefill {_BESIDE_DCP}"),
+    "enable_prefill_cp": _no(f"a split prefill beside {_SPLIT_CACHE}"),
+    "enable_dsa_prefill_context_parallel": _no(f"a split prefill beside {_SPLIT_CACHE}"),
     # SGLang takes every GPU's part of the prefixes for equally long, which those of decoding requests are not.
-    "enable_mixed_chunk": _no(f"decode in the batches of a prefill {_BESIDE_DCP}"),
-    "enable_lora": _no(f"LoRA {_BESIDE_DCP}", (None, False)),
-    "lora_paths": _no(f"LoRA {_BESIDE_DCP}", _UNSET),
-    "enable_memory_saver": _no(f"memory that is given back while the server sleeps {_BESIDE_DCP}"),
-    "enable_hierarchical_cache": _no(f"hierarchical cache {_BESIDE_DCP}"),
+    "enable_mixed_chunk": _no(f"decode in the batches of a prefill beside {_SPLIT_CACHE}"),
+    "enable_memory_saver": _no(f"memory that is given back while the server sleeps beside {_SPLIT_CACHE}"),
+    **_beside(_SPLIT_CACHE),
 }
 
 #: Arguments that concern attention and are taken with any value; some are checked elsewhere with the model at hand.
@@ -416,16 +415,18 @@ REFUSED_VARIABLES: Mapping[str, Refused] = {
     "SGLANG_DSA_FUSE_TOPK": _FUSED_TOPK,
     "SGLANG_NSA_FUSE_TOPK": _FUSED_TOPK,
     "SGLANG_DSA_TOPK_BROADCAST": Refused("does not broadcast one GPU's top-k to the others", OFF, advice="Unset it"),
-    "SGLANG_DSA_TOPK_FLASHINFER_DETERMINISTIC": _STOCK_SWITCH,
     "SGLANG_DSA_TOPK_FLASHINFER_TIE_BREAK": Refused(_STOCK_SWITCH.why, ("",), advice="Unset it"),
+    "SGLANG_DSA_TRITON_PREFILL": Refused(_STOCK_SWITCH.why, ("",), advice="Unset it"),
     "SGLANG_DSA_HIP_DISABLE_PRESHUFFLE": _HIP_PRESHUFFLE,
     "SGLANG_NSA_HIP_DISABLE_PRESHUFFLE": _HIP_PRESHUFFLE,
-    "SGLANG_DISABLE_DSA_INDEXER_FUSION": _STOCK_SWITCH,
-    "SGLANG_DSA_TRITON_PREFILL": Refused(_STOCK_SWITCH.why, ("",), advice="Unset it"),
-    "SGLANG_ENABLE_DSA_Q8KV8_BORN_FP8_Q": _STOCK_SWITCH,
-    "SGLANG_ENABLE_DSA_Q8KV8_TOPK_LENGTH": _STOCK_SWITCH,
-    "SGLANG_ENABLE_DSA_Q8KV8_QPREP_OVERLAP": _STOCK_SWITCH,
-    "SGLANG_ENABLE_DSA_Q8KV8_KV_CAT_FUSION": _STOCK_SWITCH,
+    **dict.fromkeys(
+        _names("""
+        SGLANG_DSA_TOPK_FLASHINFER_DETERMINISTIC SGLANG_DISABLE_DSA_INDEXER_FUSION SGLANG_ENABLE_DSA_Q8KV8_BORN_FP8_Q
+        SGLANG_ENABLE_DSA_Q8KV8_TOPK_LENGTH SGLANG_ENABLE_DSA_Q8KV8_QPREP_OVERLAP
+        SGLANG_ENABLE_DSA_Q8KV8_KV_CAT_FUSION
+        """),
+        _STOCK_SWITCH,
+    ),
 }
 #: Those that are taken: stock's dense prefill and its indexer's memory, which serve under nsa_plugin too, kernels that
 #: would not run anyway, and pooled index keys, which are refused by the model's configuration.
@@ -437,44 +438,31 @@ OTHER_VARIABLES: frozenset[str] = frozenset(
     """)
 )
 
-_HYBRID = "mixes MLA with layers of linear attention"
-_OWN_CODE = "has an attention module of its own, which nsa_plugin was never tried with"
-_NEVER_A_DRAFT = "is a draft model that was never run with nsa_plugin"
-#: What SGLang calls an MLA model, and why it is not served; "" is served. What is not listed is refused.
-ARCHITECTURES: Mapping[str, str] = {
-    **dict.fromkeys(
-        _names("""
-        DeepseekV2ForCausalLM DeepseekV3ForCausalLM DeepseekV3ForCausalLMNextN DeepseekV32ForCausalLM
-        GlmMoeDsaForCausalLM Glm4MoeLiteForCausalLM LongcatFlashForCausalLM KimiK25ForConditionalGeneration
-        KimiVLForConditionalGeneration DotsVLMForCausalLM MistralLarge3ForCausalLM PixtralForConditionalGeneration
-        GlmMoeDsaForCausalLMNextN
-        """),
-        "",
-    ),
-    **dict.fromkeys(
-        _names("""
-        Glm4MoeLiteForCausalLMNextN LongcatFlashForCausalLMNextN MistralLarge3ForCausalLMEagle
-        Glm5NextForConditionalGenerationNextN
-        """),
-        _NEVER_A_DRAFT,
-    ),
-    **dict.fromkeys(
-        _names("""
-        KimiLinearForCausalLM KimiK3LinearForCausalLM KimiK3ForConditionalGeneration BailingMoeV2_5ForCausalLM
-        BailingMoeForCausalLMNextN BailingMoeV3ForCausalLM BailingMoeV3VLForConditionalGeneration
-        GigaChat35ForCausalLM GigaChat35ForCausalLMNextN Glm5NextForConditionalGeneration
-        """),
-        _HYBRID,
-    ),
-    "HYV4ForCausalLM": "has a learnable attention sink and a gate",
-    "HYV4ForCausalLMNextN": "has a learnable attention sink and a gate",
-    "Dots3NoteForCausalLM": "has gates, and layers that see a window only",
-    "Dots3NoteForCausalLMNextN": "has gates, and layers that see a window only",
-    "SarvamMLAForCausalLM": _OWN_CODE,
-    "Eagle3DeepseekV2ForCausalLM": "is a draft model that is not the model's own next-token layer",
-    "DeepseekVL2ForCausalLM": "was never run with nsa_plugin",
-    "MiniCPM3ForCausalLM": "has narrower latents, and was never run with nsa_plugin",
+#: What SGLang calls an MLA model, by why it is not served; "" is served.
+_ARCHITECTURES: Mapping[str, str] = {
+    "": """
+    DeepseekV2ForCausalLM DeepseekV3ForCausalLM DeepseekV3ForCausalLMNextN DeepseekV32ForCausalLM GlmMoeDsaForCausalLM
+    Glm4MoeLiteForCausalLM LongcatFlashForCausalLM KimiK25ForConditionalGeneration KimiVLForConditionalGeneration
+    DotsVLMForCausalLM MistralLarge3ForCausalLM PixtralForConditionalGeneration GlmMoeDsaForCausalLMNextN
+    """,
+    "is a draft model that was never run with nsa_plugin": """
+    Glm4MoeLiteForCausalLMNextN LongcatFlashForCausalLMNextN MistralLarge3ForCausalLMEagle
+    Glm5NextForConditionalGenerationNextN
+    """,
+    "mixes MLA with layers of linear attention": """
+    KimiLinearForCausalLM KimiK3LinearForCausalLM KimiK3ForConditionalGeneration BailingMoeV2_5ForCausalLM
+    BailingMoeForCausalLMNextN BailingMoeV3ForCausalLM BailingMoeV3VLForConditionalGeneration
+    GigaChat35ForCausalLM GigaChat35ForCausalLMNextN Glm5NextForConditionalGeneration
+    """,
+    "has a learnable attention sink and a gate": "HYV4ForCausalLM HYV4ForCausalLMNextN",
+    "has gates, and layers that see a window only": "Dots3NoteForCausalLM Dots3NoteForCausalLMNextN",
+    "has an attention module of its own, which nsa_plugin was never tried with": "SarvamMLAForCausalLM",
+    "is a draft model that is not the model's own next-token layer": "Eagle3DeepseekV2ForCausalLM",
+    "was never run with nsa_plugin": "DeepseekVL2ForCausalLM",
+    "has narrower latents, and was never run with nsa_plugin": "MiniCPM3ForCausalLM",
 }
+#: Why an architecture is not served; "" is served. What is not listed is refused.
+ARCHITECTURES: Mapping[str, str] = {name: reason for reason, names in _ARCHITECTURES.items() for name in names.split()}
 #: Those that were run with an indexer: SGLang takes one in more of them.
 INDEXED: frozenset[str] = frozenset(
     _names("DeepseekV32ForCausalLM DeepseekV3ForCausalLMNextN GlmMoeDsaForCausalLM GlmMoeDsaForCausalLMNextN")
