@@ -35,12 +35,10 @@ def create_backend(runner: contract.ModelRunner) -> Any:
 
 
 def _cpu_backend(runner: Any) -> Any:
-    from sglang.srt.configs.model_config import is_deepseek_dsa
-
     from nsa_backend_plugin.engine.cpu import bridges
     from nsa_backend_plugin.engine.cpu.backend import NsaPluginCpuBackend
 
-    if not is_deepseek_dsa(runner.model_config.hf_config):
+    if not launch.has_indexer(runner.model_config):
         latent_rows.check_plain(runner.kv_cache_dtype, runner.dtype, "cpu")
     elif not runner.kv_cache_dtype.is_floating_point or runner.kv_cache_dtype.itemsize < 2:
         raise ValueError(
@@ -53,10 +51,8 @@ def _cpu_backend(runner: Any) -> Any:
 
 
 def _gpu_backend(runner: Any) -> Any:
-    from sglang.srt.configs.model_config import is_deepseek_dsa
-
     hooks.install("gpu")
-    if not is_deepseek_dsa(runner.model_config.hf_config):
+    if not launch.has_indexer(runner.model_config):
         if rocm.on_rocm():
             raise ValueError(
                 "nsa_plugin serves MLA models without an indexer on NVIDIA and CPU only, not on ROCm: choose another "

@@ -12,6 +12,7 @@ import torch
 
 from nsa_backend_plugin import BACKEND_NAME, settings
 from nsa_backend_plugin.engine import arguments, contract, hooks, inspection, kernels, latent_rows, release
+from nsa_backend_plugin.engine.cpu import bridges
 from nsa_backend_plugin.engine.gpu import rocm
 from nsa_backend_plugin.layouts import INDEX_DIM, INDEX_PAGE_SIZE, LATENT_DIM, ROPE_DIM
 from nsa_backend_plugin.ops import dense_mla, dispatch
@@ -52,7 +53,7 @@ def checked_resolution(resolve: Callable[..., Any], server_args: Any, *args: Any
     _split_indexers_prefill(server_args)
     _choose_for_split_cache(server_args)
     page_size = server_args.page_size  # as the user wrote it: SGLang replaces it for DSA models, with a warning only
-    with _cpu_resolution(), rocm.resolution():
+    with bridges.no_cuda_capability(), rocm.resolution():
         result = resolve(server_args, *args, **kwargs)
     if str(server_args.model_path).lower() not in ("none", "dummy"):
         model = release.model_config(server_args)
@@ -155,7 +156,7 @@ def check_untested() -> None:
 
 def check_model(model: contract.ModelConfig, page_size: int | None) -> None:
     """Raise ValueError for a model (SGLang's ModelConfig) or page size (None = not chosen) that cannot be served."""
-    from sglang.srt.configs.model_config import AttentionArch, is_deepseek_dsa
+    from sglang.srt.configs.model_config import AttentionArch
 
     architectures = model.hf_config.architectures or ["unknown architecture"]
     name = ", ".join(architectures)
@@ -170,7 +171,7 @@ def check_model(model: contract.ModelConfig, page_size: int | None) -> None:
             raise ValueError(
                 f"{architecture} {reason}: nsa_plugin does not serve it. Choose another --attention-backend"
             )
-    features = MODEL_FEATURES + DSA_FEATURES if is_deepseek_dsa(model.hf_config) else MODEL_FEATURES
+    features = MODEL_FEATURES + DSA_FEATURES if has_indexer(model) else MODEL_FEATURES
     for entry, served, meaning in features:
         if (value := _entry(model, entry)) not in served:
             raise ValueError(f"{name} has {entry} {value}: nsa_plugin does not serve {meaning}")
@@ -185,13 +186,13 @@ def check_model(model: contract.ModelConfig, page_size: int | None) -> None:
             f"{name} has index_topk {topk}: nsa_plugin was never tried with an indexer in it. Choose another "
             "--attention-backend"
         )
-    if not is_deepseek_dsa(model.hf_config):
+    if not has_indexer(model):
         _check_page_size(name, page_size, dense_mla.PAGE_SIZES)
         return
     _check_page_size(f"{name} (DSA)", page_size, (INDEX_PAGE_SIZE,))
     if model.hf_config.index_head_dim != INDEX_DIM:
         raise ValueError(f"{name} has index_head_dim {model.hf_config.index_head_dim}: nsa_plugin serves {INDEX_DIM}")
-    _check_shared_topk(name, model.hf_config)
+    _check_shared_topk(name, model)
 
 
 def check_drafts(model: contract.ModelConfig, algorithm: str | None, role: str = "null") -> None:
@@ -231,9 +232,7 @@ def check_hierarchical_cache(server_args: Any) -> None:
 
 def check_kv_cache(model: contract.ModelConfig, name: str, algorithm: str | None) -> None:
     """Raise ValueError for a --kv-cache-dtype that a model without an indexer, or its drafts, are not served with."""
-    from sglang.srt.configs.model_config import is_deepseek_dsa
-
-    if is_deepseek_dsa(model.hf_config):
+    if has_indexer(model):
         return
     latent_rows.check_name(name, ", ".join(model.hf_config.architectures))
     latent_rows.check_drafts(name == "fp8_e4m3", algorithm)
@@ -250,8 +249,6 @@ def check_stages(model: contract.ModelConfig, stages: int) -> None:
 
 def check_context_parallel(model: contract.ModelConfig, server_args: Any) -> None:
     """Raise ValueError for prefill context parallelism as nsa_plugin does not serve it."""
-    from sglang.srt.configs.model_config import is_deepseek_dsa
-
     if not _splits_prefill(server_args):
         if (size := getattr(server_args, "attn_cp_size", 1)) > 1:
             raise ValueError(
@@ -259,7 +256,7 @@ def check_context_parallel(model: contract.ModelConfig, server_args: Any) -> Non
                 "same attention. Add --enable-prefill-cp --cp-strategy interleave, or start without it"
             )
         return
-    if not is_deepseek_dsa(model.hf_config):
+    if not has_indexer(model):
         raise ValueError(
             f"--enable-prefill-cp with {', '.join(model.hf_config.architectures)}: nsa_plugin serves prefill context "
             "parallelism of models with an indexer only. Start without it"
@@ -280,8 +277,6 @@ def check_context_parallel(model: contract.ModelConfig, server_args: Any) -> Non
 
 def check_decode_context_parallel(model: contract.ModelConfig, server_args: Any) -> None:
     """Raise ValueError for decode context parallelism as nsa_plugin does not serve it."""
-    from sglang.srt.configs.model_config import is_deepseek_dsa
-
     if (size := getattr(server_args, "dcp_size", 1)) == 1:
         return
     if size < 1 or server_args.tp_size % size:
@@ -289,7 +284,7 @@ def check_decode_context_parallel(model: contract.ModelConfig, server_args: Any)
             f"--dcp-size {size} with --tp {server_args.tp_size}: expected a number of GPUs that divides that of tensor "
             "parallelism"
         )
-    if not is_deepseek_dsa(model.hf_config):
+    if not has_indexer(model):
         return
     if not release.exists(SPLITS_ROWS_OF_INDEXED):
         raise ValueError(
@@ -324,39 +319,46 @@ def check_platform(device: str) -> None:
         )
 
 
+def has_indexer(model: contract.ModelConfig) -> bool:
+    """Whether SGLang takes a model for one with an indexer (DSA)."""
+    from sglang.srt.configs.model_config import is_deepseek_dsa
+
+    return is_deepseek_dsa(model.hf_config)
+
+
 def _entry(model: contract.ModelConfig, name: str) -> Any:
     """An entry of the model's configuration or of its language model's; None where neither has a value."""
     return next((v for c in (model.hf_config, model.hf_text_config) if (v := getattr(c, name, None))), None)
 
 
-def _indexers(config: Any) -> list[str]:
-    """Of each layer of a Hugging Face configuration, "full" or "shared" (with the layer before), as SGLang reads it."""
-    from sglang.srt.configs.model_config import dsa_layer_skips_topk, is_deepseek_dsa
+def _indexers(model: contract.ModelConfig) -> list[str]:
+    """Of each layer of a model with an indexer, "full" or "shared" (with the layer before), as SGLang reads it."""
+    from sglang.srt.configs.model_config import dsa_layer_skips_topk
 
-    if not is_deepseek_dsa(config):
-        return []
-    return ["shared" if dsa_layer_skips_topk(config, layer) else "full" for layer in range(config.num_hidden_layers)]
+    config = model.hf_config
+    layers = range(config.num_hidden_layers) if has_indexer(model) else ()
+    return ["shared" if dsa_layer_skips_topk(config, layer) else "full" for layer in layers]
 
 
 def _refuse_shared_topk(argument: str, model: contract.ModelConfig) -> None:
     """Raise ValueError where layers share their top-k."""
-    if "shared" in _indexers(model.hf_config):
+    if "shared" in _indexers(model):
         raise ValueError(
             f"{argument} with {', '.join(model.hf_config.architectures)}, whose layers share their top-k: "
             "nsa_plugin was never run with it. Start without it"
         )
 
 
-def _check_shared_topk(name: str, config: Any) -> None:
+def _check_shared_topk(name: str, model: contract.ModelConfig) -> None:
     """Raise ValueError where SGLang would let a layer take the top-k of another than the configuration says.
 
     It then runs an indexer without weights, or attends to everything, and says nothing: 0.5.17 does not read
     `indexer_types`.
     """
-    found = _indexers(config)
+    found = _indexers(model)
     if found[0] == "shared":
         raise ValueError(f"{name} begins with a layer that takes the top-k of one before: nsa_plugin serves none such")
-    types = getattr(config, "indexer_types", None)
+    types = getattr(model.hf_config, "indexer_types", None)
     if types is not None and list(types) != found:
         raise ValueError(
             f"{name} has indexer_types {list(types)}, which SGLang {release.version()} reads as {found}. Write "
@@ -438,9 +440,3 @@ def _defaults(args_class: type) -> dict[str, Any]:
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
-
-
-def _cpu_resolution() -> Any:
-    from nsa_backend_plugin.engine.cpu import bridges
-
-    return bridges.no_cuda_capability()
