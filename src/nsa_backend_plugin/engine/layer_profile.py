@@ -152,10 +152,7 @@ def load(server_args: list[str]) -> tuple[Any, Any, Any]:
     args = prepare_server_args(server_args)
     if hasattr(args, "resolve_once"):
         args.resolve_once()
-    if args.tp_size * args.pp_size != 1:  # the other ranks would never come
-        raise SystemExit(
-            f"tensor parallel size {args.tp_size}, pipeline parallel size {args.pp_size}: expected 1 and 1"
-        )
+    check_one_rank(args)
     one_batch._set_envs_and_config(args)
     _initialize(one_batch, args)
     one_batch.configure_logger(args, prefix="")
