@@ -18,12 +18,16 @@ _LIBRARIES = ("sglang", "torch", "triton", "transformers")
 def versions() -> dict[str, str | None]:
     """Installed versions in this process's environment (None: not installed), and this package's own with commit."""
     found: dict[str, str | None] = {"nsa-backend-plugin": __version__, "commit": commit()}
-    for name in _LIBRARIES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
+    found |= {name: installed_version(name) for name in _LIBRARIES}
     return {**found, "python": platform.python_version()}
+
+
+def installed_version(distribution: str) -> str | None:
+    """None when it is not installed."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def commit(source: str | None = None) -> str | None:

@@ -142,11 +142,13 @@ def validate() -> None:
     """Parse every setting, and refuse unknown NSA_PLUGIN_* names: a typing error must not be ignored."""
     for name in SETTINGS:
         get(name)
-    unknown = sorted(n for n in os.environ if n.startswith("NSA_PLUGIN_") and n not in SETTINGS)
-    if unknown:
-        raise ValueError(
-            f"unknown setting {unknown[0]}={os.environ[unknown[0]]!r}: valid names are {', '.join(SETTINGS)}"
-        )
+    if names := unknown():
+        raise ValueError(f"unknown setting {names[0]}={os.environ[names[0]]!r}: valid names are {', '.join(SETTINGS)}")
+
+
+def unknown() -> list[str]:
+    """NSA_PLUGIN_* variables of the environment that are no settings."""
+    return sorted(name for name in os.environ if name.startswith("NSA_PLUGIN_") and name not in SETTINGS)
 
 
 def markdown() -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from scipy.stats import binomtest
 
 from nsa_backend_plugin.accuracy.ask import Answer
+from nsa_backend_plugin.accuracy.sgl_eval import ChatAnswer
 
 CONFIDENCE = 0.95
 
@@ -27,25 +28,32 @@ class Accuracy:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Paired:
     """Paired comparison of run `b` with run `a`.
 
     only_a, only_b: questions that only one of them got right. p_value: exact McNemar test of only_a against only_b.
-    agreement: share of equal predictions. logprob_difference: mean |logprob a - logprob b| over the tokens before
-    the first one that differs; None when there are none.
+    agreement: share of equal predictions.
     """
 
     only_a: int
     only_b: int
     p_value: float
     agreement: float
-    same_text: float
-    logprob_difference: float | None
 
     @property
     def differs(self) -> bool:
         """Whether accuracy differs by more than chance."""
         return self.p_value < 1 - CONFIDENCE
+
+
+@dataclass(frozen=True)
+class Comparison(Paired):
+    """Of completions. same_text: share of equal texts. logprob_difference: mean |logprob a - logprob b| over the tokens
+    before the first one that differs; None when there are none.
+    """
+
+    same_text: float
+    logprob_difference: float | None
 
 
 def accuracy(correct: Sequence[bool]) -> Accuracy:
@@ -62,18 +70,22 @@ def mcnemar(only_a: int, only_b: int) -> float:
     return 1.0 if discordant == 0 else float(binomtest(only_a, discordant).pvalue)
 
 
+def paired(a: Sequence[Answer | ChatAnswer], b: Sequence[Answer | ChatAnswer]) -> Paired:
+    """Of answers to the same questions in the same order."""
+    both = list(zip(a, b, strict=True))
+    only_a = sum(x.correct and not y.correct for x, y in both)
+    only_b = sum(y.correct and not x.correct for x, y in both)
+    agreement = sum(x.predicted == y.predicted for x, y in both) / len(both)
+    return Paired(only_a, only_b, mcnemar(only_a, only_b), agreement)
+
+
 def compare(a: Sequence[Answer], b: Sequence[Answer]) -> Comparison:
     """Raises ValueError when the runs did not answer the same prompts in the same order."""
     if [x.prompt_hash for x in a] != [y.prompt_hash for y in b]:
         raise ValueError("the two runs did not answer the same prompts")
-    only_a = sum(x.correct and not y.correct for x, y in zip(a, b, strict=True))
-    only_b = sum(y.correct and not x.correct for x, y in zip(a, b, strict=True))
     differences = [d for x, y in zip(a, b, strict=True) for d in _logprob_differences(x, y)]
     return Comparison(
-        only_a=only_a,
-        only_b=only_b,
-        p_value=mcnemar(only_a, only_b),
-        agreement=sum(x.predicted == y.predicted for x, y in zip(a, b, strict=True)) / len(a),
+        **asdict(paired(a, b)),
         same_text=sum(x.text == y.text for x, y in zip(a, b, strict=True)) / len(a),
         logprob_difference=sum(differences) / len(differences) if differences else None,
     )

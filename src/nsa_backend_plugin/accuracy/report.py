@@ -10,9 +10,8 @@ from itertools import combinations
 from typing import Any
 
 from nsa_backend_plugin import environment
-from nsa_backend_plugin.accuracy.compare import CONFIDENCE, accuracy, compare, mcnemar
+from nsa_backend_plugin.accuracy.compare import Paired, accuracy, compare, paired
 from nsa_backend_plugin.accuracy.runs import Run
-from nsa_backend_plugin.accuracy.sgl_eval import ChatAnswer
 
 
 def build(runs: Sequence[Run], command: Sequence[str], data: dict[str, Any]) -> dict[str, Any]:
@@ -91,28 +90,18 @@ def _accuracy(correct: list[bool]) -> dict[str, Any]:
 
 
 def _pair(a: Run, b: Run) -> dict[str, Any]:
-    found = compare(a.answers, b.answers)
-    pair = {
+    pair: dict[str, Any] = {
         "first": a.arm.text,
         "second": b.arm.text,
-        "completion": {**asdict(found), "differs": found.differs},
+        "completion": _compared(compare(a.answers, b.answers)),
     }
     if a.chat:
-        pair["sgl_eval"] = _chat_pair(a.chat, b.chat)
+        pair["sgl_eval"] = _compared(paired(a.chat, b.chat))
     return pair
 
 
-def _chat_pair(a: list[ChatAnswer], b: list[ChatAnswer]) -> dict[str, Any]:
-    only_a = sum(x.correct and not y.correct for x, y in zip(a, b, strict=True))
-    only_b = sum(y.correct and not x.correct for x, y in zip(a, b, strict=True))
-    p_value = mcnemar(only_a, only_b)
-    return {
-        "only_a": only_a,
-        "only_b": only_b,
-        "p_value": p_value,
-        "agreement": sum(x.predicted == y.predicted for x, y in zip(a, b, strict=True)) / len(a),
-        "differs": p_value < 1 - CONFIDENCE,
-    }
+def _compared(found: Paired) -> dict[str, Any]:
+    return {**asdict(found), "differs": found.differs}
 
 
 def _kernels(lines: list[str]) -> str:

@@ -17,6 +17,7 @@ from importlib import metadata, util
 from typing import Any, TypeVar
 
 from nsa_backend_plugin import BACKEND_NAME
+from nsa_backend_plugin.environment import installed_version
 
 T = TypeVar("T")
 
@@ -24,6 +25,7 @@ PLUGINS_GROUP = "sglang.srt.plugins"
 PLATFORMS_GROUP = "sglang.srt.platforms"
 PLUGIN, PLATFORM = BACKEND_NAME, "nsa_plugin_cpu"
 _DISTRIBUTION = "nsa-backend-plugin"
+_SUPPORTED_RELEASE = "install a supported SGLang release, see the table in README.md"
 _KERNEL_LIBRARIES = ("sgl_kernel", "deep_gemm", "flash_mla", "flashinfer", "tilelang", "aiter")
 
 
@@ -101,19 +103,12 @@ def check_import(server: subprocess.Popen[str], problems: Problems) -> None:
 def versions() -> dict[str, str | None]:
     """Installed version by module name; None when not installed."""
     distributions = metadata.packages_distributions()
-    found: dict[str, str | None] = {_DISTRIBUTION: _version(_DISTRIBUTION)}
+    found: dict[str, str | None] = {_DISTRIBUTION: installed_version(_DISTRIBUTION)}
     for module in ("sglang", "torch", "triton", "transformers", *_KERNEL_LIBRARIES):
         installed = util.find_spec(module) is not None
         names = distributions.get(module, [module])
-        found[module] = next(filter(None, map(_version, names)), "unknown version") if installed else None
+        found[module] = next(filter(None, map(installed_version, names)), "unknown version") if installed else None
     return found
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def check_versions(found: Mapping[str, str | None], problems: Problems) -> None:
@@ -128,7 +123,7 @@ def check_versions(found: Mapping[str, str | None], problems: Problems) -> None:
         try:
             release.require_supported()
         except ValueError as error:
-            problems.add(str(error), "install a supported SGLang release, see the table in README.md")
+            problems.add(str(error), _SUPPORTED_RELEASE)
 
 
 def device() -> dict[str, str | int]:
@@ -200,9 +195,8 @@ def settings_in_force(problems: Problems) -> list[dict[str, str]]:
             values[name] = settings.get(name)
         except ValueError as error:
             problems.add(str(error), f"correct or unset {name}; ENVS.md lists the values")
-    for name in sorted(os.environ):
-        if name.startswith("NSA_PLUGIN_") and name not in settings.SETTINGS:
-            problems.add(f"unknown setting {name}={os.environ[name]!r}", f"unset {name}; ENVS.md lists the valid names")
+    for name in settings.unknown():
+        problems.add(f"unknown setting {name}={os.environ[name]!r}", f"unset {name}; ENVS.md lists the valid names")
     if values.get("NSA_PLUGIN_DISABLE") is True:
         problems.add("NSA_PLUGIN_DISABLE is on: the backend name is not registered", "unset NSA_PLUGIN_DISABLE")
     return rows
@@ -261,10 +255,7 @@ def hooks(on_cpu: bool, problems: Problems) -> list[dict[str, Any]]:
     from nsa_backend_plugin.engine.ledger import LEDGER
 
     for name in contract.missing():
-        problems.add(
-            f"the installed SGLang has no attribute {name}, which the plugin reads",
-            "install a supported SGLang release, see the table in README.md",
-        )
+        problems.add(f"the installed SGLang has no attribute {name}, which the plugin reads", _SUPPORTED_RELEASE)
 
     rows = []
     for row in LEDGER:
@@ -282,10 +273,7 @@ def hooks(on_cpu: bool, problems: Problems) -> list[dict[str, Any]]:
             }
         )
         if needed and not exists:
-            problems.add(
-                f"hook {row.name}: the installed SGLang has no {row.path}",
-                "install a supported SGLang release, see the table in README.md",
-            )
+            problems.add(f"hook {row.name}: the installed SGLang has no {row.path}", _SUPPORTED_RELEASE)
     return rows
 
 

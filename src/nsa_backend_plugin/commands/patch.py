@@ -10,7 +10,6 @@ written, with nothing changed; 2 when there is nothing to work on.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -28,8 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from nsa_backend_plugin import patching
+    from nsa_backend_plugin.engine.release import installed_package
 
-    sglang = options.sglang or _installed()
+    sglang = options.sglang or installed_package()
     try:
         patches = _checkout.find("patches")
         known = sorted({name for release in patching.releases(patches) for name in release.index})
@@ -66,8 +66,3 @@ def _work(options: argparse.Namespace, patches: Path, sglang: Path) -> list[str]
         after = patching.state(release, name, sglang)
         lines.append(f"  {name}: {after}" + ("" if after == before[name] else f" (was {before[name]})"))
     return lines
-
-
-def _installed() -> Path | None:
-    spec = importlib.util.find_spec("sglang")
-    return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
