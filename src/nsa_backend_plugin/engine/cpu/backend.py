@@ -69,40 +69,28 @@ class NsaPluginCpuBackend(AttentionBackend):
             raise ValueError(
                 "nsa_plugin got queries that are concatenated already: FORWARD_ABSORB_CORE_ATTENTION_BACKENDS lacks it"
             )
+        kv = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
         if save_kv_cache:
-            self._save(k, k_rope, layer, forward_batch.out_cache_loc)
+            slots = forward_batch.out_cache_loc
+            latent, rope = k.view(len(slots), -1), k_rope.reshape(len(slots), -1)
+            latent_cache.store(latent, rope, kv, slots, kv_scale=plain_fp8_scale(kv))
         q_all = self._position_scaling(query.absorbed(q, q_rope, layer), forward_batch.positions)
-        out = self._dense(q_all, layer) if topk_indices is None else self._sparse(q_all, layer, topk_indices)
+        out = q_all.new_empty(*q_all.shape[:2], layer.v_head_dim)
+        if topk_indices is not None:
+            sparse_mla.attend(q_all, kv, topk_indices, layer.scaling, value_dim=layer.v_head_dim, out=out)
+        else:
+            rows = self.indexer_rows(forward_batch)
+            dense_mla.decode(
+                q_all,
+                kv,
+                rows.block_table(),
+                rows.lengths,
+                layer.scaling,
+                page_size=self.page_size,
+                kv_scale=plain_fp8_scale(kv),
+                value_dim=layer.v_head_dim,
+                out=out,
+            )
         return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)
 
     forward_extend = forward_decode
-
-    def _save(self, k: torch.Tensor, k_rope: torch.Tensor, layer: Any, slots: torch.Tensor) -> None:
-        tokens = slots.shape[0]
-        cache = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
-        latent_cache.store(
-            k.view(tokens, -1), k_rope.reshape(tokens, -1), cache, slots, kv_scale=plain_fp8_scale(cache)
-        )
-
-    def _dense(self, q_all: torch.Tensor, layer: Any) -> torch.Tensor:
-        assert self._rows is not None
-        out = q_all.new_empty(*q_all.shape[:2], layer.v_head_dim)
-        kv = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
-        dense_mla.decode(
-            q_all,
-            kv,
-            self._rows.block_table(),
-            self._rows.lengths,
-            layer.scaling,
-            page_size=self.page_size,
-            kv_scale=plain_fp8_scale(kv),
-            value_dim=layer.v_head_dim,
-            out=out,
-        )
-        return out
-
-    def _sparse(self, q_all: torch.Tensor, layer: Any, slots: torch.Tensor) -> torch.Tensor:
-        out = q_all.new_empty(*q_all.shape[:2], layer.v_head_dim)
-        kv = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
-        sparse_mla.attend(q_all, kv, slots, layer.scaling, value_dim=layer.v_head_dim, out=out)
-        return out

@@ -143,21 +143,10 @@ class NsaPluginDSABackend(DeepseekSparseAttnBackend):
             self.token_to_kv_pool.set_mla_kv_buffer(layer, forward_batch.out_cache_loc, k, k_rope)
         return self._attend(q, q_rope, layer, topk_indices, forward_batch)
 
-    def forward_extend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor | None,
-        v: torch.Tensor | None,
-        layer: Any,
-        forward_batch: Any,
-        save_kv_cache: bool = True,
-        q_rope: torch.Tensor | None = None,
-        k_rope: torch.Tensor | None = None,
-        topk_indices: torch.Tensor | None = None,
-        **keywords: Any,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    def forward_extend(self, *arguments: Any, **keywords: Any) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """As `forward_decode`; SGLang's own where it prefills with dense attention."""
         forward = super().forward_extend if self.use_mha else self.forward_decode
-        return forward(q, k, v, layer, forward_batch, save_kv_cache, q_rope, k_rope, topk_indices, **keywords)
+        return forward(*arguments, **keywords)
 
     def _attend(
         self, q: torch.Tensor, q_rope: torch.Tensor | None, layer: Any, topk_indices: torch.Tensor | None, batch: Any
