@@ -473,8 +473,7 @@ def test_weights_are_merged_at_load_in_the_weights_memory(
         weight_cache_mode=cache,
     )
     monkeypatch.setattr(runtime_context, "get_server_args", lambda: arguments)
-    for module in (indexer_path, query_projection):
-        monkeypatch.setattr(module, "MergedWeights", Watched)
+    monkeypatch.setattr(linear_rule, "MergedWeights", Watched)
     model = Attention(wk=block_fp8(128))
     adapter = SimpleNamespace(region=region)
 

@@ -12,6 +12,7 @@ says. `scale_fmt` (any) rounds the query's scales. In exact mode the CPU's pool 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -132,13 +133,9 @@ def merge_projection(indexer: Any) -> None:
     """
     if indexer.use_dsa_indexer_fusion or hasattr(indexer, _MERGED) or obstacle(indexer):
         return
-    layers = wk, gate = indexer.wk, indexer.weights_proj
-
-    def still() -> str | None:
-        return linear.obstacle(wk) or linear.obstacle(gate)
-
-    matrix = [lambda: linear.bf16_weight(wk), lambda: linear.bf16_weight(gate)]
-    setattr(indexer, _MERGED, MergedWeights({"weight": matrix}, layers, still))
+    layers = indexer.wk, indexer.weights_proj
+    weight = [functools.partial(linear.bf16_weight, layer) for layer in layers]
+    setattr(indexer, _MERGED, linear.merged(layers, weight=weight))
 
 
 def project(indexer: Any, x: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:

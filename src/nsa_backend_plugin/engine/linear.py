@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from sglang.srt.layers.linear import ColumnParallelLinear, ReplicatedLinear, Row
 from sglang.srt.layers.quantization.fp8 import Fp8LinearMethod
 from sglang.srt.layers.quantization.fp8_utils import block_quant_dequant
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+
+from nsa_backend_plugin.runtime.merged_weights import MergedWeights, Rows
 
 
 def obstacle(layer: Any, row_parallel: bool = False) -> str | None:
@@ -31,6 +34,11 @@ def obstacle(layer: Any, row_parallel: bool = False) -> str | None:
         return None
     kind = "packed" if weight is None else str(weight.dtype)
     return f"its weight is {kind}, of {method.__name__}"
+
+
+def merged(layers: Sequence[Any], **matrices: Sequence[Rows]) -> MergedWeights:
+    """The weights of layers as one for as long as none has an `obstacle`. matrices: see `MergedWeights`."""
+    return MergedWeights(matrices, layers, lambda: next(filter(None, map(obstacle, layers)), None))
 
 
 def is_fp8_blocks(layer: Any) -> bool:

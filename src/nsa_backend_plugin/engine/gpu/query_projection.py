@@ -65,11 +65,7 @@ def merge(attn: Any) -> None:
     matrices = {"weight": [lambda: q_b.weight, lambda: wq_b.weight]}
     if linear.is_fp8_blocks(q_b):
         matrices["scale"] = [lambda: q_b.weight_scale_inv, lambda: wq_b.weight_scale_inv]
-
-    def still() -> str | None:
-        return linear.obstacle(q_b) or linear.obstacle(wq_b)
-
-    setattr(attn, _MERGED, MergedWeights(matrices, layers, still))
+    setattr(attn, _MERGED, linear.merged(layers, **matrices))
 
 
 def merged(attn: Any) -> MergedWeights | None:
