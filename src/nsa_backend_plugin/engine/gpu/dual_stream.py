@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-from types import TracebackType
 
 import torch
 
@@ -37,9 +36,7 @@ class Serial:
 
     def __enter__(self) -> None: ...
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    def __exit__(self, *exception: object) -> None: ...
 
     def join(self) -> None: ...
 
@@ -58,10 +55,8 @@ class SideLane(Serial):
     def __enter__(self) -> None:
         self._context.__enter__()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._context.__exit__(kind, error, trace)
+    def __exit__(self, *exception: object) -> None:
+        self._context.__exit__(*exception)
 
     def join(self) -> None:
         self._main.wait_stream(self._side)
