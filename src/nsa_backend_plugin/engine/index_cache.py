@@ -1,4 +1,4 @@
-"""The byte layout of the index-K pages as a property of the pool: declared once, checked by every reader and writer."""
+"""The byte layout of the index-K pages as a property of the pool: declared once, asked by every reader and writer."""
 
 from __future__ import annotations
 
@@ -36,11 +36,10 @@ def layout_of(pool: Any) -> str:
     return layout
 
 
-def pages(pool: Any, layer_id: int, layout: str) -> torch.Tensor:
-    """[pages, page_size*132] uint8 of a layer, for a reader or writer of `layout`; another layout is refused."""
-    if layout_of(pool) != layout:
-        raise ValueError(f"index-K pages are {layout_of(pool)}: refused a reader or writer of {layout}")
-    return pool.get_index_k_with_scale_buffer(layer_id=layer_id)
+def pages(pool: Any, layer_id: int) -> tuple[torch.Tensor, str]:
+    """([pages, page_size*132] uint8 of a layer, their layout). Raises ValueError as `layout_of`."""
+    layout = layout_of(pool)
+    return pool.get_index_k_with_scale_buffer(layer_id=layer_id), layout
 
 
 def name_layout(runner: Any) -> None:

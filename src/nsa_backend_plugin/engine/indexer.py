@@ -189,10 +189,10 @@ def store_key(indexer: Any, key: torch.Tensor, positions: torch.Tensor, slots: t
     if exact is not None:
         exact[slots.long()] = exact_indexer.key(*inputs, **options)
         return
-    layout = index_cache.layout_of(pool)
+    pages, layout = index_cache.pages(pool, indexer.layer_id)
     indexer_prep.key_store(
         *inputs,
-        index_cache.pages(pool, indexer.layer_id, layout),
+        pages,
         slots,
         hadamard=_is_rotated(indexer),
         layout=layout,
@@ -265,10 +265,10 @@ def _paged_logits(
 ) -> torch.Tensor:
     """[T, rows.columns] fp32; columns past a row's length are undefined."""
     q_fp8, weights = quantize_query(indexer, query, head_gate, positions)
-    layout = index_cache.layout_of(pool)
+    pages, layout = index_cache.pages(pool, indexer.layer_id)
     return mqa_logits.paged(
         q_fp8.view(-1, rows.adjacent, *q_fp8.shape[1:]),
-        index_cache.pages(pool, indexer.layer_id, layout),
+        pages,
         weights,
         rows.lengths if rows.adjacent == 1 else rows.lengths.view(-1, rows.adjacent),
         rows.block_table()[:: rows.adjacent],
@@ -287,9 +287,9 @@ def _select_ragged(
     assert rows.request is not None
     assert rows.seq_lens is not None
     query, weights = quantize_query(indexer, query, head_gate, positions)
-    layout = index_cache.layout_of(pool)
+    pages, layout = index_cache.pages(pool, indexer.layer_id)
     key, scale = index_key_cache.gather(
-        index_cache.pages(pool, indexer.layer_id, layout),
+        pages,
         rows.page_table,
         rows.seq_lens,
         layout=layout,
