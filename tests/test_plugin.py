@@ -68,12 +68,17 @@ def test_cpu_platform_stays_out_otherwise(command_line, argv):
         ("attention-backend: torch_native", False),
         ("- a list", False),
         ("a: [broken", False),
+        ("1: 2\nattention-backend: nsa_plugin", True),
+        ("attention-backend: nsa_plugin # caf\xe9", False),  # not UTF-8
         ("", False),
     ],
 )
-def test_cpu_platform_is_found_in_a_configuration_file(command_line, tmp_path, text, taken):
-    (tmp_path / "server.yaml").write_text(text)
-    command_line(["launch_server.py", "--config", str(tmp_path / "server.yaml")])
+@pytest.mark.parametrize("words", [1, 2])
+@pytest.mark.parametrize("name", ["server.yaml", "a=b c.yaml"])
+def test_cpu_platform_is_found_in_a_configuration_file(command_line, tmp_path, text, taken, words, name):
+    path = tmp_path / name
+    path.write_text(text, encoding="latin-1")
+    command_line(["launch_server.py", *(["--config", str(path)] if words == 2 else [f"--config={path}"])])
     assert (plugin.activate_cpu_platform() == CLASS) is taken
 
 

@@ -103,7 +103,8 @@ def _explained(error: Exception) -> RuntimeError:
 
 def _command_line_wants_cpu() -> bool:
     """Whether the command line names nsa_plugin and no device but the CPU. Spawned processes inherit the launcher's."""
-    words = " ".join(sys.argv[1:]).replace("=", " ").split()
+    pairs = (word.split("=", 1) if word.startswith("--") else [word] for word in sys.argv[1:])
+    words = list(itertools.chain(*pairs))
     words = [*_words_of_config(words), *words]  # the command line wins, as in SGLang
     devices = [device for flag, device in itertools.pairwise(words) if flag == "--device"]
     return BACKEND_NAME in words and devices[-1:] in ([], ["cpu"])
@@ -115,10 +116,10 @@ def _words_of_config(words: list[str]) -> list[str]:
         if flag == "--config" and os.path.isfile(path):
             import yaml  # SGLang's own dependency for these files
 
-            with open(path, encoding="utf-8") as file, contextlib.suppress(yaml.YAMLError):
+            with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError), open(path, encoding="utf-8") as file:
                 options = yaml.safe_load(file)
                 if isinstance(options, dict):
-                    return [w for name, v in options.items() for w in (f"--{name.replace('_', '-')}", str(v))]
+                    return [w for name, v in options.items() for w in (f"--{str(name).replace('_', '-')}", str(v))]
     return []
 
 

@@ -23,7 +23,7 @@ def enabled(tokens: int) -> bool:
     """
     choice = settings.get("NSA_PLUGIN_DUAL_STREAM")
     if choice == "auto" and torch.version.hip:
-        choice = os.environ.get(HIP_ALIAS, "0")
+        choice = "1" if os.environ.get(HIP_ALIAS, "").lower() in ("1", "true") else "0"
     if choice == "auto":
         return tokens <= AUTO_MAX_TOKENS and torch.cuda.is_current_stream_capturing()
     return choice == "1"

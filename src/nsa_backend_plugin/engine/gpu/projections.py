@@ -70,8 +70,7 @@ def takes(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None = No
 
 def takes_heads(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether ours multiplies tokens [T, heads, K] with W_UK or W_UV [heads, K, N]."""
-    tokens = x.shape[0]
-    return tokens <= MOST_TOKENS and tokens <= most_tokens_of_heads(weight, x.dtype)
+    return x.shape[0] <= MOST_TOKENS and most_tokens_of_heads(weight, x.dtype) > 0
 
 
 def most_tokens_of_heads(weight: torch.Tensor | None, dtype: torch.dtype) -> int:
