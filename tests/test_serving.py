@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import requests
 
 from nsa_backend_plugin import serving
 from tests.processes import gone
@@ -28,6 +29,10 @@ if taken:
     print(f"ERROR: [Errno 98] error while attempting to bind on address ('127.0.0.1', {port})", flush=True)
 if "--stuck" in sys.argv or taken:
     time.sleep(100)
+died = next((a.split("=")[1] for a in sys.argv if a.startswith("--died=")), "")
+if died and not os.path.exists(died):
+    open(died, "w").close()
+    raise SystemExit("EADDRINUSE" + chr(10) + ("more" + chr(10)) * 100)
 stubborn = "import time, signal; signal.signal(15, signal.SIG_IGN); time.sleep(100)"
 child = subprocess.Popen([sys.executable, "-c", stubborn])
 print("child", child.pid, flush=True)
@@ -93,6 +98,28 @@ def test_a_port_of_its_own_choice_that_is_taken_is_chosen_anew_once(tmp_path, fa
         always.start()
 
 
+def test_a_server_that_ends_for_another_port_of_its_processes_is_started_again(tmp_path, fake_sglang):
+    log, died = tmp_path / "log", tmp_path / "died"
+    with serving.Server("model", (f"--died={died}",), fake_sglang, log_path=log, timeout=30) as server:
+        assert died.exists()
+        assert server.get("/health") == b"ok"
+    died.unlink()
+    fixed = serving.Server(
+        "model", (f"--died={died}",), fake_sglang, port=serving.free_port(), log_path=log, timeout=30
+    )
+    with pytest.raises(serving.PortTakenError, match="exited with code 1"):
+        fixed.start()
+
+
+def test_an_answer_that_is_an_error_is_shown(tmp_path, fake_sglang):
+    with (
+        serving.Server("model", (), fake_sglang, log_path=tmp_path / "log", timeout=30) as server,
+        pytest.raises(requests.HTTPError, match=r"501 for /generate: [\s\S]*Unsupported method") as raised,
+    ):
+        server.post("/generate", {})
+    assert raised.value.response.status_code == 501
+
+
 def test_a_port_in_use_starts_nothing(tmp_path, fake_sglang):
     with socket.socket() as used:
         used.bind((serving.HOST, 0))
@@ -122,8 +149,8 @@ def test_a_free_port_is_free(monkeypatch):
         used.bind((serving.HOST, serving.free_port()))
         used.listen()
         taken = used.getsockname()[1]
-        drawn = iter([taken - 10_000, 7])
-        monkeypatch.setattr(serving.secrets, "randbelow", lambda below: next(drawn))
+        drawn = iter([taken, 10_007])
+        monkeypatch.setattr(serving.secrets, "choice", lambda ports: next(drawn))
         assert serving.free_port() == 10_007
 
 

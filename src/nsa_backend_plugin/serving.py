@@ -51,6 +51,12 @@ _SERVER_FIELDS = (
 _STOCK_FIELDS = ("dsa_prefill_backend", "dsa_decode_backend", "dsa_topk_backend", "dsa_paged_mqa_logits_backend")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _PORT_TAKEN = "error while attempting to bind on address"  # uvicorn's words
+#: What the last words of a server have in them, of which another program has one of the ports that SGLang drew for its
+#: processes: torch's, the system's, SGLang's.
+_ENDED_FOR_A_PORT = ("EADDRINUSE", "Address already in use", "Port is already in use")
+_LAST_WORDS = 300  # lines: each process says something of its end
+#: Of `free_port`: not where SGLang draws ports for its processes from (22000 to 29999), nor Mooncake (15000 to 17000).
+_PORTS = (*range(10_000, 15_000), *range(17_001, 22_000))
 _STOP_SECONDS = 5.0
 _KILL_SECONDS = 3.0
 
@@ -60,7 +66,7 @@ class ServerError(RuntimeError):
 
 
 class PortTakenError(ServerError):
-    """Another program listens on the server's port."""
+    """Another program listens on the server's port, or on one of its processes'."""
 
 
 def free_port() -> int:
@@ -69,7 +75,7 @@ def free_port() -> int:
     Below the range from which the system gives ports away: a server takes half a minute to bind its own.
     """
     while True:
-        port = 10_000 + secrets.randbelow(20_000)
+        port = secrets.choice(_PORTS)
         with contextlib.suppress(OSError):
             _bind(port)
             return port
@@ -261,7 +267,8 @@ class Server(Child):
 
     def start(self) -> Self:
         """Start and wait for health. Raises ServerError at once when the port is taken, and with the log's tail when
-        the server dies or is too late. For a port of its own choice, taken since, it takes another, once."""
+        the server dies or is too late. For a port of its own choice, or SGLang's, taken since, it takes others, once.
+        """
         try:
             return self._start()
         except PortTakenError:
@@ -284,9 +291,10 @@ class Server(Child):
         return reply.content
 
     def post(self, path: str, body: Mapping[str, Any], timeout: float = 300.0) -> Any:
-        """Parsed JSON answer to a JSON POST. Raises requests.RequestException, also for an HTTP error."""
+        """Parsed JSON answer to a JSON POST. Raises requests.RequestException, an HTTP error with its text."""
         reply = requests.post(self.url + path, json=body, timeout=timeout)
-        reply.raise_for_status()
+        if not reply.ok:
+            raise requests.HTTPError(f"{reply.status_code} for {path}: {reply.text[:500]}", response=reply)
         return reply.json()
 
     def _wait_ready(self) -> None:
@@ -295,7 +303,9 @@ class Server(Child):
             assert self._process is not None
             code = self._process.poll()
             if code is not None:
-                raise ServerError(f"the server exited with code {code}; end of {self.log_path}:\n{self.log_tail()}")
+                taken = any(words in self.log_tail(_LAST_WORDS) for words in _ENDED_FOR_A_PORT)
+                error = PortTakenError if taken else ServerError
+                raise error(f"the server exited with code {code}; end of {self.log_path}:\n{self.log_tail()}")
             if _PORT_TAKEN in (tail := self.log_tail()):  # SGLang's processes live on
                 raise PortTakenError(f"port {self.port} is taken; end of {self.log_path}:\n{tail}")
             with contextlib.suppress(requests.RequestException):
