@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -169,9 +170,44 @@ def heard(ask: Callable[[dict[str, Any]], Any], texts: list[str]) -> Outcome:
     return Outcome([answer["output_ids"] for answer in answers], verified)
 
 
-def serve(model: Path, log: Path, arm: Arm, texts: list[str], port: int | None = None) -> Outcome:
+def file_name(name: str) -> str:
+    """Of an arm: a file of another name does not come back from a GPU's host."""
+    return name.replace(",", "").replace(" ", "-")
+
+
+def said(log: Path) -> str:
+    """The first traceback of a server's log, or what begins its scheduler's end, and the log's last lines."""
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    marks = ("hit an exception", "Traceback")
+    first = next((n for mark in marks for n, line in enumerate(lines) if mark in line), len(lines))
+    shown = [*range(first, min(first + 60, len(lines)))]
+    shown += range(max(len(lines) - 40, *(n + 1 for n in shown[-1:]), 0), len(lines))
+    return "\n".join([f"of {log}:", *(lines[n][:400] for n in shown)])
+
+
+@contextlib.contextmanager
+def explained_by(*logs: Path) -> Iterator[None]:
+    """An error in the block tells what the servers' logs say: a GPU's host is gone when somebody reads of it."""
+    try:
+        yield
+    except serving.ServerError as error:  # which ends with the last lines
+        raise RuntimeError("\n".join([str(error).partition("\n")[0], *map(said, logs)])) from None
+    except Exception as error:
+        raise RuntimeError("\n".join([f"{type(error).__name__}: {error}", *map(said, logs)])) from error
+
+
+@contextlib.contextmanager
+def served(
+    model: Path, arguments: Sequence[str], log: Path, env: Mapping[str, str] | None = None
+) -> Iterator[serving.Server]:
+    """A server while the block runs, with `ENV` and these variables."""
+    with explained_by(log), serving.Server(model, arguments, {**ENV, **(env or {})}, log_path=log) as server:
+        yield server
+
+
+def serve(model: Path, log: Path, arm: Arm, texts: list[str]) -> Outcome:
     """`heard` of a server that is started for it."""
-    with serving.Server(model, arm.arguments, ENV, port, log_path=log) as server:
+    with served(model, arm.arguments, log) as server:
         return heard(lambda asked: server.post("/generate", asked), texts)
 
 
@@ -180,7 +216,7 @@ def serve_all(models: Mapping[str, Path], folder: Path, arms: Mapping[str, Arm],
 
     def run(name: str, gpu: int) -> Outcome:
         arm = arms[name]
-        return serve(models[arm.kind], folder / f"{name.replace(' ', '-')}.log", arm.on(gpu), texts)
+        return serve(models[arm.kind], folder / f"{file_name(name)}.log", arm.on(gpu), texts)
 
     return at_once({name: functools.partial(run, name) for name in arms})
 
@@ -199,7 +235,11 @@ def at_once(tasks: Mapping[Any, Callable[[int], Any]]) -> dict[Any, Any]:
 
 
 def result(results: Mapping[Any, Any], name: Any) -> Any:
-    """A task's of `at_once`; its error is raised."""
-    if isinstance(results[name], Exception):
-        raise results[name]
-    return results[name]
+    """A task's of `at_once`; its error is raised, to the first that asks, and to others its first line."""
+    found = results[name]
+    if not isinstance(found, Exception):
+        return found
+    if getattr(found, "raised", False):
+        raise RuntimeError(f"{name}: as above, {str(found).partition(chr(10))[0]}") from None
+    found.raised = True  # type: ignore[attr-defined]
+    raise found

@@ -28,7 +28,7 @@ from nsa_backend_plugin import serving
 from nsa_backend_plugin.engine import release
 from tests import transfer
 from tests.engine import drafting, gpu_probe, pairs, reloaded_drafts, tiny_tasks
-from tests.engine.drafting import Arm, at_once, result
+from tests.engine.drafting import Arm, at_once, file_name, result
 
 pytestmark = [pytest.mark.gpu, pytest.mark.engine]
 
@@ -128,8 +128,8 @@ def cache_rounds(model: Path, log: Path, arm: Arm, gpu: int) -> list[Round]:
     rows = [json.loads(line) for line in tasks.read_text().splitlines()]
     texts = [row["context"] + row["question"] for row in rows]
     bodies = [drafting.body(text, return_logprob=True) for text in texts]
-    env = {**drafting.ENV, "SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR": str(store)}
-    with serving.Server(model, arm.on(gpu).arguments, env, log_path=log) as server:
+    env = {"SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR": str(store)}
+    with drafting.served(model, arm.on(gpu).arguments, log, env) as server:
         rounds = [ask(server, bodies), ask(server, bodies)]
         if "--hicache-storage-backend=file" in arm.args:
             time.sleep(5)  # files are written behind the answers
@@ -144,7 +144,7 @@ def caches(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     arms = {(name, which): one for name, arm in CACHES.items() for which, one in cache_arms(arm).items()}
     return at_once(
         {
-            key: partial(cache_rounds, models[arm.kind], folder / f"{'-'.join(key).replace(' ', '-')}.log", arm)
+            key: partial(cache_rounds, models[arm.kind], folder / f"{file_name('-'.join(key))}.log", arm)
             for key, arm in arms.items()
         }
     )
@@ -219,7 +219,7 @@ def guessed_rounds(folder: Path, model: Path, arm: Arm, gpu: int) -> dict[str, G
     """The same prompts with their cache on the GPU, from the host's memory, from files, and without a part of it."""
     folder.mkdir()
     bodies, recorder = long_bodies(folder), reloaded_drafts.Recorder(folder)
-    env = {**drafting.ENV, **recorder.environment, "SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR": str(folder / "store")}
+    env = {**recorder.environment, "SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR": str(folder / "store")}
     (folder / "store").mkdir()
 
     def asked(server: serving.Server, chosen: Sequence[dict[str, Any]], times: int = 1) -> Guessed:
@@ -239,7 +239,7 @@ def guessed_rounds(folder: Path, model: Path, arm: Arm, gpu: int) -> dict[str, G
             found.drafts.append(reloaded_drafts.chains(lines[: found.verified[-1]], tokens))
         return found
 
-    with serving.Server(model, arm.on(gpu).arguments, env, log_path=folder / "server.log") as server:
+    with drafting.served(model, arm.on(gpu).arguments, folder / "server.log", env) as server:
         rounds = {"never left": asked(server, bodies, 2), "memory": asked(server, bodies)}
         time.sleep(5)  # files are written behind the answers
         forget(server)
@@ -307,7 +307,7 @@ def full_rounds(folder: Path, model: Path, arm: Arm, gpu: int) -> dict[str, Roun
     """More prompts than device and host hold: one after the other, twice, then all at once, then the last again."""
     folder.mkdir()
     bodies = long_bodies(folder)
-    with serving.Server(model, arm.on(gpu).arguments, drafting.ENV, log_path=folder / "server.log") as server:
+    with drafting.served(model, arm.on(gpu).arguments, folder / "server.log") as server:
         rounds = {"first": ask(server, bodies), "again": ask(server, bodies)}
         with ThreadPoolExecutor(len(bodies)) as pool:
             rounds["at once"] = heard(list(pool.map(partial(server.post, "/generate"), bodies)))
@@ -320,7 +320,7 @@ def full_rounds(folder: Path, model: Path, arm: Arm, gpu: int) -> dict[str, Roun
 def full(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     folder = tmp_path_factory.mktemp("full")
     return at_once(
-        {name: partial(full_rounds, folder / name.replace(" ", "-"), models["dsa"], arm) for name, arm in FULL.items()}
+        {name: partial(full_rounds, folder / file_name(name), models["dsa"], arm) for name, arm in FULL.items()}
     )
 
 
@@ -363,7 +363,7 @@ def asked_twice(server: serving.Server) -> dict[str, Round]:
 def updated(folder: Path, gpu: int) -> dict[str, Round]:
     """A server whose weights are replaced by those of another checkpoint, and replaced again."""
     log, arguments = folder / "updated.log", Arm(0).on(gpu).arguments
-    with serving.Server(folder / "a", arguments, drafting.ENV, log_path=log) as server:
+    with drafting.served(folder / "a", arguments, log) as server:
         rounds = asked_twice(server)
         load(server, folder / "b")
         rounds["b"] = ask(server, random_bodies())
@@ -377,7 +377,7 @@ def slept(folder: Path, gpu: int) -> dict[str, Round]:
     """A server that keeps its weights in the host's memory while it sleeps. Where it does not, SGLang's own update of
     an fp8 checkpoint ends the server: the scales of its KV cache are gone too."""
     arguments = Arm(0, args=(*ASLEEP, "--enable-weights-cpu-backup")).on(gpu).arguments
-    with serving.Server(folder / "a", arguments, drafting.ENV, log_path=folder / "slept.log") as server:
+    with drafting.served(folder / "a", arguments, folder / "slept.log") as server:
         rounds = asked_twice(server)
         sleep(server)
         return {**rounds, "a again": ask(server, random_bodies())}
@@ -385,7 +385,7 @@ def slept(folder: Path, gpu: int) -> dict[str, Round]:
 
 def fresh(folder: Path, gpu: int) -> dict[str, Round]:
     arguments = Arm(0).on(gpu).arguments
-    with serving.Server(folder / "b", arguments, drafting.ENV, log_path=folder / "fresh.log") as server:
+    with drafting.served(folder / "b", arguments, folder / "fresh.log") as server:
         return {"b": ask(server, random_bodies())}
 
 
@@ -471,7 +471,7 @@ def write_adapter(folder: Path, model: Path, projections: Sequence[str]) -> Path
 
 def lora_rounds(folder: Path, model: Path, adapter: str, backend: str, gpu: int) -> dict[str, Round]:
     """Answers with the adapter and without it."""
-    own = folder / f"{adapter.replace(' ', '-')}-{backend}"
+    own = folder / f"{file_name(adapter)}-{backend}"
     own.mkdir()
     path = write_adapter(own / "adapter", model, ADAPTERS[adapter])
     # Noise is nearly a tie more often, so that the cache does not round as well.
@@ -479,7 +479,7 @@ def lora_rounds(folder: Path, model: Path, adapter: str, backend: str, gpu: int)
         0, "bfloat16", backend=backend, args=("--enable-lora", f"--lora-paths=tuned={path}", f"--max-lora-rank={RANK}")
     )
     bodies = [drafting.body(text, return_logprob=True) for text in drafting.prompts(own)[::2]]
-    with serving.Server(model, arm.on(gpu).arguments, drafting.ENV, log_path=own / "server.log") as server:
+    with drafting.served(model, arm.on(gpu).arguments, own / "server.log") as server:
         return {"plain": ask(server, bodies), "tuned": ask(server, [{**body, "lora_path": "tuned"} for body in bodies])}
 
 
@@ -543,7 +543,7 @@ class Servers:
 
         def server(name: str, whose: str, env: dict[str, str], args: Sequence[str] = ()) -> serving.Server:
             arguments = replace(arm, backend=backends[whose], args=(*arm.args, *args)).arguments
-            return serving.Server(model, arguments, env, log_path=folder / f"{name}-{whose}.log")
+            return serving.Server(model, arguments, env, log_path=folder / f"{file_name(name)}-{whose}.log")
 
         self._servers = {"one": server("one", "ours", drafting.ENV)}
         for whose, port in self._bootstraps.items():
@@ -557,7 +557,8 @@ class Servers:
         return self
 
     def _start(self, name: str, _: int) -> serving.Server:
-        return self._servers[name].start()
+        with drafting.explained_by(self._servers[name].log_path):
+            return self._servers[name].start()
 
     def __exit__(self, *exception: object) -> None:
         for server in self._servers.values():
@@ -570,9 +571,12 @@ class Servers:
         """Answer of a pair, or of the one server."""
         prefill = self._prefill(name)
         if name == "one":
-            return prefill.post("/generate", body, PATIENCE)
+            with drafting.explained_by(prefill.log_path):
+                return prefill.post("/generate", body, PATIENCE)
         first, second = PAIRS[name]
-        return pairs.ask(prefill, result(self._started, f"decode {second}"), self._bootstraps[first], body, PATIENCE)
+        decode = result(self._started, f"decode {second}")
+        with drafting.explained_by(prefill.log_path, decode.log_path):
+            return pairs.ask(prefill, decode, self._bootstraps[first], body, PATIENCE)
 
     def in_turn(self, name: str, bodies: Sequence[dict[str, Any]], _: int = 0) -> Round:
         return heard([self.ask(name, body) for body in bodies])
@@ -658,7 +662,7 @@ def chain_outcomes(folder: Path, model: Path, arm: Arm, texts: list[str], gpu: i
 def drafted(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     folder = tmp_path_factory.mktemp("drafts")
     texts = drafting.prompts(folder)
-    chains = {name: (folder / name.replace(" ", "-"), models[arm.kind], arm) for name, arm in CHAINS.items()}
+    chains = {name: (folder / file_name(name), models[arm.kind], arm) for name, arm in CHAINS.items()}
     return at_once({name: partial(chain_outcomes, *of, texts) for name, of in chains.items()})
 
 

@@ -9,7 +9,6 @@ With `-k tasks` dense layers alone, with `-k experts` layers of experts that are
 from __future__ import annotations
 
 import itertools
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,8 @@ from nsa_backend_plugin.accuracy.ask import Answer, answer_all
 from nsa_backend_plugin.accuracy.compare import compare
 from nsa_backend_plugin.accuracy.questions import load_items
 from nsa_backend_plugin.engine import launch, release
-from nsa_backend_plugin.serving import Server
 from tests.engine import drafting, tiny_tasks
-from tests.engine.drafting import Arm, at_once, result, same_share
+from tests.engine.drafting import Arm, at_once, file_name, result, same_share
 from tests.engine.test_gpu import COMMON, EAGER_PREFILL, MODEL_2K, PROMPT_TOKENS
 
 pytestmark = [
@@ -32,12 +30,7 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
 ]
 
-#: Port and arguments. SGLang takes further ports above the one given.
-ARMS = {
-    "one": (21000, ["--tp=1"]),
-    "tp2": (24000, ["--tp=2"]),
-    "dp2": (27000, ["--tp=2", "--dp=2", "--enable-dp-attention"]),
-}
+ARMS = {"one": ["--tp=1"], "tp2": ["--tp=2"], "dp2": ["--tp=2", "--dp=2", "--enable-dp-attention"]}
 ARGS = (
     *COMMON,
     EAGER_PREFILL,
@@ -50,27 +43,24 @@ ARGS = (
     # SGLang turns it on for these models: FlashInfer then compiles its kernel for minutes at the first start.
     "--enforce-disable-flashinfer-allreduce-fusion",
 )
-#: The servers share the GPUs, so that their free memory differs.
-ENV = {"TRITON_INTERPRET": "0", "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"}
 
 
-def _ask(arms: dict[str, tuple[int, list[str]]], folder: Path, model: Path = MODEL_2K) -> dict[str, list[Answer]]:
-    """Answers of every arm to the same long prompts: some one at a time, when a data-parallel rank idles.
+def _ask(arms: dict[str, list[str]], folder: Path, model: Path = MODEL_2K) -> dict[Any, Any]:
+    """Answers of every arm to the same long prompts, or its error: some one at a time, when a data-parallel rank idles.
 
     "..., again" has those of a second time, when all but the last page of a prompt is in the cache.
     """
     tiny_tasks.write_long(folder / "tasks.jsonl", tiny_tasks.data.RECALL, 60, PROMPT_TOKENS, seed=2)
     items = load_items(folder / "tasks.jsonl", 0, None)
 
-    def run(arm: str) -> dict[str, list[Answer]]:
-        port, args = arms[arm]
-        log, found = folder / f"{arm}.log", {}
-        with Server(model, [*ARGS, *args], ENV, port=port, log_path=log, timeout=180) as server:
-            for label, part, concurrency in ((arm, items[:4], 1), (arm, items, 32), (f"{arm}, again", items, 8)):
+    def run(arm: str, _gpu: int) -> dict[str, list[Answer]]:
+        args, log, found = arms[arm], folder / f"{file_name(arm)}.log", {}
+        with drafting.served(model, [*ARGS, *args], log) as server:
+            for label, part, concurrency in ((arm, items[:4], 1), (arm, items, 32), (f"{arm}{AGAIN}", items, 8)):
                 found[label], _ = answer_all(
                     server.url,
                     part,
-                    folder / label / "answers.jsonl",
+                    folder / file_name(label) / "answers.jsonl",
                     label=label,
                     concurrency=concurrency,
                     max_tokens=64,
@@ -80,20 +70,27 @@ def _ask(arms: dict[str, tuple[int, list[str]]], folder: Path, model: Path = MOD
         assert ("DCP enabled, dcp_size=2" in log.read_text()) == ("--dcp-size=2" in args)
         return found
 
-    with ThreadPoolExecutor(len(arms)) as pool:
-        return {label: found for of_arm in pool.map(run, arms) for label, found in of_arm.items()}
+    return at_once({arm: partial(run, arm) for arm in arms})
+
+
+AGAIN = ", again"
+
+
+def _answers(found: dict[Any, Any], label: str) -> list[Answer]:
+    """Of `_ask`; the arm's error is raised."""
+    return result(found, label.removesuffix(AGAIN))[label]
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Answer]]:
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     return _ask(ARMS, tmp_path_factory.mktemp("parallel"))
 
 
 @pytest.mark.parametrize("arm", ["tp2", "dp2"])
-def test_two_gpus_answer_tasks_as_one(arm: str, answers: dict[str, list[Answer]]) -> None:
-    one = answers["one"]
-    versus = compare(one, answers[arm])
-    print(arm, sum(a.correct for a in answers[arm]), sum(a.correct for a in one), versus)
+def test_two_gpus_answer_tasks_as_one(arm: str, tasks: dict[Any, Any]) -> None:
+    one, two = _answers(tasks, "one"), _answers(tasks, arm)
+    versus = compare(one, two)
+    print(arm, sum(a.correct for a in two), sum(a.correct for a in one), versus)
     assert sum(a.correct for a in one) >= 0.95 * len(one)
     assert versus.agreement >= 0.98
     assert versus.logprob_difference is not None
@@ -103,22 +100,22 @@ def test_two_gpus_answer_tasks_as_one(arm: str, answers: dict[str, list[Answer]]
 #: Prefill over two GPUs, of whole prompts, several to a batch, and in chunks that lie behind others.
 SPLIT = ["--tp=2", "--attn-cp-size=2", "--enable-prefill-cp", "--cp-strategy=interleave"]
 SPLIT_ARMS = {
-    "one": (12000, ["--tp=1"]),
-    "split": (13400, SPLIT),
-    "split in chunks": (14800, [*SPLIT, "--chunked-prefill-size=1024"]),
-    "split, stock": (16200, [*SPLIT, "--attention-backend=dsa"]),
+    "one": ["--tp=1"],
+    "split": SPLIT,
+    "split in chunks": [*SPLIT, "--chunked-prefill-size=1024"],
+    "split, stock": [*SPLIT, "--attention-backend=dsa"],
 }
 
 
 @pytest.fixture(scope="module")
-def split(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Answer]]:
+def split(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     return _ask(SPLIT_ARMS, tmp_path_factory.mktemp("split"))
 
 
 @pytest.mark.parametrize("arm", ["split", "split in chunks", "split, again", "split in chunks, again"])
-def test_a_split_prefill_answers_as_one_gpu(arm: str, split: dict[str, list[Answer]]) -> None:
-    ours, again = split[arm], ", again" * arm.endswith("again")
-    one, stock = split[f"one{again}"], split[f"split, stock{again}"]
+def test_a_split_prefill_answers_as_one_gpu(arm: str, split: dict[Any, Any]) -> None:
+    again = AGAIN * arm.endswith(AGAIN)
+    ours, one, stock = (_answers(split, label) for label in (arm, f"one{again}", f"split, stock{again}"))
     versus, beside = compare(one, ours), compare(one, stock)
     print(arm, *(sum(a.correct for a in answers) for answers in (ours, one, stock)), versus, beside)
     assert sum(a.correct for a in one) >= 0.95 * len(one)
@@ -138,13 +135,13 @@ DCP_ARGS = {
 }
 ROWS = {"": "fp8_e4m3", "bf16, ": "bfloat16"}
 DCP_ARMS = {
-    f"{rows}{arm}": (10000 + 1200 * number, [*DCP_ARGS[arm], f"--kv-cache-dtype={ROWS[rows]}"])
-    for number, (rows, arm) in enumerate(itertools.product(ROWS, DCP_ARGS))
+    f"{rows}{arm}": [*DCP_ARGS[arm], f"--kv-cache-dtype={ROWS[rows]}"]
+    for rows, arm in itertools.product(ROWS, DCP_ARGS)
 }
 
 
 @pytest.fixture(scope="module", params=["dsa", "mla"])
-def split_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Answer]]:
+def split_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     folder = tmp_path_factory.mktemp("split-cache")
     if request.param == "mla":
         return _ask(DCP_ARMS, folder, drafting.without_indexer(MODEL_2K, folder / "model"))
@@ -153,13 +150,11 @@ def split_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     return _ask(DCP_ARMS, folder)
 
 
-@pytest.mark.parametrize("again", ["", ", again"])
+@pytest.mark.parametrize("again", ["", AGAIN], ids=["first", "again"])
 @pytest.mark.parametrize("arm", [arm for arm in DCP_ARGS if arm != "one"])
 @pytest.mark.parametrize("rows", ROWS, ids=ROWS.get)
-def test_a_split_cache_answers_as_one_gpu(
-    rows: str, arm: str, again: str, split_cache: dict[str, list[Answer]]
-) -> None:
-    ours, one = split_cache[f"{rows}{arm}{again}"], split_cache[f"{rows}one{again}"]
+def test_a_split_cache_answers_as_one_gpu(rows: str, arm: str, again: str, split_cache: dict[Any, Any]) -> None:
+    ours, one = (_answers(split_cache, f"{rows}{name}{again}") for name in (arm, "one"))
     versus = compare(one, ours)
     print(rows, arm, again, sum(a.correct for a in ours), sum(a.correct for a in one), versus)
     assert versus.agreement >= 0.98
@@ -172,13 +167,13 @@ def test_a_split_cache_answers_as_one_gpu(
 DP = ("--tp=2", "--dp=2", "--enable-dp-attention", "--ep-size=2")
 DP += ("--enforce-disable-flashinfer-allreduce-fusion",)
 EXPERTS = {
-    "one": (11000, Arm(0, kind="moe")),
-    "dp2": (12400, Arm(0, kind="moe", args=DP)),
-    "dp2, 1 step": (13800, Arm(1, kind="moe", args=DP)),
-    "dp2, 3 steps": (15200, Arm(3, kind="moe", args=DP)),
-    "dp2, stock": (16600, Arm(0, kind="moe", backend="dsa", args=DP)),
-    "dp2, 1 step, stock": (18000, Arm(1, kind="moe", backend="dsa", args=DP)),
-    "dp2, 3 steps, stock": (19400, Arm(3, kind="moe", backend="dsa", args=DP)),
+    "one": Arm(0, kind="moe"),
+    "dp2": Arm(0, kind="moe", args=DP),
+    "dp2, 1 step": Arm(1, kind="moe", args=DP),
+    "dp2, 3 steps": Arm(3, kind="moe", args=DP),
+    "dp2, stock": Arm(0, kind="moe", backend="dsa", args=DP),
+    "dp2, 1 step, stock": Arm(1, kind="moe", backend="dsa", args=DP),
+    "dp2, 3 steps, stock": Arm(3, kind="moe", backend="dsa", args=DP),
 }
 
 
@@ -188,8 +183,8 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     models, texts = drafting.write_models(folder), drafting.prompts(folder)
 
     def run(name: str, _gpu: int) -> drafting.Outcome:
-        port, arm = EXPERTS[name]
-        return drafting.serve(models[arm.kind], folder / f"{name.replace(' ', '-')}.log", arm, texts, port)
+        arm = EXPERTS[name]
+        return drafting.serve(models[arm.kind], folder / f"{file_name(name)}.log", arm, texts)
 
     return at_once({name: partial(run, name) for name in EXPERTS})
 
@@ -200,6 +195,6 @@ def test_experts_and_drafts_on_two_gpus_answer_as_one(experts: dict[Any, Any], n
     print(name, same_share(result(experts, "one"), ours), same_share(stock, ours), ours.per_step(), stock.per_step())
     assert same_share(result(experts, "one"), ours) >= 0.9
     assert same_share(stock, ours) >= 0.9
-    if EXPERTS[name][1].steps:
+    if EXPERTS[name].steps:
         assert ours.per_step() > 1.3, "the draft layer's guesses are hardly ever right: this shows nothing"
         assert ours.per_step() == pytest.approx(stock.per_step(), rel=0.05)
