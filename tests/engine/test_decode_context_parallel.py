@@ -100,6 +100,7 @@ class Exchange:
         self.world_size, self.rank_in_group, self.lses, self.sent = len(lses), rank, lses, sent
 
     def all_gather(self, own: torch.Tensor, dim: int) -> torch.Tensor:
+        assert own.is_contiguous(), "NCCL sends memory as it lies"
         assert torch.equal(own, self.lses[self.rank_in_group])
         return torch.cat(self.lses, dim)
 
@@ -203,6 +204,22 @@ def test_a_mistake_is_seen(mistake: str, monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr(shards.Share, "page_table", lambda self, table: table // self.size)
     out, want = decode(Group(2, 16, [130, 201], monkeypatch), "a2a")
     assert not torch.allclose(out, want, **CLOSE)
+
+
+@pytest.mark.parametrize("way", ["a2a", "ag_rs"])
+def test_a_vendors_answer_is_merged_however_it_lies(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlashAttention 3 gives its lse head by head, FlashMLA rows with padded heads behind those of the model."""
+    group, tokens, heads = Group(2, 1, LENGTHS, monkeypatch), 5, 2 * HEADS
+    outs, lses = torch.randn(2, tokens, heads, 512), torch.randn(2, tokens, heads)
+    padded = [torch.cat([out, torch.full((tokens, 4, 512), torch.nan)], dim=1)[:, :heads] for out in outs]
+    by_head = [lse.T.contiguous().T for lse in lses]
+    assert not by_head[0].is_contiguous()
+    answers = []
+    for rank in range(2):
+        group.on(rank)
+        answers.append(shards.answer(padded[rank], by_head[rank]))
+    weights = torch.softmax(lses, dim=0)[..., None]
+    torch.testing.assert_close(merged(answers, way), (outs * weights).sum(0), **CLOSE)
 
 
 def test_a_share_is_every_nth_token() -> None:

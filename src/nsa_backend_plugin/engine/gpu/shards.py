@@ -56,6 +56,7 @@ class Share:
 def answer(out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(out [T, heads*512], lse [T, heads] to the base 2), as the model code merges them.
 
-    out: [T, heads, 512]. lse: natural, -inf where this GPU has nothing.
+    out: [T, heads, 512]. lse: natural, -inf where this GPU has nothing; FlashAttention 3's lies head by head, and the
+    model code sends it (`ag_rs`) as it lies.
     """
-    return out.view(out.shape[0], -1), lse * LOG2_E
+    return out.view(out.shape[0], -1), (lse * LOG2_E).contiguous()
