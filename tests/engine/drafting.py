@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -219,6 +220,16 @@ def serve_all(models: Mapping[str, Path], folder: Path, arms: Mapping[str, Arm],
         return serve(models[arm.kind], folder / f"{file_name(name)}.log", arm.on(gpu), texts)
 
     return at_once({name: functools.partial(run, name) for name in arms})
+
+
+def chosen(request: pytest.FixtureRequest, parameter: str) -> list[Any]:
+    """Its values in the chosen tests of this file that use the fixture which asks: servers of others need not start."""
+    items: list[Any] = [item for item in request.session.items if item.path == request.path]
+    uses = [item for item in items if request.fixturename in item.fixturenames and hasattr(item, "callspec")]
+    same = getattr(request, "param", None)
+    if same is not None:
+        uses = [item for item in uses if item.callspec.params[request.fixturename] == same]
+    return list(dict.fromkeys(item.callspec.params[parameter] for item in uses))
 
 
 def at_once(tasks: Mapping[Any, Callable[[int], Any]]) -> dict[Any, Any]:

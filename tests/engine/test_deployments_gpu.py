@@ -2,7 +2,8 @@
 prefill and decode in two servers, without drafts and with them.
 
 Real servers: those of a part (`-k a_cache`, `-k hicache`, `-k weights`, `-k lora`, `-k pairs`, `-k drafts`) run at the
-same time, over the GPUs in turn. Nothing is timed, so that the parts may run at the same time too.
+same time, over the GPUs in turn; those that no chosen test asks (`-k "drafts and 1-1-2"`) are not started. Nothing is
+timed, so that the parts may run at the same time too.
 tests/engine/drafting.py says where the small model is from.
 """
 
@@ -28,7 +29,7 @@ from nsa_backend_plugin import serving
 from nsa_backend_plugin.engine import release
 from tests import transfer
 from tests.engine import drafting, gpu_probe, pairs, reloaded_drafts, tiny_tasks
-from tests.engine.drafting import Arm, at_once, file_name, result
+from tests.engine.drafting import Arm, at_once, chosen, file_name, result
 
 pytestmark = [pytest.mark.gpu, pytest.mark.engine]
 
@@ -139,9 +140,12 @@ def cache_rounds(model: Path, log: Path, arm: Arm, gpu: int) -> list[Round]:
 
 
 @pytest.fixture(scope="module")
-def caches(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
+def caches(
+    request: pytest.FixtureRequest, models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[Any, Any]:
     folder = tmp_path_factory.mktemp("caches")
-    arms = {(name, which): one for name, arm in CACHES.items() for which, one in cache_arms(arm).items()}
+    names = chosen(request, "name")
+    arms = {(name, which): one for name in names for which, one in cache_arms(CACHES[name]).items()}
     return at_once(
         {
             key: partial(cache_rounds, models[arm.kind], folder / f"{file_name('-'.join(key))}.log", arm)
@@ -251,10 +255,13 @@ def guessed_rounds(folder: Path, model: Path, arm: Arm, gpu: int) -> dict[str, G
 
 
 @pytest.fixture(scope="module")
-def guessed(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
+def guessed(
+    request: pytest.FixtureRequest, models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[Any, Any]:
     folder = tmp_path_factory.mktemp("guessed")
-    arms = {(name, "ours"): arm for name, arm in CHAINED.items()}
-    arms |= {(name, "stock"): replace(arm, backend=stock_backend(arm)) for name, arm in CHAINED.items()}
+    chains = {name: CHAINED[name] for name in chosen(request, "name")}
+    arms = {(name, "ours"): arm for name, arm in chains.items()}
+    arms |= {(name, "stock"): replace(arm, backend=stock_backend(arm)) for name, arm in chains.items()}
     return at_once(
         {key: partial(guessed_rounds, folder / "-".join(key), models[arm.kind], arm) for key, arm in arms.items()}
     )
@@ -317,11 +324,11 @@ def full_rounds(folder: Path, model: Path, arm: Arm, gpu: int) -> dict[str, Roun
 
 
 @pytest.fixture(scope="module")
-def full(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
-    folder = tmp_path_factory.mktemp("full")
-    return at_once(
-        {name: partial(full_rounds, folder / file_name(name), models["dsa"], arm) for name, arm in FULL.items()}
-    )
+def full(
+    request: pytest.FixtureRequest, models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[Any, Any]:
+    folder, names = tmp_path_factory.mktemp("full"), chosen(request, "name")
+    return at_once({name: partial(full_rounds, folder / file_name(name), models["dsa"], FULL[name]) for name in names})
 
 
 @pytest.mark.parametrize(
@@ -605,9 +612,9 @@ def pair_rounds(folder: Path, kv: str, gpu: int) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def paired(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
+def paired(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     folder = tmp_path_factory.mktemp("pairs")
-    return at_once({kv: partial(pair_rounds, folder / kv, kv) for kv in PAIR_KV})
+    return at_once({kv: partial(pair_rounds, folder / kv, kv) for kv in chosen(request, "kv")})
 
 
 @needs_mooncake
@@ -659,11 +666,18 @@ def chain_outcomes(folder: Path, model: Path, arm: Arm, texts: list[str], gpu: i
 
 
 @pytest.fixture(scope="module")
-def drafted(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
+def drafted(
+    request: pytest.FixtureRequest, models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[Any, Any]:
     folder = tmp_path_factory.mktemp("drafts")
     texts = drafting.prompts(folder)
-    chains = {name: (folder / file_name(name), models[arm.kind], arm) for name, arm in CHAINS.items()}
-    return at_once({name: partial(chain_outcomes, *of, texts) for name, of in chains.items()})
+    chains = {name: CHAINS[name] for name in chosen(request, "chain")}
+    return at_once(
+        {
+            name: partial(chain_outcomes, folder / file_name(name), models[arm.kind], arm, texts)
+            for name, arm in chains.items()
+        }
+    )
 
 
 @needs_mooncake

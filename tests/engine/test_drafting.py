@@ -9,6 +9,7 @@ import pytest
 
 from nsa_backend_plugin import serving
 from tests.engine import drafting
+from tests.engine.conftest import run_python
 
 pytestmark = pytest.mark.engine
 
@@ -58,3 +59,28 @@ def test_gpus_are_given_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_arms_have_files_of_plain_names() -> None:
     assert drafting.file_name("bf16, dcp, ag_rs, again") == "bf16-dcp-ag_rs-again"
+
+
+OF_SERVERS = """
+import pytest
+from tests.engine.drafting import chosen
+
+@pytest.fixture(scope="module", params=["dsa", "mla"])
+def servers(request):
+    return chosen(request, "arm")
+
+@pytest.mark.parametrize("arm", ["one", "two", "three"])
+def test_servers(arm, servers, request):
+    print("started", request.node.callspec.params["servers"], servers)
+
+@pytest.mark.parametrize("arm", ["others"])
+def test_others(arm): ...
+"""
+
+
+def test_servers_that_no_chosen_test_asks_are_not_started(tmp_path: Path) -> None:
+    (tmp_path / "test_of_servers.py").write_text(OF_SERVERS)
+    options = ("-q", "-s", "-p", "no:cacheprovider", "-k", "others or (mla and not two) or dsa-three")
+    said = run_python("pytest", *options, f"--rootdir={tmp_path}", tmp_path / "test_of_servers.py")
+    started = {line.removeprefix(".") for line in said.splitlines() if "started" in line}
+    assert started == {"started dsa ['three']", "started mla ['one', 'three']"}

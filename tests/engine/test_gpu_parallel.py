@@ -3,7 +3,8 @@
 python -m pytest -m gpu tests/engine/test_gpu_parallel.py
 
 With `-k tasks` dense layers alone, with `-k experts` layers of experts that are parallel too, and drafts, with
-`-k split_prefill` a prefill that is split over the GPUs, with `-k split_cache` a cache whose tokens are.
+`-k split_prefill` a prefill that is split over the GPUs, with `-k split_cache` a cache whose tokens are. Of experts and
+a split cache, servers that no chosen test asks (`-k "split_cache and dsa and fp8"`) are not started.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from nsa_backend_plugin.accuracy.compare import compare
 from nsa_backend_plugin.accuracy.questions import load_items
 from nsa_backend_plugin.engine import launch, release
 from tests.engine import drafting, tiny_tasks
-from tests.engine.drafting import Arm, at_once, file_name, result, same_share
+from tests.engine.drafting import Arm, at_once, chosen, file_name, result, same_share
 from tests.engine.test_gpu import COMMON, EAGER_PREFILL, MODEL_2K, PROMPT_TOKENS
 
 pytestmark = [
@@ -143,11 +144,12 @@ DCP_ARMS = {
 @pytest.fixture(scope="module", params=["dsa", "mla"])
 def split_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     folder = tmp_path_factory.mktemp("split-cache")
-    if request.param == "mla":
-        return _ask(DCP_ARMS, folder, drafting.without_indexer(MODEL_2K, folder / "model"))
-    if not release.exists(launch.SPLITS_ROWS_OF_INDEXED):
+    if request.param == "dsa" and not release.exists(launch.SPLITS_ROWS_OF_INDEXED):
         pytest.skip("this release does not split the tokens of models with an indexer")
-    return _ask(DCP_ARMS, folder)
+    names = itertools.product(chosen(request, "rows"), ["one", *chosen(request, "arm")])
+    arms = {f"{rows}{arm}": DCP_ARMS[f"{rows}{arm}"] for rows, arm in names}
+    model = drafting.without_indexer(MODEL_2K, folder / "model") if request.param == "mla" else MODEL_2K
+    return _ask(arms, folder, model)
 
 
 @pytest.mark.parametrize("again", ["", AGAIN], ids=["first", "again"])
@@ -178,7 +180,7 @@ EXPERTS = {
 
 
 @pytest.fixture(scope="module")
-def experts(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
+def experts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     folder = tmp_path_factory.mktemp("experts")
     models, texts = drafting.write_models(folder), drafting.prompts(folder)
 
@@ -186,7 +188,8 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
         arm = EXPERTS[name]
         return drafting.serve(models[arm.kind], folder / f"{file_name(name)}.log", arm, texts)
 
-    return at_once({name: partial(run, name) for name in EXPERTS})
+    names = ["one", *(f"{name}{of}" for name in chosen(request, "name") for of in ("", ", stock"))]
+    return at_once({name: partial(run, name) for name in names})
 
 
 @pytest.mark.parametrize("name", [name for name in EXPERTS if f"{name}, stock" in EXPERTS])
