@@ -159,6 +159,7 @@ def test_a_split_cache_answers_as_one_gpu(rows: str, arm: str, again: str, split
     ours, one = (_answers(split_cache, f"{rows}{name}{again}") for name in (arm, "one"))
     versus = compare(one, ours)
     print(rows, arm, again, sum(a.correct for a in ours), sum(a.correct for a in one), versus)
+    assert sum(a.correct for a in one) >= 0.95 * len(one), "answers to guess at would agree by chance"
     assert versus.agreement >= 0.98
     assert versus.logprob_difference is not None
     assert versus.logprob_difference < 0.05
