@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections import deque
 from pathlib import Path
 
 import pytest
@@ -149,9 +150,11 @@ def test_a_free_port_is_free(monkeypatch):
         used.bind((serving.HOST, serving.free_port()))
         used.listen()
         taken = used.getsockname()[1]
-        drawn = iter([taken, 10_007])
+        drawn = iter([taken, 10_007, 10_007, taken, 10_008])
         monkeypatch.setattr(serving.secrets, "choice", lambda ports: next(drawn))
+        monkeypatch.setattr(serving, "_given", deque())
         assert serving.free_port() == 10_007
+        assert serving.free_port() == 10_008, "10007 was given already"
 
 
 def test_timeout_stops_the_server(tmp_path, fake_sglang):

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
@@ -57,6 +58,8 @@ _ENDED_FOR_A_PORT = ("EADDRINUSE", "Address already in use", "Port is already in
 _LAST_WORDS = 300  # lines: each process says something of its end
 #: Of `free_port`: not where SGLang draws ports for its processes from (22000 to 29999), nor Mooncake (15000 to 17000).
 _PORTS = (*range(10_000, 15_000), *range(17_001, 22_000))
+#: What it gave last: servers that start together bind theirs late.
+_given: deque[int] = deque(maxlen=1000)
 _STOP_SECONDS = 5.0
 _KILL_SECONDS = 3.0
 
@@ -70,14 +73,17 @@ class PortTakenError(ServerError):
 
 
 def free_port() -> int:
-    """A TCP port that nothing listens on now.
+    """A TCP port that nothing listens on now, and that was not given lately.
 
     Below the range from which the system gives ports away: a server takes half a minute to bind its own.
     """
     while True:
         port = secrets.choice(_PORTS)
+        if port in _given:
+            continue
         with contextlib.suppress(OSError):
             _bind(port)
+            _given.append(port)
             return port
 
 
