@@ -229,7 +229,8 @@ def chosen(request: pytest.FixtureRequest, parameter: str) -> list[Any]:
     same = getattr(request, "param", None)
     if same is not None:
         uses = [item for item in uses if item.callspec.params[request.fixturename] == same]
-    return list(dict.fromkeys(item.callspec.params[parameter] for item in uses))
+    given = [item.callspec.params for item in uses]
+    return list(dict.fromkeys(params[parameter] for params in given if parameter in params))
 
 
 def at_once(tasks: Mapping[Any, Callable[[int], Any]]) -> dict[Any, Any]:

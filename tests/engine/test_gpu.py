@@ -1,7 +1,8 @@
 """The GPU backends beside stock SGLang on random prompts and real answers: run on a GPU host with `make test-gpu`.
 
 Nothing here is timed, so that processes share the GPUs, which they get in turn: every probe (a model in process,
-`gpu_probe.py`) and every real server starts at once, at most `WORKERS` at a time, and the tests read what they left.
+`gpu_probe.py`) and every real server of the chosen tests starts at once, at most `WORKERS` at a time, and they read
+what they left.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from benchmarks.engine.model import write_model
 from tests.engine import gpu_probe, tiny_tasks
 from tests.engine.conftest import ROOT
+from tests.engine.drafting import chosen
 
 pytestmark = [pytest.mark.gpu, pytest.mark.engine]
 
@@ -110,9 +112,11 @@ def _gsm8k(folder: Path, tasks: Path, kv: str, number: int) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[object, Future[Path]]]:
-    """(case, backend) -> saved probe, KV dtype -> report of the accuracy run, all of them started."""
-    folder = tmp_path_factory.mktemp("gpu")
+def runs(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[object, Future[Path]]]:
+    """(case, backend) -> saved probe, KV dtype -> report of the accuracy run, those of the chosen tests started."""
+    folder, cases = tmp_path_factory.mktemp("gpu"), chosen(request, "case")
     tasks = folder / "tasks.jsonl"
     parts = []
     for kind in ("arithmetic", tiny_tasks.data.RECALL):
@@ -123,13 +127,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[object, Futu
         (family, heads): write_model(
             folder / f"{family}-{heads}", family.removesuffix(FP8_BLOCKS), heads, LAYERS, family.endswith(FP8_BLOCKS)
         )
-        for family, heads in dict.fromkeys((family, heads) for family, heads, _ in CASES + MLA)
+        for family, heads in dict.fromkeys((family, heads) for family, heads, _ in cases)
     }
     started: dict[object, Future[Path]] = {}
     with ThreadPoolExecutor(WORKERS) as pool:
-        for number, kv in enumerate(("bfloat16", "fp8_e4m3")):
+        for number, kv in enumerate(chosen(request, "kv")):
             started[kv] = pool.submit(_gsm8k, folder, tasks, kv, number)
-        for number, (case, backend) in enumerate((c, b) for c in CASES + MLA for b in ("nsa_plugin", stock(c))):
+        for number, (case, backend) in enumerate((c, b) for c in cases for b in ("nsa_plugin", stock(c))):
             started[case, backend] = pool.submit(_probe, folder, models[case[:2]], case, backend, number)
         yield started
         for future in started.values():
