@@ -8,17 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 
-from nsa_backend_plugin.layouts import (
-    INDEX_DIM,
-    LATENT_DIM,
-    ROPE_DIM,
-    index_page_bytes,
-    packed_latent_bytes,
-)
+from nsa_backend_plugin.layouts import INDEX_DIM, LATENT_DIM, ROPE_DIM, index_page_bytes, packed_latent_bytes
 from nsa_backend_plugin.ops import (
     concat,
     dense_mla,
@@ -131,16 +125,26 @@ def examples(arch: str) -> dict[str, Model]:
 
 
 _Made = tuple[Operation, Call]
+_Make = Callable[..., torch.Tensor]
+P = ParamSpec("P")
+
+
+def _made(operation: Operation[P, Any], *args: P.args, **kwargs: P.kwargs) -> _Made:
+    return operation, operation.call(*args, **kwargs)
 
 
 def calls(model: Model, step: Step, arch: str) -> Iterator[_Made]:
     """(operation, call) of one layer in one step, in the order of the engine's calls."""
     with pretended(arch) as device:
-        yield from _projections(model, step, device)
+
+        def make(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        yield from _projections(model, step, make)
         if model.indexer is None:
-            yield from _dense(model, step, arch, device)
+            yield from _dense(model, step, arch, make)
         else:
-            yield from _sparse(model, model.indexer, step, arch, device)
+            yield from _sparse(model, model.indexer, step, arch, make)
 
 
 def explanations(model: Model, steps: Iterable[Step], arch: str) -> Iterator[tuple[Step, Explanation]]:
@@ -164,28 +168,26 @@ def report(model: Model, steps: Iterable[Step], arch: str) -> list[str]:
     return lines
 
 
-def _sparse(model: Model, indexer: Indexer, step: Step, arch: str, device: torch.device) -> Iterator[_Made]:
+def _sparse(model: Model, indexer: Indexer, step: Step, arch: str, make: _Make) -> Iterator[_Made]:
     """A prefill on a GPU writes its latent rows by SGLang, and on CUDA it is indexed by SGLang too."""
-    make = _maker(device)
     tokens, whole = step.requests * step.queries, model.group == 1
-    cache = _latent_cache(model, arch_fp8_dtype(arch), make)
+    cache = _latent_cache(model, arch, make)
     q_all = make(tokens, model.heads * model.group, LATENT_DIM + ROPE_DIM)
+    kv_scale = 1.0 if model.kv == "fp8" else None
     if whole:
-        yield from _before_sparse(model, indexer, step, arch, make, q_all, cache)
+        yield from _before_sparse(model, indexer, step, arch, make, q_all, cache, kv_scale)
     context = step.requests * -(-step.context // model.page_size) * model.page_size
-    yield (
+    yield _made(
         sparse_mla.attend,
-        sparse_mla.attend.call(
-            q_all,
-            cache,
-            make(tokens, indexer.topk, dtype=torch.int32),
-            1.0,
-            kv_scale=1.0 if model.kv == "fp8" else None,
-            lengths=make(tokens, dtype=torch.int32),
-            context=make(context, dtype=torch.int32) if step.prefill else None,
-            rows_have_keys=whole,
-            return_lse=not whole,
-        ),
+        q_all,
+        cache,
+        make(tokens, indexer.topk, dtype=torch.int32),
+        1.0,
+        kv_scale=kv_scale,
+        lengths=make(tokens, dtype=torch.int32),
+        context=make(context, dtype=torch.int32) if step.prefill else None,
+        rows_have_keys=whole,
+        return_lse=not whole,
     )
 
 
@@ -194,191 +196,158 @@ def _before_sparse(
     indexer: Indexer,
     step: Step,
     arch: str,
-    make: Callable[..., torch.Tensor],
+    make: _Make,
     q_all: torch.Tensor,
     cache: torch.Tensor,
+    kv_scale: float | None,
 ) -> Iterator[_Made]:
     tokens, heads, _ = q_all.shape
-    kv_scale = 1.0 if model.kv == "fp8" else None
     normalizes = any(p.norm and tokens <= p.most_tokens for p in model.projections)
     if (width := model.quantized_q_lora) and not step.prefill and not normalizes:
         q_lora = make(tokens, width + LATENT_DIM + ROPE_DIM)[:, :width]
-        yield norm_quant.rms, norm_quant.rms.call(q_lora, make(width))
+        yield _made(norm_quant.rms, q_lora, make(width))
     if not (step.prefill and is_cuda(arch)):
         yield from _indexer(model, indexer, step, arch, make)
     if arch == "cpu" or not step.prefill:
         latent = make(tokens, LATENT_DIM + ROPE_DIM)
         query = make(tokens, heads, NOPE_DIM + ROPE_DIM)
         fused = not step.prefill
-        yield (
+        yield _made(
             latent_cache.store,
-            latent_cache.store.call(
-                latent[:, :LATENT_DIM],
-                latent[:, LATENT_DIM:],
-                cache,
-                make(tokens, dtype=torch.int64),
-                positions=make(tokens, dtype=torch.int64),
-                cos_sin_cache=make(1 << 16, ROPE_DIM, dtype=torch.float32),
-                is_neox=False,
-                kv_scale=kv_scale,
-                q_rope=query[..., NOPE_DIM:] if fused else None,
-                q_all=q_all if fused else None,
-                norm_weight=make(LATENT_DIM) if fused else None,
-            ),
+            latent[:, :LATENT_DIM],
+            latent[:, LATENT_DIM:],
+            cache,
+            make(tokens, dtype=torch.int64),
+            positions=make(tokens, dtype=torch.int64),
+            cos_sin_cache=make(1 << 16, ROPE_DIM, dtype=torch.float32),
+            is_neox=False,
+            kv_scale=kv_scale,
+            q_rope=query[..., NOPE_DIM:] if fused else None,
+            q_all=q_all if fused else None,
+            norm_weight=make(LATENT_DIM) if fused else None,
         )
 
 
-def _projections(model: Model, step: Step, device: torch.device) -> Iterator[_Made]:
-    make = _maker(device)
+def _projections(model: Model, step: Step, make: _Make) -> Iterator[_Made]:
     tokens = step.requests * step.queries
     for p in model.projections:
         if tokens <= p.most_tokens:
-            weight = make(p.rows, p.depth, dtype=torch.float8_e4m3fn if p.fp8 else torch.bfloat16)
             blocks = (-(-p.rows // projection.GROUP), p.depth // projection.GROUP)
-            yield (
+            yield _made(
                 projection.linear,
-                projection.linear.call(
-                    make(tokens, p.depth),
-                    weight,
-                    make(*blocks, dtype=torch.float32) if p.fp8 else None,
-                    norm_weight=make(p.depth) if p.norm else None,
-                    dtype=p.dtype,
-                ),
+                make(tokens, p.depth),
+                make(p.rows, p.depth, dtype=torch.float8_e4m3fn if p.fp8 else torch.bfloat16),
+                make(*blocks, dtype=torch.float32) if p.fp8 else None,
+                norm_weight=make(p.depth) if p.norm else None,
+                dtype=p.dtype,
             )
     if tokens <= model.absorbs and not step.prefill:
         queries = make(tokens, model.heads, NOPE_DIM + ROPE_DIM)[..., :NOPE_DIM]
-        yield projection.per_head, projection.per_head.call(queries, make(model.heads, LATENT_DIM, NOPE_DIM))
+        yield _made(projection.per_head, queries, make(model.heads, LATENT_DIM, NOPE_DIM))
     if tokens <= model.values:
         attended = make(tokens, model.heads, LATENT_DIM)
-        yield projection.per_head, projection.per_head.call(attended, make(model.heads, NOPE_DIM, LATENT_DIM))
+        yield _made(projection.per_head, attended, make(model.heads, NOPE_DIM, LATENT_DIM))
 
 
-def _indexer(
-    model: Model, indexer: Indexer, step: Step, arch: str, make: Callable[..., torch.Tensor]
-) -> Iterator[_Made]:
+def _indexer(model: Model, indexer: Indexer, step: Step, arch: str, make: _Make) -> Iterator[_Made]:
     fp8 = arch_fp8_dtype(arch)
     tokens, index_heads = step.requests * step.queries, indexer.heads
     pages = -(-step.context // model.page_size)
     position = make(tokens, dtype=torch.int64)
     rope = make(1 << 16, ROPE_DIM, dtype=torch.float32)
     index_cache = make(_PAGES, index_page_bytes(model.page_size), dtype=torch.uint8)
+    cache_kind: dict[str, Any] = {"layout": model.layout, "page_size": model.page_size}
     key, gate = (make(tokens, INDEX_DIM + index_heads, dtype=t) for t in (indexer.key_dtype, indexer.gate_dtype))
-    yield (
+    yield _made(
         indexer_prep.key_store,
-        indexer_prep.key_store.call(
-            key[:, :INDEX_DIM],
-            make(INDEX_DIM, dtype=torch.float32),
-            make(INDEX_DIM, dtype=torch.float32) if indexer.norm == "layer" else None,
-            position,
-            rope,
-            index_cache,
-            make(tokens, dtype=torch.int64),
-            is_neox=indexer.is_neox,
-            norm=indexer.norm,
-            hadamard=indexer.hadamard,
-            layout=model.layout,
-            page_size=model.page_size,
-        ),
+        key[:, :INDEX_DIM],
+        make(INDEX_DIM, dtype=torch.float32),
+        make(INDEX_DIM, dtype=torch.float32) if indexer.norm == "layer" else None,
+        position,
+        rope,
+        index_cache,
+        make(tokens, dtype=torch.int64),
+        is_neox=indexer.is_neox,
+        norm=indexer.norm,
+        hadamard=indexer.hadamard,
+        **cache_kind,
     )
-    yield (
+    yield _made(
         indexer_prep.query,
-        indexer_prep.query.call(
-            make(tokens, index_heads, INDEX_DIM),
-            gate[:, INDEX_DIM:],
-            position,
-            rope,
-            weight_scale=1.0,
-            is_neox=indexer.is_neox,
-            hadamard=indexer.hadamard,
-            scale_format=indexer.scale_format,
-        ),
+        make(tokens, index_heads, INDEX_DIM),
+        gate[:, INDEX_DIM:],
+        position,
+        rope,
+        weight_scale=1.0,
+        is_neox=indexer.is_neox,
+        hadamard=indexer.hadamard,
+        scale_format=indexer.scale_format,
     )
     weights = make(tokens, index_heads, dtype=torch.float32)
     table = make(tokens, pages, dtype=torch.int32)
     if step.prefill:
         columns = step.requests * step.context
         starts = make(tokens, dtype=torch.int32)
-        yield (
+        yield _made(
             index_key_cache.gather,
-            index_key_cache.gather.call(
-                index_cache,
-                make(step.requests, pages, dtype=torch.int32),
-                make(step.requests, dtype=torch.int32),
-                layout=model.layout,
-                page_size=model.page_size,
-                total_tokens=columns,
-            ),
+            index_cache,
+            make(step.requests, pages, dtype=torch.int32),
+            make(step.requests, dtype=torch.int32),
+            total_tokens=columns,
+            **cache_kind,
         )
-        yield (
+        yield _made(
             mqa_logits.ragged,
-            mqa_logits.ragged.call(
-                make(tokens, index_heads, INDEX_DIM, dtype=fp8),
-                make(columns, INDEX_DIM, dtype=fp8),
-                make(columns, dtype=torch.float32),
-                weights,
-                starts,
-                starts,
-            ),
+            make(tokens, index_heads, INDEX_DIM, dtype=fp8),
+            make(columns, INDEX_DIM, dtype=fp8),
+            make(columns, dtype=torch.float32),
+            weights,
+            starts,
+            starts,
         )
     else:
         columns = pages * model.page_size
-        lengths = make(step.requests, *(() if step.queries == 1 else (step.queries,)), dtype=torch.int32)
-        yield (
+        yield _made(
             mqa_logits.paged,
-            mqa_logits.paged.call(
-                make(step.requests, step.queries, index_heads, INDEX_DIM, dtype=fp8),
-                index_cache,
-                weights,
-                lengths,
-                table[:: step.queries],
-                columns,
-                layout=model.layout,
-                page_size=model.page_size,
-            ),
+            make(step.requests, step.queries, index_heads, INDEX_DIM, dtype=fp8),
+            index_cache,
+            weights,
+            make(step.requests, *(() if step.queries == 1 else (step.queries,)), dtype=torch.int32),
+            table[:: step.queries],
+            columns,
+            **cache_kind,
         )
-    yield (
+    yield _made(
         topk.select,
-        topk.select.call(
-            make(tokens, columns, dtype=torch.float32),
-            make(tokens, dtype=torch.int32),
-            indexer.topk,
-            page_table=table,
-            page_size=model.page_size,
-        ),
+        make(tokens, columns, dtype=torch.float32),
+        make(tokens, dtype=torch.int32),
+        indexer.topk,
+        page_table=table,
+        page_size=model.page_size,
     )
 
 
-def _dense(model: Model, step: Step, arch: str, device: torch.device) -> Iterator[_Made]:
-    make = _maker(device)
+def _dense(model: Model, step: Step, arch: str, make: _Make) -> Iterator[_Made]:
     tokens = step.requests * step.queries
     if step.prefill:
         k_nope = make(tokens, model.heads, 2 * NOPE_DIM)[..., :NOPE_DIM]
-        yield concat.mla_k, concat.mla_k.call(k_nope, make(tokens, 1, ROPE_DIM))
+        yield _made(concat.mla_k, k_nope, make(tokens, 1, ROPE_DIM))
         return
-    yield (
+    yield _made(
         dense_mla.decode,
-        dense_mla.decode.call(
-            make(tokens, model.heads * model.group, LATENT_DIM + ROPE_DIM),
-            _latent_cache(model, arch_fp8_dtype(arch), make),
-            make(tokens, -(-step.context // model.page_size), dtype=torch.int32),
-            make(tokens, dtype=torch.int32),
-            1.0,
-            page_size=model.page_size,
-            kv_scale=1.0 if model.kv == "fp8" else None,
-            return_lse=model.group > 1,
-        ),
+        make(tokens, model.heads * model.group, LATENT_DIM + ROPE_DIM),
+        _latent_cache(model, arch, make),
+        make(tokens, -(-step.context // model.page_size), dtype=torch.int32),
+        make(tokens, dtype=torch.int32),
+        1.0,
+        page_size=model.page_size,
+        kv_scale=1.0 if model.kv == "fp8" else None,
+        return_lse=model.group > 1,
     )
 
 
-def _maker(device: torch.device) -> Callable[..., torch.Tensor]:
-    def make(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
-
-    return make
-
-
-def _latent_cache(model: Model, fp8: torch.dtype, make: Callable[..., Any]) -> torch.Tensor:
+def _latent_cache(model: Model, arch: str, make: _Make) -> torch.Tensor:
     slots = _PAGES * model.page_size
     if model.kv == "packed":
-        return make(slots, 1, packed_latent_bytes(LATENT_DIM + ROPE_DIM, LATENT_DIM), dtype=torch.uint8)
-    return make(slots, 1, LATENT_DIM + ROPE_DIM, dtype=fp8 if model.kv == "fp8" else torch.bfloat16)
+        return make(slots, 1, packed_latent_bytes(LATENT_DIM + ROPE_DIM), dtype=torch.uint8)
+    return make(slots, 1, LATENT_DIM + ROPE_DIM, dtype=arch_fp8_dtype(arch) if model.kv == "fp8" else torch.bfloat16)
