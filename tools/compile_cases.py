@@ -109,7 +109,7 @@ def recorded(launch: Callable[[], object]) -> list[tuple[JITFunction, tuple[Any,
         mock.patch.object(triton_launch, "warm_up", warm_up),
         mock.patch.object(_union_lists, "_kernel"),  # CUDA C++
         mock.patch.object(jit, "launch"),
-        mock.patch(f"{module_path('sparse_mla', 'triton')}.core_count", return_value=_CORES),
+        mock.patch.object(mla_launch, "core_count", return_value=_CORES),
     ):
         launch()
     return made

@@ -10,9 +10,9 @@ import torch
 
 from nsa_backend_plugin.layouts import FP8_DTYPES
 from nsa_backend_plugin.ops import dense_mla
+from nsa_backend_plugin.ops._triton import mla_launch
 from nsa_backend_plugin.ops.call import Step
 from nsa_backend_plugin.ops.dense_mla import reference
-from nsa_backend_plugin.ops.dense_mla import triton as dense_triton
 from tests.conftest import HAS_GPU
 from tests.ops import implementations
 from tests.ops.common import assert_close
@@ -43,7 +43,7 @@ def or_skip(impl: str, **arguments: Any) -> Any:
 def splits_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the interpreter too: a CPU counts as one core, which would never split."""
     if not HAS_GPU:
-        monkeypatch.setattr(dense_triton, "core_count", lambda device: 132)
+        monkeypatch.setattr(mla_launch, "core_count", lambda device: 132)
 
 
 def expected(arguments: dict) -> tuple[torch.Tensor, torch.Tensor]:

@@ -42,7 +42,7 @@ NOT_THEIRS = {
 def splits_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the interpreter too: a CPU counts as one core, which would never split."""
     if not HAS_GPU:
-        monkeypatch.setattr(sparse_triton, "core_count", lambda device: 132)
+        monkeypatch.setattr(mla_launch, "core_count", lambda device: 132)
 
 
 def expected(arguments: dict) -> tuple[torch.Tensor, torch.Tensor]:
@@ -166,16 +166,17 @@ ALL_TILES = sorted(
 
 @pytest.mark.parametrize("kind, config", ALL_TILES, ids=str)
 @pytest.mark.skipif(HAS_GPU, reason="tiles of other architectures run in the interpreter only")
-def test_tiles_of_every_architecture(kind: str, config: mla_launch.Tile) -> None:
+def test_tiles_of_every_architecture(kind: str, config: mla_launch.Tile, monkeypatch) -> None:
     """The configurations that a call selects elsewhere, operand swap included, compute the same."""
     heads = config.heads + 1
     arguments = inputs(1, heads, 70, kind)
     q = arguments["q"]
     out = poison(1, heads, 512, dtype=q.dtype, device=q.device)
     call = sparse_mla.attend.call(**arguments, out=out, return_lse=True)
-    options = {"kind": kind, "kv_scale": arguments["kv_scale"], "page_size": 0, "config": config, "splits": 2}
     lengths = torch.full((1,), 70, dtype=torch.int32)
-    compare(mla_launch.attend(call, arguments["indices"], lengths, **options), expected(arguments), BARS[kind])
+    monkeypatch.setattr(mla_launch, "tile", lambda *_: config)
+    result = mla_launch.attend(call, arguments["indices"], lengths, 70, kind=kind, splits=2)
+    compare(result, expected(arguments), BARS[kind])
 
 
 @pytest.mark.parametrize("kind", ["bf16", "packed"])
@@ -209,8 +210,9 @@ def test_triton_declines_with_a_reason() -> None:
 @pytest.mark.parametrize(
     "arch, cores", [("sm_80", 108), ("sm_90", 132), ("sm_90", 78), ("gfx942", 304), ("sm_120", 188)]
 )
-def test_workspace_suffices_for_every_smaller_call(arch: str, cores: int) -> None:
-    limit = mla_launch.workspace_bytes(cores, 200, 48, 512)
+def test_workspace_suffices_for_every_smaller_call(arch: str, cores: int, monkeypatch) -> None:
+    monkeypatch.setattr(mla_launch, "core_count", lambda device: cores)
+    limit = mla_launch.workspace_bytes(DEVICE, 200, 48, 512)
     config = mla_launch.tile(arch, "bf16", 48)
     for rows in range(1, 201):
         splits = mla_launch.split_count(cores, rows, 48, 1 << 20, config)

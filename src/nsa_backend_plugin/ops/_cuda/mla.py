@@ -134,7 +134,6 @@ def attend(
     lengths: torch.Tensor | None,
     keys: int,
     *,
-    kv_scale: float = 1.0,
     page_size: int = 1,
     leading: bool = True,
     splits: int | None = None,
@@ -144,7 +143,7 @@ def attend(
     table: [tokens, N] int32, slots of packed rows, or pages of plain ones, of which a token has lengths [tokens] keys;
     packed rows without lengths `keys`. A length below 0 leaves a token's result undefined.
     """
-    q, kv, arch = call.q, call.kv, call.arch
+    q, kv, arch, unit = call.q, call.kv, call.arch, call.kv_unit
     out, lse = call.output(), call.new_lse()
     tokens, heads, _ = q.shape
     if tokens == 0:
@@ -169,8 +168,8 @@ def attend(
         lse=result_lse,
         row_stride=kv.stride(0),
         table_stride=table.stride(0),
-        scale_log2=call.softmax_scale * math.log2(math.e) * kv_scale,
-        value_scale=kv_scale,
+        scale_log2=call.softmax_scale * math.log2(math.e) * unit,
+        value_scale=unit,
         lse_unit=lse_unit,
         heads=heads,
         topk=keys,

@@ -17,12 +17,14 @@ Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 class MlaCall(Call[Result]):
     """Absorbed queries q [rows, H, D] over latent rows of kv [slots, 1, D or bytes].
 
-    out: where the result must be; None leaves the place to the implementation. workspace: has its form, not its size.
+    kv_scale: of plain fp8 rows; None of others. out: where the result must be; None leaves the place to the
+    implementation. workspace: has its form, not its size.
     """
 
     q: torch.Tensor
     kv: torch.Tensor
     softmax_scale: float
+    kv_scale: float | None
     value_dim: int
     rows_have_keys: bool
     return_lse: bool
@@ -31,6 +33,11 @@ class MlaCall(Call[Result]):
 
     def row_count(self) -> int:
         return self.q.shape[0]
+
+    @property
+    def kv_unit(self) -> float:
+        """What a 1 in plain rows stands for."""
+        return 1.0 if self.kv_scale is None else float(self.kv_scale)
 
     def output(self) -> torch.Tensor:
         """The caller's out, or a new one."""

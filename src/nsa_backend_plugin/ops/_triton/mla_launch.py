@@ -18,7 +18,7 @@ from nsa_backend_plugin.ops._torch.mla import MlaCall, Result, result
 from nsa_backend_plugin.ops._triton import early_launch, quant
 from nsa_backend_plugin.ops._triton.launch import launch
 from nsa_backend_plugin.ops._triton.mla_kernels import attend_kernel, combine_kernel
-from nsa_backend_plugin.ops.arch import is_rocm
+from nsa_backend_plugin.ops.arch import core_count, is_rocm
 from nsa_backend_plugin.ops.call import Reason
 
 #: No row of up to 16 heads is cut into more parts; with more heads, which have more to merge, half as many.
@@ -110,12 +110,14 @@ def scratch_bytes(parts: int, heads: int, value_dim: int) -> int:
     return _lse_bytes(parts, heads) + parts * heads * value_dim * 4
 
 
-def workspace_bytes(cores: int, max_rows: int, heads: int, value_dim: int, num_kv_splits: int | None = None) -> int:
-    """Scratch that suffices on a device of so many cores for every call of up to max_rows rows."""
+def workspace_bytes(
+    device: torch.device, max_rows: int, heads: int, value_dim: int, num_kv_splits: int | None = None
+) -> int:
+    """Scratch that suffices on a device for every call of up to max_rows rows."""
     if num_kv_splits is not None:
         return scratch_bytes(max_rows * num_kv_splits, heads, value_dim)
     # split_count keeps rows * splits <= the programs of a full device whenever it splits at all.
-    parts = min(max_rows * MAX_SPLITS, 2 * cores)
+    parts = min(max_rows * MAX_SPLITS, 2 * core_count(device))
     return scratch_bytes(parts, heads, value_dim)
 
 
@@ -161,25 +163,25 @@ def attend(
     call: MlaCall,
     table: torch.Tensor,
     lengths: torch.Tensor,
+    keys: int,
     *,
     kind: str,
-    kv_scale: float | None,
-    page_size: int,
-    config: Tile,
-    splits: int,
+    page_size: int = 0,
+    splits: int | None = None,
 ) -> Result:
-    """Attend every row of call.q [rows, H, D] to its keys, of which it has lengths [rows], cut into `splits` parts.
+    """Attend every row of call.q [rows, H, D] to its keys, of which it has lengths [rows], at most `keys`.
 
-    table: pages; with page_size 0 slots [rows, K], -1 = none.
+    table: pages; with page_size 0 slots [rows, K], -1 = none. splits: parts that each row's keys are cut into.
     """
-    q, kv, out, lse = call.q, call.kv, call.output(), call.new_lse()
+    q, kv, out, lse, unit = call.q, call.kv, call.output(), call.new_lse(), call.kv_unit
     rows, heads, query_dim = q.shape
     value_dim = out.shape[-1]
     if rows == 0:
         return result(out, lse)
+    config = tile(call.arch, "pages" if kind == "bf16" and page_size else kind, heads)
+    splits = splits or split_count(core_count(q.device), rows, heads, keys, config)
     split = splits > 1
     partial_out, partial_lse = _scratch(call.workspace, rows * splits, out) if split else (out, out)
-    unscaled = 1.0 if kv_scale is None else float(kv_scale)
     early = early_launch.options(call.arch)
     launch(
         attend_kernel,
@@ -192,8 +194,8 @@ def attend(
         out if lse is None else lse,
         partial_out,
         partial_lse,
-        call.softmax_scale * LOG2_E * unscaled,
-        unscaled,
+        call.softmax_scale * LOG2_E * unit,
+        unit,
         kv.stride(0),
         table.stride(0),
         splits,
@@ -245,8 +247,4 @@ def _combine_config(rows: int, heads: int, value_dim: int, splits: int) -> tuple
         dims, warps = min(LATENT_TILE, in_registers), 1
     else:
         dims, warps = value_dim, 4
-    return min(dims, _power_of_two_part(value_dim)), split_tile, warps
-
-
-def _power_of_two_part(value: int) -> int:
-    return value & -value
+    return min(dims, value_dim & -value_dim), split_tile, warps  # a power of two that divides value_dim

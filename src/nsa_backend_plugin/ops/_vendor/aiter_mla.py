@@ -9,6 +9,7 @@ the compacted slots for a table of fixed width and gave wrong plans at long cont
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ def entries(values: torch.Tensor, valid: torch.Tensor, starts: torch.Tensor) -> 
     return result[:-1]
 
 
-def decode(call: MlaCall, entries: torch.Tensor, starts: torch.Tensor, kv_scale: float | None) -> Result:
+def decode(call: MlaCall, entries: torch.Tensor, starts: torch.Tensor) -> Result:
     """One query per row over kv[entries[starts[t] : starts[t + 1]]]."""
     from aiter.mla import mla_decode_fwd
 
@@ -78,9 +79,8 @@ def decode(call: MlaCall, entries: torch.Tensor, starts: torch.Tensor, kv_scale:
     if call.kv.dtype in FP8_DTYPES:
         key = ("aiter plan", padded.shape[1], call.kv.dtype)
         extra = dict(call.step.once(key, lambda: _plan(padded, call.kv, query_starts, starts, last_page_lens), starts))
-        scale = 1.0 if kv_scale is None else kv_scale
-        extra["q_scale"] = call.step.once(("number", 1.0), lambda: number(1.0), device=device)
-        extra["kv_scale"] = call.step.once(("number", scale), lambda: number(scale), device=device)
+        for name, value in (("q_scale", 1.0), ("kv_scale", call.kv_unit)):
+            extra[name] = call.step.once(("number", value), partial(number, value), device=device)
     mla_decode_fwd(
         padded,
         call.kv.view(-1, 1, 1, dim),

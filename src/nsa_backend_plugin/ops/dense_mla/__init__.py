@@ -19,11 +19,10 @@ PAGE_SIZES = (1, 16, 32, 64, 128)
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Decode(mla.MlaCall):
-    """The arguments of `decode`; seq_lens is contiguous. kv_scale: None unless the rows are fp8."""
+    """The arguments of `decode`; seq_lens is contiguous."""
 
     block_table: torch.Tensor
     seq_lens: torch.Tensor
-    kv_scale: float | None
     page_size: int
     num_kv_splits: int | None
     kv_is_finite: bool

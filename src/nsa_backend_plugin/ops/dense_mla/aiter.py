@@ -32,4 +32,4 @@ def decode(call: Decode) -> Result:
         starts = aiter_mla.starts(lengths)
         return aiter_mla.entries(table, used, starts), starts
 
-    return aiter_mla.decode(call, *call.step.once("aiter ragged", ragged, table, lengths), kv_scale=call.kv_scale)
+    return aiter_mla.decode(call, *call.step.once("aiter ragged", ragged, table, lengths))

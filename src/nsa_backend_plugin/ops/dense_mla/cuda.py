@@ -39,15 +39,6 @@ def workspace_bytes_decode(
 
 
 def decode(call: Decode) -> Result:
-    assert call.kv_scale is not None
     table, page_size = call.block_table, call.page_size
-    return mla.attend(
-        call,
-        CONFIGS,
-        table,
-        call.seq_lens,
-        table.shape[1] * page_size,
-        kv_scale=float(call.kv_scale),
-        page_size=page_size,
-        splits=call.num_kv_splits,
-    )
+    keys = table.shape[1] * page_size
+    return mla.attend(call, CONFIGS, table, call.seq_lens, keys, page_size=page_size, splits=call.num_kv_splits)

@@ -18,7 +18,7 @@ def decode(call: Decode) -> Result:
     for b, length in enumerate(call.seq_lens.tolist()):
         position = torch.arange(length, device=call.q.device)
         slots = call.block_table[b, position // page_size].long() * page_size + position % page_size
-        latent = call.kv[slots, 0].float() * (1.0 if call.kv_scale is None else call.kv_scale)
+        latent = call.kv[slots, 0].float() * call.kv_unit
         token_out, token_lse = softmax_attention(call.q[b], latent, call.softmax_scale, call.value_dim)
         out[b] = token_out.to(out.dtype)
         if lse is not None:

@@ -6,7 +6,6 @@ import torch
 
 from nsa_backend_plugin.ops._torch.mla import Result
 from nsa_backend_plugin.ops._triton import mla_launch, support
-from nsa_backend_plugin.ops.arch import core_count
 from nsa_backend_plugin.ops.call import Reason
 from nsa_backend_plugin.ops.dense_mla import Decode
 
@@ -26,22 +25,16 @@ def _kind(call: Decode) -> str:
 def workspace_bytes_decode(
     device: torch.device, max_batch: int, heads: int, value_dim: int, num_kv_splits: int | None
 ) -> int:
-    return mla_launch.workspace_bytes(core_count(device), max_batch, heads, value_dim, num_kv_splits)
+    return mla_launch.workspace_bytes(device, max_batch, heads, value_dim, num_kv_splits)
 
 
 def decode(call: Decode) -> Result:
-    batch, heads, _ = call.q.shape
-    kind = _kind(call)
-    config = mla_launch.tile(call.arch, "pages" if kind == "bf16" else kind, heads)
-    context = call.block_table.shape[1] * call.page_size
-    splits = call.num_kv_splits or mla_launch.split_count(core_count(call.q.device), batch, heads, context, config)
     return mla_launch.attend(
         call,
         call.block_table,
         call.seq_lens,
-        kind=kind,
-        kv_scale=call.kv_scale,
+        call.block_table.shape[1] * call.page_size,
+        kind=_kind(call),
         page_size=call.page_size,
-        config=config,
-        splits=splits,
+        splits=call.num_kv_splits,
     )

@@ -24,7 +24,6 @@ class Attend(mla.MlaCall):
     lengths: torch.Tensor | None
     context: torch.Tensor | None
     kind: str
-    kv_scale: float | None
 
     def facts(self) -> Mapping[str, Fact]:
         tokens, heads, _ = self.q.shape

@@ -32,5 +32,4 @@ def attend(call: Attend) -> Result:
         starts = aiter_mla.starts(valid.sum(dim=1))
     else:
         starts = call.step.once("aiter starts", lambda: aiter_mla.starts(lengths), lengths)
-    entries = aiter_mla.entries(call.indices, valid, starts)
-    return aiter_mla.decode(call, entries, starts, call.kv_scale)
+    return aiter_mla.decode(call, aiter_mla.entries(call.indices, valid, starts), starts)

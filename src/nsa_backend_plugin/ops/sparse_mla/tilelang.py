@@ -90,7 +90,6 @@ def declines_attend(call: Attend) -> Reason:
 def attend(call: Attend) -> Result:
     q, kv, indices, arch = call.q, call.kv, call.indices, call.arch
     tokens, heads, _ = q.shape
-    unit = 1.0 if call.kv_scale is None else float(call.kv_scale)
     config = tile(arch, heads)
     padded = mla.pad_heads(q, -(-heads // config.heads) * config.heads)
     width = padded.shape[1]
@@ -106,8 +105,8 @@ def attend(call: Attend) -> Result:
     rows = kv.view(torch.float8_e4m3fn) if call.kind == "packed" else kv
     name = _PACKED if call.kind == "packed" else NAMES[kv.dtype]
     kernel = _attend_kernel(width, config, name, NAMES[partial.dtype], arch)
-    scale = call.softmax_scale * _LOG2_E * unit
-    kernel(padded, rows.view(-1, rows.shape[-1]), indices, partial, partial_lse, scale, unit)
+    scale = call.softmax_scale * _LOG2_E * call.kv_unit
+    kernel(padded, rows.view(-1, rows.shape[-1]), indices, partial, partial_lse, scale, call.kv_unit)
     if splits > 1:
         _merge_kernel(width, merge_parts(splits), arch)(partial, partial_lse, result, result_lse)
     if padded is not q:

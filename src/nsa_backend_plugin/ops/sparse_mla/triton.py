@@ -8,7 +8,6 @@ import torch
 
 from nsa_backend_plugin.ops._torch.mla import Result
 from nsa_backend_plugin.ops._triton import mla_launch, support
-from nsa_backend_plugin.ops.arch import core_count
 from nsa_backend_plugin.ops.call import Reason
 from nsa_backend_plugin.ops.sparse_mla import Attend
 
@@ -20,24 +19,12 @@ def declines_attend(call: Attend) -> Reason:
 
 
 def workspace_bytes_attend(device: torch.device, max_tokens: int, heads: int, topk: int, value_dim: int) -> int:
-    return mla_launch.workspace_bytes(core_count(device), max_tokens, heads, value_dim)
+    return mla_launch.workspace_bytes(device, max_tokens, heads, value_dim)
 
 
 def attend(call: Attend) -> Result:
-    tokens, heads, _ = call.q.shape
-    config = mla_launch.tile(call.arch, call.kind, heads)
-    cores = core_count(call.q.device)
-    splits = mla_launch.split_count(cores, tokens, heads, call.indices.shape[1], config)
-    return mla_launch.attend(
-        call,
-        call.indices,
-        call.lengths if call.lengths is not None else _whole_rows(call),
-        kind=call.kind,
-        kv_scale=call.kv_scale,
-        page_size=0,
-        config=config,
-        splits=splits,
-    )
+    lengths = call.lengths if call.lengths is not None else _whole_rows(call)
+    return mla_launch.attend(call, call.indices, lengths, call.indices.shape[1], kind=call.kind)
 
 
 def _whole_rows(call: Attend) -> torch.Tensor:
