@@ -42,21 +42,16 @@ def test_sharing_rows_is_tried_and_right(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", tune_projection.NAMES)
 def test_projection_variants_are_of_the_call_that_is_timed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[cuda._Sizes] = []
-
-    def linear(call: projection.Linear) -> None:
-        asked.append(cuda._sizes_of_linear(call))
-        assert wgmma._sizes(call)[:3] == (asked[0].kind, asked[0].rows, asked[0].blocks)
-
-    monkeypatch.setattr(projection.linear, "run", linear)
-    monkeypatch.setattr(projection.per_head, "run", lambda call: asked.append(cuda._sizes_of_heads(call)))
-    problem = tune_projection.problem_of(name, 1, 2, torch.device("cpu"))
+    for operation in (projection.linear, projection.per_head):
+        monkeypatch.setattr(operation, "run", lambda call: asked.append(cuda._sizes_of(call)))
+    problem = tune_projection.problem_of(name, 1, 16, torch.device("cpu"))
     problem.run(None, problem.inputs[0], False)
-    assert asked == [tune_projection.sizes_of(name, 2)]
+    sizes = tune_projection.sizes_of(problem)
+    assert asked == [sizes]
 
-    sizes = tune_projection.sizes_of(name, 16)
     today = {
         "cuda": cuda._variants("sm_90", sizes, 132)[0],
-        "wgmma": wgmma._variants(wgmma._Kind(*sizes.kind), sizes.rows, sizes.blocks, 132)[0],
+        "wgmma": wgmma._variants(sizes, 132)[0],
     }
     for impl, how in tune_projection.IMPLEMENTATIONS.items():
         if name not in how.names:

@@ -57,7 +57,7 @@ def variants_of_cuda(sizes: cuda._Sizes, tokens: int, arch: str, cores: int) -> 
 def variants_of_wgmma(sizes: cuda._Sizes, tokens: int, arch: str, cores: int) -> Iterator[wgmma._Variant]:
     """Today's, and those that differ in warpgroups, stages and clusters, of at most three waves of blocks."""
     _, _, rows, blocks = sizes
-    today = next(v for v in wgmma._variants(sizes.kind, rows, blocks, cores) if v.tokens >= tokens)
+    today = next(v for v in wgmma._variants(sizes, cores) if v.tokens >= tokens)
     yield today
     for cluster, warpgroups, stages in itertools.product(range(1, 9), (1, 2, 4), range(1, 8)):
         share = -(-blocks // cluster)
@@ -99,7 +99,7 @@ def problem_of(name: str, tokens: int, heads: int, device: torch.device) -> Prob
 
 def tune(impl: str, name: str, tokens: int, heads: int, device: torch.device) -> list[dict[str, Any]]:
     how, problem, arch = IMPLEMENTATIONS[impl], problem_of(name, tokens, heads, device), device_arch(device)
-    chosen = list(how.variants(sizes_of(name, heads), tokens, arch, core_count(device)))
+    chosen = list(how.variants(sizes_of(problem), tokens, arch, core_count(device)))
     kernels = jit.load_all(how.module._SOURCE, how.kernel, arch, list(map(how.module._defines, chosen)))
     rows = []
     selected = how.module._kernels
@@ -120,15 +120,11 @@ def tune(impl: str, name: str, tokens: int, heads: int, device: torch.device) ->
     return rows
 
 
-def sizes_of(name: str, heads: int) -> cuda._Sizes:
-    """Of the call that the workload of a name makes."""
-    if name in workload.SHAPES:
-        sizes, fp8, norm = workload.SHAPES[name]
-        rows, depth = sizes(heads)
-        kind = cuda._Kind(fp8, norm, not fp8)
-        return cuda._Sizes(kind, 1, rows, depth * (1 if fp8 else 2) // 128)
-    rows, depth = (512, workload.NOPE) if name == "w_uk" else (workload.NOPE, 512)
-    return cuda._Sizes(cuda._Kind(), heads, rows, 2 * depth // 128)
+def sizes_of(problem: Problem) -> cuda._Sizes:
+    """Of the calls that are timed."""
+    arguments = problem.inputs[0]
+    operation = projection.linear if "weight_scale" in arguments else projection.per_head
+    return cuda._sizes_of(operation.call(**arguments))
 
 
 def table(rows: list[dict[str, Any]], best: int = 4) -> list[str]:

@@ -74,8 +74,7 @@ def test_projection(sizes: tuple) -> None:
 def test_projection_by_wgmma(sizes: tuple) -> None:
     """Likewise, for 1 to 64 tokens."""
     needs_nvrtc("sm_90")
-    kind, _, rows, blocks = sizes
-    for variant in wgmma._variants(wgmma._Kind(*kind), rows, blocks, 132):
+    for variant in wgmma._variants(projection._Sizes(*sizes), 132):
         assert variant.shared_bytes <= wgmma._SHARED_BYTES
         assert jit.compiles(wgmma._SOURCE, "sm_90", wgmma._defines(variant)) is None
 

@@ -42,8 +42,9 @@ def with_cores(monkeypatch: pytest.MonkeyPatch, module: ModuleType, cores: int) 
     monkeypatch.setattr(module, "core_count", lambda device: cores)
 
 
-def wgmma_variants(kind: wgmma._Kind, rows: int, blocks: int, cores: int) -> tuple[wgmma._Variant, ...]:
+def wgmma_variants(sizes: wgmma._Sizes, cores: int) -> tuple[wgmma._Variant, ...]:
     """One at random among those that can be served: any division of the depth, any number of stages."""
+    kind, _, _, blocks = sizes
     cluster = random.choice([n for n in (1, 2, 3, 8) if n <= blocks])
     share = -(-blocks // cluster)
     cluster = -(-blocks // share)

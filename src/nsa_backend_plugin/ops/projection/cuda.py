@@ -25,6 +25,10 @@ class _Kind(NamedTuple):
     norm: bool = False
     out_f32: bool = False
 
+    @property
+    def defines(self) -> dict[str, int]:
+        return {"FP8": int(self.fp8), "NORM": int(self.norm), "OUT_F32": int(self.out_f32)}
+
 
 class _Variant(NamedTuple):
     kind: _Kind
@@ -60,20 +64,20 @@ def available(arch: str) -> Reason:
 def declines_linear(call: Linear) -> Reason:
     if call.weight_scale is not None and int(call.arch[3:]) < 89:
         return f"{call.arch} does not convert fp8"
-    return _declines(call, _sizes_of_linear(call))
+    return _declines(call)
 
 
-def declines_per_head(call: PerHead) -> Reason:
-    return _declines(call, _sizes_of_heads(call))
-
-
-def _declines(call: Linear | PerHead, sizes: _Sizes) -> Reason:
+def _declines(call: Linear | PerHead) -> Reason:
     if call.x.shape[0] > MAX_TOKENS:
         return f"{call.x.shape[0]} tokens: at most {MAX_TOKENS}"
+    sizes = _sizes_of(call)
     needed = max(v.shared_bytes for v in _variants(call.arch, sizes, core_count(call.x.device)))
     if needed > _shared_bytes(call.arch):
         return f"a depth of {sizes.blocks} x {_BLOCK_BYTES} bytes needs {needed} bytes of shared memory"
     return alignment.declines(call, "x", "weight", "norm_weight")
+
+
+declines_per_head = _declines
 
 
 def _shared_bytes(arch: str) -> int:
@@ -90,30 +94,28 @@ class _Sizes(NamedTuple):
     blocks: int  # of 128 bytes in a row of the weights
 
 
-def _sizes_of_linear(call: Linear) -> _Sizes:
-    rows, depth = call.weight.shape
-    kind = _Kind(call.weight_scale is not None, call.norm_weight is not None, call.out.dtype == torch.float32)
-    return _Sizes(kind, 1, rows, depth * call.weight.element_size() // _BLOCK_BYTES)
-
-
-def _sizes_of_heads(call: PerHead) -> _Sizes:
-    heads, rows, depth = call.weight.shape
-    return _Sizes(_Kind(), heads, rows, 2 * depth // _BLOCK_BYTES)
+def _sizes_of(call: Linear | PerHead) -> _Sizes:
+    *heads, rows, depth = call.weight.shape
+    kind = _Kind()
+    if isinstance(call, Linear):
+        kind = _Kind(call.weight_scale is not None, call.norm_weight is not None, call.out.dtype == torch.float32)
+    return _Sizes(kind, heads[0] if heads else 1, rows, depth * call.weight.element_size() // _BLOCK_BYTES)
 
 
 def linear(call: Linear) -> torch.Tensor:
-    _launch(call, _sizes_of_linear(call), (0, call.x.stride(0), 0, call.out.stride(0), 0))
+    _launch(call, (0, call.x.stride(0), 0, call.out.stride(0), 0))
     return call.out
 
 
 def per_head(call: PerHead) -> torch.Tensor:
     strides = (2 * call.weight.stride(0), *call.x.stride()[:2], *call.out.stride()[:2])
-    _launch(call, _sizes_of_heads(call), strides)
+    _launch(call, strides)
     return call.out
 
 
-def _launch(call: Linear | PerHead, sizes: _Sizes, strides: tuple[int, ...]) -> None:
-    tokens, depth, (_, heads, rows, _) = call.x.shape[0], call.x.shape[-1], sizes
+def _launch(call: Linear | PerHead, strides: tuple[int, ...]) -> None:
+    tokens, depth, sizes = call.x.shape[0], call.x.shape[-1], _sizes_of(call)
+    _, heads, rows, _ = sizes
     if tokens == 0 or rows == 0 or heads == 0:
         return
     cores = core_count(call.x.device)
@@ -126,38 +128,31 @@ def _launch(call: Linear | PerHead, sizes: _Sizes, strides: tuple[int, ...]) -> 
         kernel,
         grid=(parts * variant.cluster, heads, 1),
         block=(variant.threads, 1, 1),
-        args=(
-            _Arguments(
-                call.weight.data_ptr(),
-                _pointer(call, "weight_scale"),
-                call.x.data_ptr(),
-                _pointer(call, "norm_weight"),
-                call.out.data_ptr(),
-                *strides,
-                *(tokens, rows, depth),
-                getattr(call, "eps", 0.0),
-            ),
-        ),
+        args=[_Arguments(*_pointers(call), *strides, tokens, rows, depth, getattr(call, "eps", 0.0))],
         shared_bytes=variant.shared_bytes,
         pdl=launches_early(call.arch),
         device=call.x.device,
     )
 
 
+#: Tensors of a call, in the order of both sources' `Arguments`.
+_TENSORS = ("weight", "weight_scale", "x", "norm_weight", "out")
+
+
+def _pointers(call: Linear | PerHead) -> list[int | None]:
+    tensors = (getattr(call, name, None) for name in _TENSORS)
+    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
 class _Arguments(ctypes.Structure):
     """`Arguments` of projection.cu."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("weight", "weight_scale", "x", "norm_weight", "out")),
+        *((name, ctypes.c_void_p) for name in _TENSORS),
         *((name, ctypes.c_longlong) for name in ("weight_head", "x_token", "x_head", "out_token", "out_head")),
         *((name, ctypes.c_int) for name in ("tokens", "rows", "depth")),
         ("eps", ctypes.c_float),
     )
-
-
-def _pointer(call: Linear | PerHead, name: str) -> int | None:
-    value = getattr(call, name, None)
-    return None if value is None else value.data_ptr()
 
 
 @functools.cache
@@ -196,9 +191,7 @@ def _may_share(arch: str, kind: _Kind) -> bool:
 
 def _defines(variant: _Variant) -> dict[str, int]:
     return {
-        "FP8": int(variant.kind.fp8),
-        "NORM": int(variant.kind.norm),
-        "OUT_F32": int(variant.kind.out_f32),
+        **variant.kind.defines,
         "TOKEN_TILES": variant.token_tiles,
         "WARPS_OF_DEPTH": variant.warps_of_depth,
         "WARPS_OF_ROWS": variant.warps_of_rows,

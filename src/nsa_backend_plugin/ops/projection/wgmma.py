@@ -13,7 +13,7 @@ from nsa_backend_plugin.ops._cuda import alignment, jit
 from nsa_backend_plugin.ops.arch import core_count
 from nsa_backend_plugin.ops.call import Reason
 from nsa_backend_plugin.ops.projection import GROUP, Linear
-from nsa_backend_plugin.ops.projection.cuda import _BLOCK_BYTES, _Kind, _pointer, _sizes_of_linear
+from nsa_backend_plugin.ops.projection.cuda import _BLOCK_BYTES, _TENSORS, _Kind, _pointers, _Sizes, _sizes_of
 
 _SOURCE = Path(__file__).with_name("wgmma.cu")
 _ROWS = 64  # of the weights, for a block of threads
@@ -51,7 +51,7 @@ def declines_linear(call: Linear) -> Reason:
         return f"{call.x.shape[0]} tokens: at most {MAX_TOKENS}"
     if call.norm_weight is not None and call.weight_scale is None:
         return "a norm before bf16 weights: only before fp8 ones"
-    needed = max(variant.shared_bytes for variant in _variants(*_sizes(call)))
+    needed = max(variant.shared_bytes for variant in _variants(_sizes_of(call), core_count(call.x.device)))
     if needed > _SHARED_BYTES:
         return f"a depth of {call.x.shape[1]} needs {needed} bytes of shared memory: at most {_SHARED_BYTES}"
     return alignment.declines(call, "x", "weight", "norm_weight")
@@ -61,24 +61,13 @@ def linear(call: Linear) -> torch.Tensor:
     tokens, rows = call.out.shape
     if tokens == 0 or rows == 0:
         return call.out
-    sizes = _, _, blocks, _ = _sizes(call)
-    variant, kernel = _kernels(call.arch, *sizes)[next(t for t in _TOKENS if t >= tokens)]
+    sizes = _sizes_of(call)
+    variant, kernel = _kernels(call.arch, sizes, core_count(call.x.device))[next(t for t in _TOKENS if t >= tokens)]
     jit.launch(
         kernel,
         grid=(-(-rows // _ROWS) * variant.cluster, 1, 1),
         block=(128 * variant.warpgroups, 1, 1),
-        args=(
-            _Arguments(
-                call.weight.data_ptr(),
-                _pointer(call, "weight_scale"),
-                call.x.data_ptr(),
-                _pointer(call, "norm_weight"),
-                call.out.data_ptr(),
-                *(call.x.stride(0), call.out.stride(0)),
-                *(tokens, rows, blocks),
-                call.eps,
-            ),
-        ),
+        args=[_Arguments(*_pointers(call), call.x.stride(0), call.out.stride(0), tokens, rows, sizes.blocks, call.eps)],
         shared_bytes=variant.shared_bytes,
         pdl=True,
         device=call.x.device,
@@ -90,33 +79,28 @@ class _Arguments(ctypes.Structure):
     """`Arguments` of wgmma.cu."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("weight", "weight_scale", "x", "norm_weight", "out")),
+        *((name, ctypes.c_void_p) for name in _TENSORS),
         *((name, ctypes.c_longlong) for name in ("x_token", "out_token")),
         *((name, ctypes.c_int) for name in ("tokens", "rows", "blocks")),
         ("eps", ctypes.c_float),
     )
 
 
-def _sizes(call: Linear) -> tuple[_Kind, int, int, int]:
-    """What a variant is made for: kind, rows, blocks of the depth, multiprocessors."""
-    kind, _, rows, blocks = _sizes_of_linear(call)
-    return kind, rows, blocks, core_count(call.x.device)
-
-
 @functools.cache
-def _kernels(arch: str, kind: _Kind, rows: int, blocks: int, cores: int) -> dict[int, tuple[_Variant, jit.Kernel]]:
+def _kernels(arch: str, sizes: _Sizes, cores: int) -> dict[int, tuple[_Variant, jit.Kernel]]:
     """By the most tokens, all at once: the first call loads what any later, captured call may need."""
-    variants = _variants(kind, rows, blocks, cores)
+    variants = _variants(sizes, cores)
     kernels = jit.load_all(_SOURCE, "multiply_tokens", arch, list(map(_defines, variants)))
     return {v.tokens: (v, kernel) for v, kernel in zip(variants, kernels, strict=True)}
 
 
 @functools.cache
-def _variants(kind: _Kind, rows: int, blocks: int, cores: int) -> tuple[_Variant, ...]:
+def _variants(sizes: _Sizes, cores: int) -> tuple[_Variant, ...]:
     """One for each of _TOKENS. Rows enough for most multiprocessors need no cluster, which costs about a microsecond.
 
     Found on an H100, 2026-11-28, by trying variants as `tools/tune_projection.py` does.
     """
+    kind, _, rows, blocks = sizes
     tiles = max(-(-rows // _ROWS), 1)
     cluster = 1 if 4 * tiles >= 3 * cores else min(8, 2 * cores // tiles, blocks)
     share = -(-blocks // cluster)
@@ -131,9 +115,7 @@ def _variants(kind: _Kind, rows: int, blocks: int, cores: int) -> tuple[_Variant
 
 def _defines(variant: _Variant) -> dict[str, int]:
     return {
-        "FP8": int(variant.kind.fp8),
-        "NORM": int(variant.kind.norm),
-        "OUT_F32": int(variant.kind.out_f32),
+        **variant.kind.defines,
         "TOKENS": variant.tokens,
         "WARPGROUPS": variant.warpgroups,
         "STAGES": variant.stages,
