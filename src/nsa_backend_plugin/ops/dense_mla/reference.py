@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-
 from nsa_backend_plugin.ops._torch.mla import Result, result, softmax_attention
+from nsa_backend_plugin.ops._torch.paging import row_slots
 from nsa_backend_plugin.ops.call import Reason
 from nsa_backend_plugin.ops.dense_mla import Decode
 
@@ -14,11 +13,9 @@ def available(arch: str) -> Reason:
 
 
 def decode(call: Decode) -> Result:
-    out, lse, page_size = call.output(), call.new_lse(), call.page_size
+    out, lse = call.output(), call.new_lse()
     for b, length in enumerate(call.seq_lens.tolist()):
-        position = torch.arange(length, device=call.q.device)
-        slots = call.block_table[b, position // page_size].long() * page_size + position % page_size
-        latent = call.kv[slots, 0].float() * call.kv_unit
+        latent = call.kv[row_slots(call.block_table[b], length, call.page_size), 0].float() * call.kv_unit
         token_out, token_lse = softmax_attention(call.q[b], latent, call.softmax_scale, call.value_dim)
         out[b] = token_out.to(out.dtype)
         if lse is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from nsa_backend_plugin.ops._torch.index_pages import read, write
+from nsa_backend_plugin.ops._torch.paging import row_slots
 from nsa_backend_plugin.ops._torch.quant import quantize_rows
 from nsa_backend_plugin.ops.call import Reason
 from nsa_backend_plugin.ops.index_key_cache import Gather, Store
@@ -20,11 +21,7 @@ def store(call: Store) -> None:
 
 
 def gather(call: Gather) -> tuple[torch.Tensor, torch.Tensor]:
-    page_size = call.page_size
-    slots = [
-        call.block_table[b, position // page_size].long() * page_size + position % page_size
-        for b, length in enumerate(call.seq_lens.tolist())
-        for position in [torch.arange(length, device=call.cache.device)]
-    ]
-    slot = torch.cat(slots) if slots else torch.empty(0, dtype=torch.long, device=call.cache.device)
-    return read(call.cache, slot, layout=call.layout, page_size=page_size, fp8_dtype=call.fp8_dtype)
+    page_size, lengths = call.page_size, call.seq_lens.tolist()
+    slots = [torch.empty(0, dtype=torch.long, device=call.cache.device)]  # of no request
+    slots += [row_slots(pages, length, page_size) for pages, length in zip(call.block_table, lengths, strict=True)]
+    return read(call.cache, torch.cat(slots), layout=call.layout, page_size=page_size, fp8_dtype=call.fp8_dtype)

@@ -6,6 +6,7 @@ import torch
 
 from nsa_backend_plugin.ops._torch import index_pages
 from nsa_backend_plugin.ops._torch.logits import row_lengths, weighted_logits
+from nsa_backend_plugin.ops._torch.paging import row_slots
 from nsa_backend_plugin.ops.call import Reason
 from nsa_backend_plugin.ops.mqa_logits import Paged, Ragged
 
@@ -23,8 +24,7 @@ def paged(call: Paged) -> torch.Tensor:
     for b in range(batch):
         for j in range(next_n):
             length, row = int(lengths[b, j]), b * next_n + j
-            position = torch.arange(length, device=q.device)
-            slots = call.block_table[b, position // page_size].long() * page_size + position % page_size
+            slots = row_slots(call.block_table[b], length, page_size)
             k, scale = index_pages.read(call.cache, slots, layout=call.layout, page_size=page_size, fp8_dtype=q.dtype)
             out[row, :length] = weighted_logits(q[b, j : j + 1], k, scale, call.weights[row : row + 1])[0]
     return out
