@@ -219,23 +219,10 @@ class _DecodeArguments(ctypes.Structure):
     """`Arguments` of mla_decode.cu, field by field."""
 
     _fields_ = (
-        ("q", ctypes.c_void_p),
-        ("kv", ctypes.c_void_p),
-        ("table", ctypes.c_void_p),
-        ("lengths", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        ("lse", ctypes.c_void_p),
-        ("row_stride", ctypes.c_longlong),
-        ("table_stride", ctypes.c_longlong),
-        ("scale_log2", ctypes.c_float),
-        ("value_scale", ctypes.c_float),
-        ("lse_unit", ctypes.c_float),
-        ("heads", ctypes.c_int),
-        ("topk", ctypes.c_int),
-        ("splits", ctypes.c_int),
-        ("page_bits", ctypes.c_int),
-        ("merge_waits", ctypes.c_int),
-        ("leading", ctypes.c_int),
+        *((name, ctypes.c_void_p) for name in ("q", "kv", "table", "lengths", "out", "lse")),
+        *((name, ctypes.c_longlong) for name in ("row_stride", "table_stride")),
+        *((name, ctypes.c_float) for name in ("scale_log2", "value_scale", "lse_unit")),
+        *((name, ctypes.c_int) for name in ("heads", "topk", "splits", "page_bits", "merge_waits", "leading")),
     )
 
 
@@ -243,12 +230,8 @@ class _MergeArguments(ctypes.Structure):
     """`Arguments` of mla_merge.cu, field by field."""
 
     _fields_ = (
-        ("partial_out", ctypes.c_void_p),
-        ("partial_lse", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        ("lse", ctypes.c_void_p),
-        ("splits", ctypes.c_int),
-        ("lane_bits", ctypes.c_int),
+        *((name, ctypes.c_void_p) for name in ("partial_out", "partial_lse", "out", "lse")),
+        *((name, ctypes.c_int) for name in ("splits", "lane_bits")),
     )
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from nsa_backend_plugin.ops._cuda import alignment, jit
+from nsa_backend_plugin.ops._cuda import jit
 from nsa_backend_plugin.ops.arch import core_count, launches_early
 from nsa_backend_plugin.ops.call import Reason
 from nsa_backend_plugin.ops.projection import Linear, PerHead
@@ -74,10 +74,21 @@ def _declines(call: Linear | PerHead) -> Reason:
     needed = max(v.shared_bytes for v in _variants(call.arch, sizes, core_count(call.x.device)))
     if needed > _shared_bytes(call.arch):
         return f"a depth of {sizes.blocks} x {_BLOCK_BYTES} bytes needs {needed} bytes of shared memory"
-    return alignment.declines(call, "x", "weight", "norm_weight")
+    return _misaligned(call)
 
 
 declines_per_head = _declines
+
+
+def _misaligned(call: Linear | PerHead) -> Reason:
+    """Which tensor has a row that does not begin on a multiple of 16 bytes, which are loaded at a time."""
+    for name in ("x", "weight", "norm_weight"):
+        value = getattr(call, name, None)
+        if value is None or value.is_meta:
+            continue
+        if value.data_ptr() % 16 or any(stride * value.element_size() % 16 for stride in value.stride() if stride != 1):
+            return f"{name} does not lie on multiples of 16 bytes"
+    return None
 
 
 def _shared_bytes(arch: str) -> int:

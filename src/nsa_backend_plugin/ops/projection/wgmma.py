@@ -9,11 +9,19 @@ from typing import NamedTuple
 
 import torch
 
-from nsa_backend_plugin.ops._cuda import alignment, jit
+from nsa_backend_plugin.ops._cuda import jit
 from nsa_backend_plugin.ops.arch import core_count
 from nsa_backend_plugin.ops.call import Reason
 from nsa_backend_plugin.ops.projection import GROUP, Linear
-from nsa_backend_plugin.ops.projection.cuda import _BLOCK_BYTES, _TENSORS, _Kind, _pointers, _Sizes, _sizes_of
+from nsa_backend_plugin.ops.projection.cuda import (
+    _BLOCK_BYTES,
+    _TENSORS,
+    _Kind,
+    _misaligned,
+    _pointers,
+    _Sizes,
+    _sizes_of,
+)
 
 _SOURCE = Path(__file__).with_name("wgmma.cu")
 _ROWS = 64  # of the weights, for a block of threads
@@ -54,7 +62,7 @@ def declines_linear(call: Linear) -> Reason:
     needed = max(variant.shared_bytes for variant in _variants(_sizes_of(call), core_count(call.x.device)))
     if needed > _SHARED_BYTES:
         return f"a depth of {call.x.shape[1]} needs {needed} bytes of shared memory: at most {_SHARED_BYTES}"
-    return alignment.declines(call, "x", "weight", "norm_weight")
+    return _misaligned(call)
 
 
 def linear(call: Linear) -> torch.Tensor:

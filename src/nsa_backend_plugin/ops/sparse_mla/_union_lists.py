@@ -102,17 +102,8 @@ class _Arguments(ctypes.Structure):
     """`Arguments` of union_lists.cu, field by field."""
 
     _fields_ = (
-        ("indices", ctypes.c_void_p),
-        ("lengths", ctypes.c_void_p),
-        ("lists", ctypes.c_void_p),
-        ("counts", ctypes.c_void_p),
-        ("alone", ctypes.c_void_p),
-        ("tokens", ctypes.c_int),
-        ("topk", ctypes.c_int),
-        ("list_stride", ctypes.c_int),
-        ("tile", ctypes.c_int),
-        ("most_rows", ctypes.c_int),
-        ("most_percent", ctypes.c_int),
+        *((name, ctypes.c_void_p) for name in ("indices", "lengths", "lists", "counts", "alone")),
+        *((name, ctypes.c_int) for name in ("tokens", "topk", "list_stride", "tile", "most_rows", "most_percent")),
     )
 
 
