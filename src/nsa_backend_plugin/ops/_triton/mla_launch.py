@@ -75,13 +75,7 @@ _AMD: Tiles = {
     "packed": (Tile(16, 32, 4, 1, swap=True),),
     "fp8": (Tile(16, 32, 4, 1, swap=True),),
 }
-_TILES = {
-    "sm_80": _CUDA_163,
-    "sm_90": _SM_90,
-    "sm_100": _SM_100,
-    "gfx942": _AMD,
-    "gfx950": _AMD,
-}
+_TILES = {"sm_80": _CUDA_163, "sm_90": _SM_90, "sm_100": _SM_100}
 
 
 def tile(arch: str, kind: str, heads: int) -> Tile:

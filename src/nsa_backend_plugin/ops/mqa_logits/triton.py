@@ -217,10 +217,6 @@ class _Config:
     registers: int | None = None  # a lane may use, where the compiler alone would take too many for that
 
     @property
-    def columns(self) -> int:
-        return self.queries * self.heads
-
-    @property
     def options(self) -> dict[str, int]:
         return {"maxnreg": self.registers} if self.registers else {}
 

@@ -126,7 +126,8 @@ def _launch(
     tokens, depth = call.x.shape[0], call.x.shape[-1]
     if tokens == 0 or heads == 0 or rows == 0:
         return
-    tile, quantized = _tile(tokens), weight_scale is not None
+    tile = min(max(triton.next_power_of_2(tokens), _TOKENS), _MOST_TOKENS)
+    quantized = weight_scale is not None
     launch(
         _projection_kernel,
         (triton.cdiv(rows, _ROWS), heads, triton.cdiv(tokens, tile)),
@@ -141,15 +142,6 @@ def _launch(
         NORM=norm_weight is not None,
         **fp8_constants(arch_fp8_dtype(call.arch)),
         num_warps=_WARPS,
-        num_stages=_stages(tile),
+        num_stages=4 if tile == _TOKENS else 2,  # within the 64 KB that a block of gfx942 has
         **early_launch.options(call.arch),
     )
-
-
-def _tile(tokens: int) -> int:
-    return min(max(triton.next_power_of_2(tokens), _TOKENS), _MOST_TOKENS)
-
-
-def _stages(tile: int) -> int:
-    """Loads in flight, within the 64 KB that a block of gfx942 has."""
-    return 4 if tile == _TOKENS else 2

@@ -48,18 +48,14 @@ class _Variant(NamedTuple):
 def _variant(arch: str, cores: int, rows: int, columns: int, deterministic: bool) -> _Variant:
     if rows > cores:
         return _Variant(_THREADS_MANY_ROWS, 1, deterministic)
-    return _Variant(_THREADS_FEW_ROWS, _cluster(arch, cores, rows, columns), deterministic)
+    sharing = {} if columns <= _TILE else _clusters(arch)
+    cluster = next((blocks for blocks, share in sharing.items() if rows * share <= cores), 1)
+    return _Variant(_THREADS_FEW_ROWS, cluster, deterministic)
 
 
 def _clusters(arch: str) -> dict[int, int]:
     """_CLUSTERS where the architecture has clusters: from sm_90 on."""
     return _CLUSTERS if int(arch[3:]) >= 90 else {}
-
-
-def _cluster(arch: str, cores: int, rows: int, columns: int) -> int:
-    if columns <= _TILE:
-        return 1
-    return next((blocks for blocks, share in _clusters(arch).items() if rows * share <= cores), 1)
 
 
 def _defines(variant: _Variant) -> dict[str, int]:

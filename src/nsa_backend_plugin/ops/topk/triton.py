@@ -192,22 +192,13 @@ def _select_kernel(
         row += tl.num_programs(0)
 
 
-def _num_warps(arch: str) -> int:
-    """512 threads: 16 logits each."""
-    return 16 if is_cuda(arch) else 8
-
-
-def _block(k: int) -> int:
-    """Logits that a program holds: room for k and as many candidates more as a sample's threshold lets through."""
-    return max(_MIN_BLOCK, triton.next_power_of_2(2 * k))
-
-
 def select(call: Select) -> torch.Tensor:
     logits, k = call.logits, call.k
     rows, columns = logits.shape
     if rows == 0:
         return call.out
-    block = _block(k)
+    # Logits that a program holds: room for k and as many candidates more as a sample's threshold lets through.
+    block = max(_MIN_BLOCK, triton.next_power_of_2(2 * k))
     programs = min(rows, core_count(logits.device) * _PROGRAMS_PER_CORE)
     long = columns > block
     candidates = torch.empty(programs * block if long else 0, dtype=torch.int32, device=logits.device)
@@ -230,7 +221,7 @@ def select(call: Select) -> torch.Tensor:
         HAS_PAGE_ROWS=call.page_rows is not None,
         LONG=long,
         BLOCK=block,
-        num_warps=_num_warps(call.arch),
+        num_warps=16 if is_cuda(call.arch) else 8,  # 512 threads: 16 logits each
         resident=_PROGRAMS_PER_CORE,
     )
     return call.out
