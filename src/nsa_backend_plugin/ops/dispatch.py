@@ -190,18 +190,17 @@ class Operation(Generic[P, R]):
     def explain(self, call: Call[R]) -> Explanation:
         """What `run` would do with a call, for reports. Runs nothing; tensors on `meta` suffice (`arch.pretended`)."""
         plan = self._plan(call)
-        verdicts, chosen = [Verdict(name, reason, False) for name, reason in plan.reasons.items()], False
+        verdicts, chosen = [], False
         for name, _, declines in plan.candidates:
             reason = declines(call) if declines else None
             verdicts.append(Verdict(name, reason, reason is None and not chosen))
             chosen = chosen or reason is None
+        verdicts += [Verdict(name, reason, False) for name, reason in plan.reasons.items()]
         known = {v.name for v in verdicts}
         for name in () if plan.forced else self.implementations():
             if name not in known:
                 reason = _unavailable(self.op, name, call.arch) or "available, not preferred"
                 verdicts.append(Verdict(name, reason, False))
-        order = {name: place for place, (name, _, _) in enumerate(plan.candidates)}
-        verdicts.sort(key=lambda v: order.get(v.name, len(order)))
         return Explanation(self.name, _described(call), plan.why, tuple(verdicts))
 
     def prepare(self, call: Call[R]) -> None:
