@@ -31,18 +31,14 @@ class _Counting(ThreadPoolExecutor):
 
     def __init__(self, workers: int):
         super().__init__(workers, thread_name_prefix="nsa_plugin_compile")
-        self.submitted, self.done = 0, 0
-        self._lock = threading.Lock()
+        self.submitted: list[Future] = []
 
     def submit(self, *args: Any, **kwargs: Any) -> Future:
-        self.submitted += 1
-        future = super().submit(*args, **kwargs)
-        future.add_done_callback(self._count)
-        return future
+        self.submitted.append(super().submit(*args, **kwargs))
+        return self.submitted[-1]
 
-    def _count(self, future: Future) -> None:
-        with self._lock:
-            self.done += 1
+    def done(self) -> int:
+        return sum(future.done() for future in self.submitted)
 
 
 def compile_kernels(made: Iterable[tuple[Operation, Call]]) -> int:
@@ -67,12 +63,13 @@ def compile_kernels(made: Iterable[tuple[Operation, Call]]) -> int:
             finished.set()
     logger.info(
         "nsa_plugin compiled %d Triton kernels, or found them compiled, in %.1f s with %d threads",
-        *(pool.done, time.monotonic() - start, workers),
+        *(len(pool.submitted), time.monotonic() - start, workers),
     )
-    return pool.done
+    return len(pool.submitted)
 
 
 def _report(pool: _Counting, finished: threading.Event, start: float) -> None:
     while not finished.wait(_SAY_EVERY):
         seconds = time.monotonic() - start
-        logger.info("nsa_plugin compiles Triton kernels: %d of %d after %.0f s", pool.done, pool.submitted, seconds)
+        count = len(pool.submitted)
+        logger.info("nsa_plugin compiles Triton kernels: %d of %d after %.0f s", pool.done(), count, seconds)
