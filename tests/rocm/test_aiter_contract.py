@@ -12,6 +12,7 @@ from nsa_backend_plugin.commands import doctor
 from nsa_backend_plugin.ops._vendor import aiter_contract
 from tests.ops import fake_aiter, fake_aiter_attention
 from tests.rocm import fake_logits
+from tests.rocm.aiter_signatures import RECORDED
 
 FAKES = {
     call.function: getattr(module, call.function)
@@ -20,7 +21,7 @@ FAKES = {
     if hasattr(module, call.function)
 }
 CALLS = {call.function: call for call in aiter_contract.CALLS}
-TARGET = aiter_contract.RECORDED[aiter_contract.TARGET]
+TARGET = RECORDED[aiter_contract.TARGET]
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -59,7 +60,7 @@ def test_the_fake_has_the_recorded_signature(name):
     ],
 )
 def test_other_versions_are_told_apart(version, name, reason):
-    signature = aiter_contract.recorded_signature(aiter_contract.RECORDED[version][name])
+    signature = aiter_contract.recorded_signature(RECORDED[version][name])
     found = aiter_contract.mismatches(CALLS[name], signature)
     assert (found == []) if reason is None else any(reason in line for line in found), found
 
