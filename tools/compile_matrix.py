@@ -50,21 +50,22 @@ class Hardware:
 
     shared_per_program: int
     shared_per_core: int
-    registers_per_lane: int  # registers of one lane, divided among the warps of a scheduler
     warps_per_scheduler: int
-    register_granule: int
-    schedulers: int = 4
 
 
+# Of every target.
+_SCHEDULERS = 4
+_REGISTERS = 512  # of a lane, divided among the warps of a scheduler
+_GRANULE = 8  # registers
 # Sources: CUDA programming guide, table of compute capabilities; AMD CDNA 3/4 and RDNA 4 ISA guides.
 _HARDWARE = {
-    "sm_80": Hardware(163 * 1024, 164 * 1024, 512, 16, 8),
-    "sm_90": Hardware(227 * 1024, 228 * 1024, 512, 16, 8),
-    "sm_100": Hardware(227 * 1024, 228 * 1024, 512, 16, 8),
-    "gfx950": Hardware(160 * 1024, 160 * 1024, 512, 8, 8),
+    "sm_80": Hardware(163 * 1024, 164 * 1024, 16),
+    "sm_90": Hardware(227 * 1024, 228 * 1024, 16),
+    "sm_100": Hardware(227 * 1024, 228 * 1024, 16),
+    "gfx950": Hardware(160 * 1024, 160 * 1024, 8),
 }
-_SMALLEST_CUDA = Hardware(99 * 1024, 100 * 1024, 512, 12, 8)  # sm_86, sm_89, sm_120
-_SMALLEST_AMD = Hardware(64 * 1024, 64 * 1024, 512, 8, 8)  # gfx90a, gfx942
+_SMALLEST_CUDA = Hardware(99 * 1024, 100 * 1024, 12)  # sm_86, sm_89, sm_120
+_SMALLEST_AMD = Hardware(64 * 1024, 64 * 1024, 8)  # gfx90a, gfx942
 
 _MATRIX_INSTRUCTIONS = {
     "ptx": re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)[^\n;]*?\.(m\d+n\d+k\d+|kind::\w+)"),
@@ -153,15 +154,14 @@ def _amd_resources(compiled: Any) -> tuple[int, int]:
 
 
 def warp_slots(arch: str) -> int:
-    limits = hardware(arch)
-    return limits.warps_per_scheduler * limits.schedulers
+    return hardware(arch).warps_per_scheduler * _SCHEDULERS
 
 
 def occupancy(arch: str, registers: int, shared_bytes: int, warps: int) -> float:
     """Share of the warp slots of a core that programs of this size can fill."""
     limits, slots = hardware(arch), warp_slots(arch)
-    granules = -(-max(registers, 1) // limits.register_granule) * limits.register_granule
-    by_registers = min(limits.registers_per_lane // granules, limits.warps_per_scheduler) * limits.schedulers // warps
+    allocated = -(-max(registers, 1) // _GRANULE) * _GRANULE
+    by_registers = min(_REGISTERS // allocated, limits.warps_per_scheduler) * _SCHEDULERS // warps
     by_shared = limits.shared_per_core // shared_bytes if shared_bytes else slots
     return min(by_registers, by_shared) * warps / slots
 

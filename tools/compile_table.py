@@ -10,18 +10,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tools.compile_matrix import Result
 
-_COLUMNS = (
-    "target",
-    "kernel",
-    "warps",
-    "stages",
-    "registers",
-    "spill_bytes",
-    "shared_bytes",
-    "occupancy",
-    "matrix_instructions",
-    "source",
-)
+_COUNTS = ("warps", "stages", "registers", "spill_bytes", "shared_bytes")
+_COLUMNS = ("target", "kernel", *_COUNTS, "occupancy", "matrix_instructions", "source")
 _WARPS, _REGISTERS, _OCCUPANCY, _SOURCE = map(_COLUMNS.index, ("warps", "registers", "occupancy", "source"))
 #: Seen on gfx950: the same kernel got 12 or 17 registers, depending on what else the process had compiled before it.
 REGISTER_SLACK = 8
@@ -32,11 +22,7 @@ def _row(result: Result) -> tuple[str, ...]:
     return (
         result.target,
         f"{result.op}.{result.case}",
-        str(result.warps),
-        str(result.stages),
-        str(result.registers),
-        str(result.spill_bytes),
-        str(result.shared_bytes),
+        *(str(getattr(result, name)) for name in _COUNTS),
         f"{result.occupancy:.3f}",
         " ".join(result.matrix_instructions),
         result.source,
