@@ -32,28 +32,10 @@ from nsa_backend_plugin.ops.arch import core_count, device_arch
 from tools.tune_union import timed
 
 TILES = {
-    ("bf16", 16): [
-        Tile(16, 64, 4, 3),
-        Tile(16, 64, 8, 5),
-        Tile(16, 32, 4, 3),
-        Tile(16, 32, 4, 5),
-    ],
-    ("bf16", 32): [
-        Tile(32, 64, 8, 3),
-        Tile(32, 32, 8, 4),
-        Tile(16, 64, 4, 3),
-    ],
-    ("bf16", 64): [
-        Tile(64, 64, 8, 2),
-        Tile(64, 32, 8, 3),
-        Tile(32, 64, 8, 3),
-    ],
-    ("packed", 16): [
-        Tile(16, 32, 8, 2),
-        Tile(16, 32, 8, 3),
-        Tile(16, 32, 4, 3),
-        Tile(16, 64, 8, 3),
-    ],
+    ("bf16", 16): [Tile(16, 64, 4, 3), Tile(16, 64, 8, 5), Tile(16, 32, 4, 3), Tile(16, 32, 4, 5)],
+    ("bf16", 32): [Tile(32, 64, 8, 3), Tile(32, 32, 8, 4), Tile(16, 64, 4, 3)],
+    ("bf16", 64): [Tile(64, 64, 8, 2), Tile(64, 32, 8, 3), Tile(32, 64, 8, 3)],
+    ("packed", 16): [Tile(16, 32, 8, 2), Tile(16, 32, 8, 3), Tile(16, 32, 4, 3), Tile(16, 64, 8, 3)],
 }
 
 

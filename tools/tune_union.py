@@ -37,12 +37,7 @@ from nsa_backend_plugin.ops.sparse_mla._union_kernel import Tile
 
 OVERLAPS = (0, 50, 80, 95)
 #: That fit sm_90's shared memory. The fourth spills up to 16 bytes a thread, the others nothing.
-TILES = (
-    Tile(64, 32, 8, 3),
-    Tile(64, 32, 8, 4),
-    Tile(64, 32, 8, 2),
-    Tile(64, 64, 8, 2),
-)
+TILES = (Tile(64, 32, 8, 3), Tile(64, 32, 8, 4), Tile(64, 32, 8, 2), Tile(64, 64, 8, 2))
 
 
 def timed(problem: Problem, impl: str, device: torch.device, tiny: bool) -> dict[str, Any]:
@@ -92,10 +87,7 @@ def tune(heads: int, tokens: int, device: torch.device, tiny: bool) -> list[dict
             _union_kernel.TILES[arch] = tile
             group = _union_kernel.group_size(heads, tile)
             row = {**case, "what": str(tile), "group": group, **timed(problem, "union", device, tiny)}
-            row["lists_us"], row["union_percent"] = (
-                lists_us(problem, group, device),
-                union_percent(problem, group),
-            )
+            row |= {"lists_us": lists_us(problem, group, device), "union_percent": union_percent(problem, group)}
             if "us" in row and "us" in alone:
                 row["gain"] = alone["us"] / row["us"]
                 # Time beyond the lists grows with the union.
