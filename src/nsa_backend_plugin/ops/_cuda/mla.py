@@ -10,7 +10,7 @@ import ctypes
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -59,14 +59,13 @@ class Config:
     """One compiled variant and the calls it is for.
 
     stages: tiles in flight. blocks_per_sm: that registers and shared memory allow. max_groups: tokens times groups of
-    16 heads. lengths: whether a token's number of rows is its own.
+    16 heads.
     """
 
     rows: Rows
     stages: int
     blocks_per_sm: int
     max_groups: int | None = None
-    lengths: bool = False
 
     @property
     def defines(self) -> dict[str, object]:
@@ -77,7 +76,6 @@ class Config:
             "ROW_BYTES": self.rows.row_bytes,
             "PITCH": self.rows.pitch,
             "PLAIN": int(self.rows.plain),
-            "LENGTHS": int(self.lengths or self.rows.plain),
         }
 
     @property
@@ -90,8 +88,13 @@ class Config:
 Configs = Mapping[str, tuple[Config, ...]]
 
 
-def by_shared_memory(large: tuple[Config, ...], small: tuple[Config, ...]) -> Configs:
-    """large: where an SM has 228 KB of shared memory. small: where it has 100."""
+def configs_of(rows: Rows, stages: int) -> Configs:
+    """By an SM's shared memory, 228 KB or 100. stages: of the blocks that there are three of.
+
+    sm_90 as measured: with few tokens, two blocks and deep pipelines beat three blocks and more splits.
+    """
+    large = (Config(rows, 4, 2, max_groups=32), Config(rows, stages, 3))
+    small = (Config(rows, 3, 1),)
     return dict.fromkeys(("sm_90", "sm_100", "sm_103"), large) | dict.fromkeys(("sm_89", "sm_120", "sm_121"), small)
 
 
@@ -140,8 +143,8 @@ def attend(
 ) -> Result:
     """Attend every row of call.q to its keys, at most `keys`.
 
-    table: [tokens, N] int32, slots of packed rows, or pages of plain ones, of which a token has lengths [tokens] keys;
-    packed rows without lengths `keys`. A length below 0 leaves a token's result undefined.
+    table: [tokens, N] int32, slots of packed rows, or pages of plain ones, of which a token has lengths [tokens] keys.
+    A length below 0 leaves a token's result undefined.
     """
     q, kv, arch, unit = call.q, call.kv, call.arch, call.kv_unit
     out, lse = call.output(), call.new_lse()
@@ -150,8 +153,6 @@ def attend(
         return as_result(out, lse)
     token_groups = tokens * groups(heads)
     config = _config(configs[arch], token_groups)
-    if lengths is not None and not config.rows.plain:
-        config = replace(config, lengths=True)
     if splits is None:
         splits = split_count(token_groups, keys, resident_blocks(q.device, config), config.rows.max_splits)
     result, result_lse, lse_unit = out.data_ptr(), 0 if lse is None else lse.data_ptr(), math.log(2)

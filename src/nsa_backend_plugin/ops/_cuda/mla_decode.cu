@@ -15,7 +15,7 @@
 // Range: nothing overflows f16. q is scaled by a power of two per (head, 128 values), probabilities by a constant and
 // the rows' scales by a running power of two per 128 values; the factors come back in f32.
 //
-// Compile-time parameters: STAGES, BLOCKS_PER_SM, SHARED_BYTES, ROW_BYTES, PITCH, PLAIN, LENGTHS (of each token its own).
+// Compile-time parameters: STAGES, BLOCKS_PER_SM, SHARED_BYTES, ROW_BYTES, PITCH, PLAIN.
 
 #include "ptx.cuh"
 
@@ -50,7 +50,7 @@ struct Arguments {
   const uint16* __restrict__ q;     // [tokens, heads, 576] bf16
   const uint8* __restrict__ kv;     // [slots, row_stride]
   const int* __restrict__ table;    // [tokens, table_stride]: slots, -1 = none; with PLAIN pages
-  const int* __restrict__ lengths;  // [tokens] rows of each token, with LENGTHS. Below 0: computed elsewhere
+  const int* __restrict__ lengths;  // [tokens] rows of each token, with PLAIN
   uint16* __restrict__ out;         // [tokens, splits, heads, 512] bf16
   float* __restrict__ lse;          // [tokens, heads, splits] or null
   int64 row_stride, table_stride;
@@ -364,8 +364,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) mla_decode(
   if (threadIdx.x == 0)
     for (int stage = 0; stage < STAGES; stage++) barrier_init(full + 8 * stage, THREADS);
   wait_for_previous_kernel();
-  const int count = LENGTHS ? a.lengths[token] : a.topk;
-  if (LENGTHS && count < 0 && a.splits == 1) return;  // of a split token the merge reads every part
+  const int count = PLAIN ? a.lengths[token] : a.topk;
+  if (PLAIN && count < 0 && a.splits == 1) return;  // of a split token the merge reads every part
   const int tiles = (count + TILE - 1) / TILE;
   const int begin = int(int64(tiles) * split / a.splits), end = int(int64(tiles) * (split + 1) / a.splits);
   int steps = end - begin;  // less once the slots of a short context have ended

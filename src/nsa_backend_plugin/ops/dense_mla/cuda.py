@@ -9,15 +9,12 @@ from __future__ import annotations
 import torch
 
 from nsa_backend_plugin.ops._cuda import mla
-from nsa_backend_plugin.ops._cuda.mla import PLAIN, Config
 from nsa_backend_plugin.ops._torch.mla import Result
 from nsa_backend_plugin.ops.call import Reason
 from nsa_backend_plugin.ops.dense_mla import Decode
 
 #: As for packed rows, whose tiles are a tenth larger.
-CONFIGS = mla.by_shared_memory(
-    large=(Config(PLAIN, 4, 2, max_groups=32), Config(PLAIN, 3, 3)), small=(Config(PLAIN, 3, 1),)
-)
+CONFIGS = mla.configs_of(mla.PLAIN, stages=3)
 
 
 def available(arch: str) -> Reason:

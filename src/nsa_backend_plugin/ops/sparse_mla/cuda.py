@@ -5,15 +5,11 @@ from __future__ import annotations
 import torch
 
 from nsa_backend_plugin.ops._cuda import mla
-from nsa_backend_plugin.ops._cuda.mla import PACKED, Config
 from nsa_backend_plugin.ops._torch.mla import Result
 from nsa_backend_plugin.ops.call import Reason
 from nsa_backend_plugin.ops.sparse_mla import Attend
 
-#: sm_90 as measured: with few tokens, two blocks and deep pipelines beat three blocks and more splits.
-CONFIGS = mla.by_shared_memory(
-    large=(Config(PACKED, 4, 2, max_groups=32), Config(PACKED, 2, 3)), small=(Config(PACKED, 3, 1),)
-)
+CONFIGS = mla.configs_of(mla.PACKED, stages=2)
 
 
 def available(arch: str) -> Reason:
