@@ -170,48 +170,20 @@ def report(model: Model, steps: Iterable[Step], arch: str) -> list[str]:
 
 def _sparse(model: Model, indexer: Indexer, step: Step, arch: str, make: _Make) -> Iterator[_Made]:
     """A prefill on a GPU writes its latent rows by SGLang, and on CUDA it is indexed by SGLang too."""
-    tokens, whole = step.requests * step.queries, model.group == 1
+    tokens, whole, decodes = step.requests * step.queries, model.group == 1, not step.prefill
+    heads = model.heads * model.group
     cache = _latent_cache(model, arch, make)
-    q_all = make(tokens, model.heads * model.group, LATENT_DIM + ROPE_DIM)
     kv_scale = 1.0 if model.kv == "fp8" else None
-    if whole:
-        yield from _before_sparse(model, indexer, step, arch, make, q_all, cache, kv_scale)
-    context = step.requests * -(-step.context // model.page_size) * model.page_size
-    yield _made(
-        sparse_mla.attend,
-        q_all,
-        cache,
-        make(tokens, indexer.topk, dtype=torch.int32),
-        1.0,
-        kv_scale=kv_scale,
-        lengths=make(tokens, dtype=torch.int32),
-        context=make(context, dtype=torch.int32) if step.prefill else None,
-        rows_have_keys=whole,
-        return_lse=not whole,
-    )
-
-
-def _before_sparse(
-    model: Model,
-    indexer: Indexer,
-    step: Step,
-    arch: str,
-    make: _Make,
-    q_all: torch.Tensor,
-    cache: torch.Tensor,
-    kv_scale: float | None,
-) -> Iterator[_Made]:
-    tokens, heads, _ = q_all.shape
+    q_all = make(tokens, heads, LATENT_DIM + ROPE_DIM)
     normalizes = any(p.norm and tokens <= p.most_tokens for p in model.projections)
-    if (width := model.quantized_q_lora) and not step.prefill and not normalizes:
+    if whole and decodes and not normalizes and (width := model.quantized_q_lora):
         q_lora = make(tokens, width + LATENT_DIM + ROPE_DIM)[:, :width]
         yield _made(norm_quant.rms, q_lora, make(width))
-    if not (step.prefill and is_cuda(arch)):
+    if whole and (decodes or not is_cuda(arch)):
         yield from _indexer(model, indexer, step, arch, make)
-    if arch == "cpu" or not step.prefill:
+    if whole and (decodes or arch == "cpu"):
         latent = make(tokens, LATENT_DIM + ROPE_DIM)
         query = make(tokens, heads, NOPE_DIM + ROPE_DIM)
-        fused = not step.prefill
         yield _made(
             latent_cache.store,
             latent[:, :LATENT_DIM],
@@ -222,10 +194,23 @@ def _before_sparse(
             cos_sin_cache=make(1 << 16, ROPE_DIM, dtype=torch.float32),
             is_neox=False,
             kv_scale=kv_scale,
-            q_rope=query[..., NOPE_DIM:] if fused else None,
-            q_all=q_all if fused else None,
-            norm_weight=make(LATENT_DIM) if fused else None,
+            q_rope=query[..., NOPE_DIM:] if decodes else None,
+            q_all=q_all if decodes else None,
+            norm_weight=make(LATENT_DIM) if decodes else None,
         )
+    context = step.requests * -(-step.context // model.page_size) * model.page_size
+    yield _made(
+        sparse_mla.attend,
+        q_all,
+        cache,
+        make(tokens, indexer.topk, dtype=torch.int32),
+        1.0,
+        kv_scale=kv_scale,
+        lengths=make(tokens, dtype=torch.int32),
+        context=None if decodes else make(context, dtype=torch.int32),
+        rows_have_keys=whole,
+        return_lse=not whole,
+    )
 
 
 def _projections(model: Model, step: Step, make: _Make) -> Iterator[_Made]:
