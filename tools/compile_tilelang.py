@@ -55,13 +55,8 @@ class Lowered:
     problem: str = ""
 
     def row(self) -> tuple[str, ...]:
-        return (
-            self.target,
-            self.kernel,
-            str(self.threads),
-            str(self.shared_bytes),
-            " ".join(self.matrix_instructions),
-        )
+        counts = (str(self.threads), str(self.shared_bytes))
+        return (self.target, self.kernel, *counts, " ".join(self.matrix_instructions))
 
 
 def cases(arch: str) -> Iterator[Case]:

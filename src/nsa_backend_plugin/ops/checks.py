@@ -25,7 +25,7 @@ def tensor(
     shape: Sequence[int | None],
     dtypes: torch.dtype | Sequence[torch.dtype],
     device: torch.device | None = None,
-) -> torch.Tensor:
+) -> None:
     """Check type, rank, sizes (None = any), dtype and device of a tensor argument."""
     # In the hot path of every layer: comparisons only, words are made where one fails.
     if not isinstance(value, torch.Tensor):
@@ -40,7 +40,6 @@ def tensor(
         raise ValueError(f"{name} has shape {list(actual)}: expected [{want}]")
     if device is not None:
         on_device(name, value, device)
-    return value
 
 
 def _fits(actual: Sequence[int], shape: Sequence[int | None]) -> bool:
@@ -84,7 +83,7 @@ def positive_number(name: str, value: object) -> None:
 
 
 def finite(name: str, value: object) -> None:
-    if not isinstance(value, int | float) or not math.isfinite(value):
+    if not isinstance(value, _NUMBERS) or not math.isfinite(value):
         raise ValueError(f"{name}={value!r}: expected a finite number")
 
 

@@ -21,8 +21,6 @@ from nsa_backend_plugin.ops.latent_cache import Dequantize, Quantize, Store
 __all__ = ["available", "declines_dequantize", "declines_quantize", "declines_store", "dequantize", "quantize", "store"]
 
 _HEADS_PER_PROGRAM = 16
-# The products of a rotation must round separately, as torch's do: a fused multiply-add would change cache bytes.
-_EXACT_ROPE = {"enable_fp_fusion": False}
 
 
 @triton.jit
@@ -421,7 +419,8 @@ def store(call: Store) -> None:
         BLOCK=block,
         HEADS=_HEADS_PER_PROGRAM,
         num_warps=warps,
+        # Products of a rotation must round separately, as torch's do: a fused multiply-add would change cache bytes.
+        enable_fp_fusion=False,
         **fp8_constants(fp8_dtype),
-        **_EXACT_ROPE,
         **early_launch.options(call.arch),
     )

@@ -41,17 +41,15 @@ class Select(Call[torch.Tensor]):
         return self.logits.shape[0]
 
     def of_rows(self, rows: torch.Tensor) -> Select:
-        tables = (
-            None
-            if self.page_table is None
-            else self.page_table[rows if self.page_rows is None else self.page_rows[rows].long()]
-        )
+        table = self.page_table
+        if table is not None:
+            table = table[rows if self.page_rows is None else self.page_rows[rows].long()]
         return replace(
             self,
             logits=self.logits[rows],
             lengths=self.lengths[rows],
             row_starts=None if self.row_starts is None else self.row_starts[rows],
-            page_table=tables,
+            page_table=table,
             page_rows=None,
             out=torch.empty_like(self.out[rows]),
             step=Step(),
