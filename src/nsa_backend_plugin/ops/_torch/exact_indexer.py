@@ -9,8 +9,8 @@ import torch
 
 from nsa_backend_plugin.layouts import INDEX_DIM
 from nsa_backend_plugin.ops import checks
+from nsa_backend_plugin.ops._torch import norm as norms
 from nsa_backend_plugin.ops._torch.logits import weighted_logits
-from nsa_backend_plugin.ops._torch.norm import NORMS, normalize
 from nsa_backend_plugin.ops._torch.rotary import check_rope, rotate
 
 
@@ -40,15 +40,9 @@ def key(
     Raises ValueError for bad shapes, dtypes, devices or names.
     """
     checks.tensor("key", key, (None, INDEX_DIM), checks.FLOAT_DTYPES)
-    checks.choice("norm", norm, NORMS)
-    checks.tensor("norm_weight", norm_weight, (INDEX_DIM,), checks.FLOAT_DTYPES, key.device)
-    checks.require(
-        (norm_bias is not None) == (norm == "layer"), "norm_bias", norm_bias, "a tensor with norm='layer' only"
-    )
-    if norm_bias is not None:
-        checks.tensor("norm_bias", norm_bias, (INDEX_DIM,), checks.FLOAT_DTYPES, key.device)
+    norms.check(norm, norm_weight, norm_bias, INDEX_DIM, key.device)
     check_rope(positions, cos_sin_cache, key.shape[0], key.device)
-    normalized = normalize(key, norm_weight, norm_bias, norm, eps)
+    normalized = norms.normalize(key, norm_weight, norm_bias, norm, eps)
     return rotate(normalized, positions, cos_sin_cache, is_neox, hadamard=False)
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import torch
 
 from nsa_backend_plugin.layouts import (
+    FP8_DTYPES,
     INDEX_DIM,
     INDEX_LAYOUTS,
+    SCALE_FORMATS,
     index_page_bytes,
     index_scale_offset,
     index_value_offsets,
 )
 from nsa_backend_plugin.ops import checks
+from nsa_backend_plugin.ops.arch import fp8_dtype as own_fp8_dtype
 
 
 def check(cache: torch.Tensor, layout: str, page_size: int) -> None:
@@ -22,6 +25,25 @@ def check(cache: torch.Tensor, layout: str, page_size: int) -> None:
     checks.tensor("cache", cache, (None, index_page_bytes(page_size)), torch.uint8)
     checks.contiguous("cache", cache)
     checks.require(cache.data_ptr() % 4 == 0, "cache.data_ptr()", cache.data_ptr(), "4-byte alignment, for the scales")
+
+
+def check_write(
+    key: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor, layout: str, page_size: int, scale_format: str
+) -> None:
+    """The arguments of what quantizes keys [T, 128] and writes them into their slots [T]."""
+    check(cache, layout, page_size)
+    checks.choice("scale_format", scale_format, SCALE_FORMATS)
+    checks.tensor("key", key, (None, INDEX_DIM), checks.FLOAT_DTYPES, cache.device)
+    checks.inner_contiguous("key", key)
+    checks.tensor("slots", slots, (key.shape[0],), checks.INT_DTYPES, cache.device)
+    checks.index_range("slots", slots, -(2**62), cache.shape[0] * page_size)
+
+
+def flavour(given: torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The argument `fp8_dtype`: None is the device's own."""
+    dtype = given or own_fp8_dtype(device)
+    checks.choice("fp8_dtype", dtype, FP8_DTYPES)
+    return dtype
 
 
 def write(

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from nsa_backend_plugin.layouts import FP8_DTYPES, INDEX_DIM, INDEX_PAGE_SIZE, SCALE_FORMATS
+from nsa_backend_plugin.layouts import INDEX_DIM, INDEX_PAGE_SIZE
 from nsa_backend_plugin.ops import checks
 from nsa_backend_plugin.ops._torch import index_pages
-from nsa_backend_plugin.ops.arch import arch_fp8_dtype, device_arch
+from nsa_backend_plugin.ops.arch import device_arch
 from nsa_backend_plugin.ops.call import Call, Fact, Step
 from nsa_backend_plugin.ops.dispatch import operation
 
@@ -86,17 +86,9 @@ def store(
     Raises ValueError for bad shapes, dtypes, strides, devices or names, and on CPU for slots out of range.
     Source: DeepGEMM (row_major), AITER indexer_k_quant_and_cache (preshuffled).
     """
-    index_pages.check(cache, layout, page_size)
-    checks.choice("scale_format", scale_format, SCALE_FORMATS)
-    checks.tensor("key", key, (None, INDEX_DIM), checks.FLOAT_DTYPES, cache.device)
-    checks.inner_contiguous("key", key)
-    checks.tensor("slots", slots, (key.shape[0],), checks.INT_DTYPES, cache.device)
-    checks.index_range("slots", slots, -(2**62), cache.shape[0] * page_size)
-    arch = device_arch(cache.device)
-    dtype = fp8_dtype or arch_fp8_dtype(arch)
-    checks.choice("fp8_dtype", dtype, FP8_DTYPES)
+    index_pages.check_write(key, cache, slots, layout, page_size, scale_format)
     return Store(
-        arch=arch,
+        arch=device_arch(cache.device),
         step=step or Step(),
         impl=impl,
         key=key,
@@ -105,7 +97,7 @@ def store(
         layout=layout,
         scale_format=scale_format,
         page_size=page_size,
-        fp8_dtype=dtype,
+        fp8_dtype=index_pages.flavour(fp8_dtype, cache.device),
     )
 
 
@@ -136,16 +128,13 @@ def gather(
     checks.tensor("seq_lens", seq_lens, (block_table.shape[0],), checks.INT_DTYPES, cache.device)
     checks.index_range("seq_lens", seq_lens, 0, block_table.shape[1] * page_size + 1)
     checks.used_pages("block_table", block_table, seq_lens, page_size, cache.shape[0])
-    arch = device_arch(cache.device)
-    dtype = fp8_dtype or arch_fp8_dtype(arch)
-    checks.choice("fp8_dtype", dtype, FP8_DTYPES)
     if total_tokens is None:
         total_tokens = int(seq_lens.sum())
     checks.require(isinstance(total_tokens, int) and total_tokens >= 0, "total_tokens", total_tokens, "at least 0")
     if seq_lens.is_cpu:
         checks.require(total_tokens == seq_lens.sum(), "total_tokens", total_tokens, "the sum of seq_lens")
     return Gather(
-        arch=arch,
+        arch=device_arch(cache.device),
         step=step or Step(),
         impl=impl,
         cache=cache,
@@ -154,5 +143,5 @@ def gather(
         layout=layout,
         page_size=page_size,
         total_tokens=total_tokens,
-        fp8_dtype=dtype,
+        fp8_dtype=index_pages.flavour(fp8_dtype, cache.device),
     )

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
-from nsa_backend_plugin.layouts import FP8_DTYPES, INDEX_DIM, INDEX_PAGE_SIZE, SCALE_FORMATS
+from nsa_backend_plugin.layouts import INDEX_DIM, INDEX_PAGE_SIZE, SCALE_FORMATS
 from nsa_backend_plugin.ops import checks
 from nsa_backend_plugin.ops._torch import index_pages
-from nsa_backend_plugin.ops._torch.norm import NORMS
+from nsa_backend_plugin.ops._torch import norm as norms
 from nsa_backend_plugin.ops._torch.rotary import check_rope
-from nsa_backend_plugin.ops.arch import arch_fp8_dtype, device_arch
+from nsa_backend_plugin.ops.arch import device_arch
 from nsa_backend_plugin.ops.call import Call, Fact, Step
 from nsa_backend_plugin.ops.dispatch import operation
 
@@ -119,11 +119,8 @@ def query(
     checks.choice("is_neox", is_neox, (False, True))
     checks.choice("hadamard", hadamard, (False, True))
     checks.choice("scale_format", scale_format, SCALE_FORMATS)
-    arch = device_arch(q.device)
-    dtype = fp8_dtype or arch_fp8_dtype(arch)
-    checks.choice("fp8_dtype", dtype, FP8_DTYPES)
     return Query(
-        arch=arch,
+        arch=device_arch(q.device),
         step=step or Step(),
         impl=impl,
         q=q,
@@ -134,7 +131,7 @@ def query(
         is_neox=is_neox,
         hadamard=hadamard,
         scale_format=scale_format,
-        fp8_dtype=dtype,
+        fp8_dtype=index_pages.flavour(fp8_dtype, q.device),
     )
 
 
@@ -167,34 +164,18 @@ def key_store(
     Raises ValueError for bad shapes, dtypes, strides, devices or names, and on CPU for positions or slots out of range.
     Source: DeepSeek-V3.2 indexer.
     """
-    index_pages.check(cache, layout, page_size)
-    checks.tensor("key", key, (None, INDEX_DIM), checks.FLOAT_DTYPES, cache.device)
-    checks.inner_contiguous("key", key)
-    checks.choice("norm", norm, NORMS)
-    checks.tensor("norm_weight", norm_weight, (INDEX_DIM,), checks.FLOAT_DTYPES, cache.device)
+    index_pages.check_write(key, cache, slots, layout, page_size, scale_format)
+    norms.check(norm, norm_weight, norm_bias, INDEX_DIM, cache.device)
     checks.contiguous("norm_weight", norm_weight)
-    checks.require(
-        (norm_bias is not None) == (norm == "layer"),
-        "norm_bias",
-        norm_bias,
-        "a tensor with norm='layer' only",
-    )
     if norm_bias is not None:
-        checks.tensor("norm_bias", norm_bias, (INDEX_DIM,), checks.FLOAT_DTYPES, cache.device)
         checks.contiguous("norm_bias", norm_bias)
     check_rope(positions, cos_sin_cache, key.shape[0], cache.device)
     checks.require(cos_sin_cache.shape[1] <= INDEX_DIM, "cos_sin_cache.shape[1]", cos_sin_cache.shape[1], "at most 128")
-    checks.tensor("slots", slots, (key.shape[0],), checks.INT_DTYPES, cache.device)
-    checks.index_range("slots", slots, -(2**62), cache.shape[0] * page_size)
     checks.positive_number("eps", eps)
     checks.choice("is_neox", is_neox, (False, True))
     checks.choice("hadamard", hadamard, (False, True))
-    checks.choice("scale_format", scale_format, SCALE_FORMATS)
-    arch = device_arch(cache.device)
-    dtype = fp8_dtype or arch_fp8_dtype(arch)
-    checks.choice("fp8_dtype", dtype, FP8_DTYPES)
     return KeyStore(
-        arch=arch,
+        arch=device_arch(cache.device),
         step=step or Step(),
         impl=impl,
         key=key,
@@ -211,5 +192,5 @@ def key_store(
         layout=layout,
         scale_format=scale_format,
         page_size=page_size,
-        fp8_dtype=dtype,
+        fp8_dtype=index_pages.flavour(fp8_dtype, cache.device),
     )
