@@ -66,13 +66,7 @@ def decode(call: MlaCall, entries: torch.Tensor, starts: torch.Tensor) -> Result
     device, value_dim = call.q.device, call.value_dim
     padded = mla.pad_heads(call.q, -(-heads // 16) * 16)
     query_starts = mla.query_starts(call)
-
-    def number(value: float) -> torch.Tensor:
-        return torch.full((), value, dtype=torch.float32, device=device)
-
-    def ones() -> torch.Tensor:
-        return torch.ones(rows, dtype=torch.int32, device=device)
-
+    ones = partial(torch.ones, rows, dtype=torch.int32, device=device)
     last_page_lens = call.step.once(("aiter last pages", rows), ones, device=device)
     out = call.output() if padded is call.q else call.q.new_empty(rows, padded.shape[1], value_dim)
     extra: dict[str, Any] = {}
@@ -80,7 +74,8 @@ def decode(call: MlaCall, entries: torch.Tensor, starts: torch.Tensor) -> Result
         key = ("aiter plan", padded.shape[1], call.kv.dtype)
         extra = dict(call.step.once(key, lambda: _plan(padded, call.kv, query_starts, starts, last_page_lens), starts))
         for name, value in (("q_scale", 1.0), ("kv_scale", call.kv_unit)):
-            extra[name] = call.step.once(("number", value), partial(number, value), device=device)
+            number = partial(torch.full, (), value, dtype=torch.float32, device=device)
+            extra[name] = call.step.once(("number", value), number, device=device)
     mla_decode_fwd(
         padded,
         call.kv.view(-1, 1, 1, dim),
