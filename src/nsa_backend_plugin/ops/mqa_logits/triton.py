@@ -13,7 +13,6 @@ import torch
 import triton
 import triton.language as tl
 
-from nsa_backend_plugin.layouts import INDEX_PAGE_SIZE
 from nsa_backend_plugin.ops._torch.logits import row_lengths
 from nsa_backend_plugin.ops._triton import early_launch, support
 from nsa_backend_plugin.ops._triton.early_launch import await_predecessor
@@ -221,18 +220,21 @@ class _Config:
         return {"maxnreg": self.registers} if self.registers else {}
 
 
-def _config(
-    arch: str, kind: str, queries: int, heads: int, batch: int = 1, page_size: int = INDEX_PAGE_SIZE
-) -> _Config:
-    """Tile sizes of a call. queries: next_n (paged) or rows (ragged)."""
+def _query_tile(queries: int, heads: int, widest: int) -> tuple[int, int]:
+    """(queries, heads) of a tile that has at most `widest` accumulator columns, or one query."""
     padded = max(16, triton.next_power_of_2(heads))
-    # Accumulator columns: 256 fill the registers of 8 CUDA warps at 64 keys; AMD also keeps the queries in registers.
-    widest = 256 if is_cuda(arch) and kind == "paged" else 128
-    share = min(triton.next_power_of_2(queries), max(1, widest // padded))
+    return min(triton.next_power_of_2(queries), max(1, widest // padded)), padded
+
+
+def _ragged_config(arch: str, rows: int, heads: int) -> _Config:
+    share, padded = _query_tile(rows, heads, 128)
+    return _Config(128, share, padded, 8 if share * padded > 64 else 4, 3 if is_cuda(arch) else 2, 1)
+
+
+def _paged_config(arch: str, next_n: int, heads: int, batch: int, page_size: int) -> _Config:
+    # 256 columns fill the registers of 8 CUDA warps at 64 keys; AMD also keeps the queries in registers.
+    share, padded = _query_tile(next_n, heads, 256 if is_cuda(arch) else 128)
     columns = share * padded
-    if kind == "ragged":
-        stages = 3 if is_cuda(arch) else 2
-        return _Config(128, share, padded, 8 if columns > 64 else 4, stages, 1)
     tile = min(_PAGED_TILE, page_size & -page_size)
     if not is_cuda(arch):
         return _Config(tile, share, padded, 4, 2, 2)
@@ -290,7 +292,7 @@ def paged(call: Paged) -> torch.Tensor:
     out = call.output()
     if batch * next_n == 0:
         return out
-    config = _config(call.arch, "paged", next_n, heads, batch, call.page_size)
+    config = _paged_config(call.arch, next_n, heads, batch, call.page_size)
     groups = triton.cdiv(next_n, config.queries)
     programs = max(1, core_count(out.device) * config.programs_per_core // groups)
     launch(
@@ -335,7 +337,7 @@ def ragged(call: Ragged) -> torch.Tensor:
     out = call.output()
     if tokens * keys == 0:
         return out
-    config = _config(call.arch, "ragged", tokens, heads)
+    config = _ragged_config(call.arch, tokens, heads)
     blocks = triton.cdiv(tokens, config.queries)
     tiles = triton.cdiv(keys, config.tile)
     splits = max(1, min(tiles, core_count(out.device) * config.programs_per_core // blocks))
