@@ -181,10 +181,8 @@ def _variants(arch: str, sizes: _Sizes, cores: int) -> tuple[_Variant, ...]:
     Found on an H200, 2026-11-27, by trying variants as `tools/tune_projection.py` does.
     """
     kind, heads, rows, blocks = sizes
-    cluster = 1
-    if blocks > 16 and _may_share(arch, kind):
-        while cluster < 8 and 2 * cluster <= blocks:
-            cluster *= 2
+    # Blocks may share the depth from sm_90 on. They do not exchange what a norm needs.
+    cluster = 8 if blocks > 16 and int(arch[3:]) >= 90 and not kind.norm else 1
     share = -(-blocks // cluster)
     if cluster > 1 and heads * rows * cluster > 96 * cores:  # rows enough to share the tokens of a block
         of_depth, of_rows, at_once = -(-share // 8), 6, min(4, share)
@@ -193,11 +191,6 @@ def _variants(arch: str, sizes: _Sizes, cores: int) -> tuple[_Variant, ...]:
         of_depth = min(-(-share // at_once), 16)
         of_rows = 2 if of_depth <= 8 and cluster == 1 else 1
     return tuple(_Variant(kind, tiles, of_depth, of_rows, at_once, cluster, share) for tiles in _TOKEN_TILES)
-
-
-def _may_share(arch: str, kind: _Kind) -> bool:
-    """Whether blocks may share the depth. They do not exchange what a norm needs."""
-    return int(arch[3:]) >= 90 and not kind.norm
 
 
 def _defines(variant: _Variant) -> dict[str, int]:
