@@ -176,9 +176,9 @@ BAD = [
     (sparse_mla.attend, "q", torch.zeros(2, 576), "q has shape [2, 576]: expected [any, any, any]"),
     (sparse_mla.attend, "q", torch.zeros(2, 4, 1152)[..., ::2], "q has strides (4608, 1152, 2): expected a contig"),
     (sparse_mla.attend, "q", torch.zeros(2, 129, 576), "q.shape[1]=129: expected 1 to 128 heads"),
-    (sparse_mla.attend, "kv", None, "kv=None: expected [slots, 1, bytes]"),
+    (sparse_mla.attend, "kv", None, "kv=None: expected a torch.Tensor"),
     (sparse_mla.attend, "kv", torch.zeros(6, 1, 512), "kv has shape [6, 1, 512] and dtype torch.float32: expected"),
-    (sparse_mla.attend, "kv", torch.zeros(6, 2, 1).to(FP8), "expected [slots, 1, bytes]"),
+    (sparse_mla.attend, "kv", torch.zeros(6, 2, 1).to(FP8), "kv has shape [6, 2, 1]: expected [any, 1, any]"),
     (sparse_mla.attend, "kv", torch.zeros(6, 1, 1152)[..., ::2], "kv has strides (1152, 1152, 2): expected stride 1"),
     (sparse_mla.attend, "kv", torch.zeros(6, 1, 576, device="meta"), "kv is on device meta: expected cpu"),
     (sparse_mla.attend, "kv", fp8(6, 1, 576), "kv_scale=None: expected a float with plain fp8 kv, else None"),
@@ -443,8 +443,9 @@ def test_the_valid_arguments_are_valid(function):
     "function, argument, value, message", BAD, ids=[f"{name_of(f)}-{a}-{i}" for i, (f, a, _, _) in enumerate(BAD)]
 )
 def test_bad_input(function, argument, value, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
         function(**{**VALID[function](), argument: value})
+    assert "tensor(" not in str(error.value), "a tensor's values are no help, and on a GPU they are fetched"
 
 
 @pytest.mark.gpu

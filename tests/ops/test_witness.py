@@ -78,6 +78,11 @@ def test_replay_says_what_differs(watching, monkeypatch, tmp_path, capsys):
     assert "triton: differs, row" in capsys.readouterr().out
     assert cli.main(["replay", str(tmp_path / "nothing.pt")]) == 1
     assert "nothing.pt: expected a call that the witness saved" in capsys.readouterr().out
+    saved = torch.load(path, weights_only=True)
+    saved["arguments"]["since"] = 1  # another version's
+    torch.save(saved, path)
+    assert cli.main(["replay", str(path)]) == 1
+    assert "call.pt: expected a call that the witness saved (TypeError" in capsys.readouterr().out
 
 
 def test_files_are_counted(monkeypatch, tmp_path):

@@ -30,10 +30,11 @@ def run(options: argparse.Namespace) -> int:
     try:
         name, seen, arguments = witness.load(options.file, device)
         operation = next(operation for operation in dispatch.operations() if operation.name == name)
-    except (OSError, KeyError, ValueError, RuntimeError, StopIteration) as error:
+        arguments |= {"arch": device_arch(device)}
+        operation.call_type(**arguments)  # a TypeError says which arguments another version had
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError, StopIteration) as error:
         print(f"{options.file}: expected a call that the witness saved ({type(error).__name__}: {error})")
         return 1
-    arguments |= {"arch": device_arch(device)}
     print(f"{name} on {device_arch(device)}, {seen} was seen to differ")
 
     def result_of(implementation: str) -> torch.Tensor:

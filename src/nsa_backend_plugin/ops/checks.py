@@ -11,6 +11,7 @@ from nsa_backend_plugin.layouts import FP8_DTYPES, packed_latent_bytes
 
 INT_DTYPES = (torch.int32, torch.int64)
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+KV_DTYPES = (*FLOAT_DTYPES, *FP8_DTYPES, torch.uint8)
 _NUMBERS = (int, float)
 
 

@@ -144,7 +144,6 @@ def attend(
     """Attend every row of call.q to its keys, at most `keys`.
 
     table: [tokens, N] int32, slots of packed rows, or pages of plain ones, of which a token has lengths [tokens] keys.
-    A length below 0 leaves a token's result undefined.
     """
     q, kv, arch, unit = call.q, call.kv, call.arch, call.kv_unit
     out, lse = call.output(), call.new_lse()

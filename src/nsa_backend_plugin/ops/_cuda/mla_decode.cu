@@ -365,7 +365,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) mla_decode(
     for (int stage = 0; stage < STAGES; stage++) barrier_init(full + 8 * stage, THREADS);
   wait_for_previous_kernel();
   const int count = PLAIN ? a.lengths[token] : a.topk;
-  if (PLAIN && count < 0 && a.splits == 1) return;  // of a split token the merge reads every part
   const int tiles = (count + TILE - 1) / TILE;
   const int begin = int(int64(tiles) * split / a.splits), end = int(int64(tiles) * (split + 1) / a.splits);
   int steps = end - begin;  // less once the slots of a short context have ended

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nsa_backend_plugin.layouts import FP8_DTYPES, LATENT_DIM, LATENT_TILE, packed_latent_bytes, packed_rope_offset
+from nsa_backend_plugin.layouts import LATENT_DIM, LATENT_TILE, packed_latent_bytes, packed_rope_offset
 from nsa_backend_plugin.ops import checks
 from nsa_backend_plugin.ops._torch.rotary import check_rope
 from nsa_backend_plugin.ops.arch import device_arch
@@ -219,7 +219,7 @@ def store(
     rope_dim = k_rope.shape[1]
     checks.inner_contiguous("k_nope", k_nope)
     checks.inner_contiguous("k_rope", k_rope)
-    checks.tensor("cache", cache, (None, 1, None), (*checks.FLOAT_DTYPES, *FP8_DTYPES, torch.uint8), device)
+    checks.tensor("cache", cache, (None, 1, None), checks.KV_DTYPES, device)
     kind = checks.kv_kind(cache, value_dim + rope_dim, value_dim, "cache")
     checks.contiguous("cache", cache)
     if (kv_scale is not None) != (kind == "fp8"):

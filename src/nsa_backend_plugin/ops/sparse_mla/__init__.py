@@ -100,9 +100,8 @@ def attend(
     Source: DeepSeek-V3.2 sparse attention; FlashMLA sparse decode for the packed layout.
     """
     tokens, _, query_dim = mla.check(q, value_dim, softmax_scale, out, workspace)
-    checks.require(isinstance(kv, torch.Tensor) and kv.dim() == 3 and kv.shape[1] == 1, "kv", kv, "[slots, 1, bytes]")
+    checks.tensor("kv", kv, (None, 1, None), checks.KV_DTYPES, q.device)
     kind = kv_kind(kv, query_dim, value_dim)
-    checks.on_device("kv", kv, q.device)
     checks.inner_contiguous("kv", kv)
     checks.scale_of_fp8("kv_scale", kv_scale, kind == "fp8")
     checks.tensor("indices", indices, (tokens, None), torch.int32, q.device)

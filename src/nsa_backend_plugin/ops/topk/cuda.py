@@ -97,10 +97,10 @@ def select(call: Select) -> torch.Tensor:
         block=(variant.threads, 1, 1),
         args=(
             logits,
-            call.lengths.contiguous(),
-            None if call.row_starts is None else call.row_starts.contiguous(),
+            call.lengths,
+            call.row_starts,
             call.page_table,
-            None if call.page_rows is None else call.page_rows.contiguous(),
+            call.page_rows,
             call.out,
             ctypes.c_longlong(logits.stride(0)),
             ctypes.c_longlong(0 if call.page_table is None else call.page_table.stride(0)),

@@ -31,14 +31,13 @@ def declines_select(call: Select) -> Reason:
 def select(call: Select) -> torch.Tensor:
     import flashinfer
 
-    lengths = call.lengths.contiguous()
     # dsa_graph_safe: the other paths choose their launch from the lengths, which a captured graph would freeze.
     if call.page_table is None:
         result = flashinfer.top_k_ragged_transform(
-            call.logits, torch.zeros_like(lengths), lengths, call.k, dsa_graph_safe=True
+            call.logits, torch.zeros_like(call.lengths), call.lengths, call.k, dsa_graph_safe=True
         )
     else:
         result = flashinfer.top_k_page_table_transform(
-            call.logits, call.page_table, lengths, call.k, row_to_batch=call.page_rows, dsa_graph_safe=True
+            call.logits, call.page_table, call.lengths, call.k, row_to_batch=call.page_rows, dsa_graph_safe=True
         )
     return call.out.copy_(result)
