@@ -186,6 +186,7 @@ def test_each_gpu_attends_for_its_tokens_to_all_before_them(
         rows = dsa_backend.prefill_rows(backend.forward_metadata)
         assert rows.lengths.tolist() == [gpus.visible[token] for token in own]
         check_what_stocks_indexer_reads(backend.forward_metadata, rows)
+        check_what_it_selects(backend, gpus.batch, rows)
         # The model's rows are padded behind these, which are all that an indexer selects for.
         query, gate, positions = (x[rank::size] for x in (case.index_q, case.gate, gpus.positions))
         slots = indexer_path.select_slots(case.indexer, query, gate, positions, backend.token_to_kv_pool, rows)
@@ -220,6 +221,41 @@ def check_what_stocks_indexer_reads(metadata: Any, rows: Any) -> None:
     assert torch.equal(first, starts.int())
     assert torch.equal(last, (starts + rows.lengths).int())
     assert torch.equal(rows.request.bincount(), metadata.cu_seqlens_q.diff())
+
+
+def check_what_it_selects(backend: Any, batch: Any, rows: Any) -> None:
+    """A row of the logits: of a whole batch, of a chunk of them, and where every token sees less than the top-k."""
+    metadata = backend.get_indexer_metadata(0, batch)
+    first, last = metadata.get_indexer_kvcache_range()
+    logits = torch.randn(len(first), int(rows.seq_lens.sum()))
+    want = []
+    for row, begin, end, request in zip(logits, first, last, rows.request, strict=True):
+        best = row[begin:end].topk(min(TOPK, end - begin)).indices
+        want.append(sorted((rows.page_table[request, best // 64] * 64 + best % 64).tolist()))
+
+    def selected(found: torch.Tensor) -> list[list[int]]:
+        return [sorted(slot for slot in row if slot >= 0) for row in found.tolist()]
+
+    hidden = torch.arange(logits.shape[1]) < first[:, None]
+    logits[hidden | (torch.arange(logits.shape[1]) >= last[:, None])] = torch.nan  # what DeepGEMM leaves there
+    assert selected(metadata.topk_transform(logits, TOPK, ks=first)) == want
+    middle = len(first) // 2
+    for part in (slice(middle), slice(middle, None)):
+        found = metadata.topk_transform(
+            logits[part],
+            TOPK,
+            ks=first[part],
+            cu_seqlens_q=torch.ones_like(first[part]),
+            ke_offset=metadata.get_seqlens_expanded()[part],
+            batch_idx_list=metadata.get_token_to_batch_idx()[part],
+            topk_indices_offset_override=None,
+        )
+        assert selected(found) == want[part]
+    whole = metadata.topk_transform(torch.zeros(len(first), WIDTH), WIDTH)
+    tables = zip(rows.page_table[rows.request.long()], rows.lengths, strict=True)
+    assert selected(whole) == [
+        sorted((pages[:, None] * 64 + torch.arange(64)).flatten()[:length].tolist()) for pages, length in tables
+    ]
 
 
 def test_a_batch_with_fewer_tokens_than_gpus_is_not_split(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,7 +65,7 @@ def test_a_report_names_each_function_once_unless_steps_differ() -> None:
 
 
 def test_a_prefill_names_what_the_plugin_serves_of_it() -> None:
-    """As `engine.gpu` and `engine.indexer` do: latent rows are SGLang's there, and on CUDA the indexer too."""
+    """As `engine.gpu` and `engine.indexer` do: latent rows are SGLang's there, and on CUDA the indexer's logits too."""
     prefill = served.Step(1, 8192, 4096, prefill=True)
 
     def names(arch: str, **kind: str) -> set[str]:
@@ -73,7 +73,7 @@ def test_a_prefill_names_what_the_plugin_serves_of_it() -> None:
         return {e.operation for _, e in served.explanations(model, [prefill], arch)}
 
     indexer = {"indexer_prep.key_store", "indexer_prep.query", "index_key_cache.gather", "mqa_logits.ragged"}
-    assert names("sm_90", kv="packed") == {"sparse_mla.attend"}
+    assert names("sm_90", kv="packed") == {"topk.select", "sparse_mla.attend"}
     assert names("gfx942", layout="preshuffled") == {*indexer, "topk.select", "sparse_mla.attend"}
     assert names("cpu") == {*indexer, "topk.select", "latent_cache.store", "sparse_mla.attend"}
 

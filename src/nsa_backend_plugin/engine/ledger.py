@@ -339,7 +339,8 @@ LEDGER: tuple[Hook, ...] = (
         target="sglang.srt.layers.attention.dsa_backend.DeepseekSparseAttnBackend",
         kind="subclass",
         stage="gpu_dsa",
-        why="stock metadata, graph capture, speculative decoding and isinstance checks with our attention",
+        why="stock metadata, graph capture, speculative decoding and isinstance checks with our attention; in a "
+        "prefill on NVIDIA also with our top-k, which SGLang's indexer asks the metadata for",
         upstream="no extension point",
     ),
     Hook(

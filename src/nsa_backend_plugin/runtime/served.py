@@ -169,7 +169,7 @@ def report(model: Model, steps: Iterable[Step], arch: str) -> list[str]:
 
 
 def _sparse(model: Model, indexer: Indexer, step: Step, arch: str, make: _Make) -> Iterator[_Made]:
-    """A prefill on a GPU writes its latent rows by SGLang, and on CUDA it is indexed by SGLang too."""
+    """A prefill on a GPU writes its latent rows by SGLang, and on CUDA it is indexed by SGLang, up to its top-k."""
     tokens, whole, decodes = step.requests * step.queries, model.group == 1, not step.prefill
     heads = model.heads * model.group
     cache = _latent_cache(model, arch, make)
@@ -181,6 +181,8 @@ def _sparse(model: Model, indexer: Indexer, step: Step, arch: str, make: _Make) 
         yield _made(norm_quant.rms, q_lora, make(width))
     if whole and (decodes or not is_cuda(arch)):
         yield from _indexer(model, indexer, step, arch, make)
+    if whole:
+        yield _top_k(model, indexer, step, make)
     if whole and (decodes or arch == "cpu"):
         latent = make(tokens, LATENT_DIM + ROPE_DIM)
         query = make(tokens, heads, NOPE_DIM + ROPE_DIM)
@@ -269,7 +271,6 @@ def _indexer(model: Model, indexer: Indexer, step: Step, arch: str, make: _Make)
         scale_format=indexer.scale_format,
     )
     weights = make(tokens, index_heads, dtype=torch.float32)
-    table = make(tokens, pages, dtype=torch.int32)
     if step.prefill:
         columns = step.requests * step.context
         starts = make(tokens, dtype=torch.int32)
@@ -291,23 +292,30 @@ def _indexer(model: Model, indexer: Indexer, step: Step, arch: str, make: _Make)
             starts,
         )
     else:
-        columns = pages * model.page_size
         yield _made(
             mqa_logits.paged,
             make(step.requests, step.queries, index_heads, INDEX_DIM, dtype=fp8),
             index_cache,
             weights,
             make(step.requests, *(() if step.queries == 1 else (step.queries,)), dtype=torch.int32),
-            table[:: step.queries],
-            columns,
+            make(tokens, pages, dtype=torch.int32)[:: step.queries],
+            pages * model.page_size,
             **cache_kind,
         )
-    yield _made(
+
+
+def _top_k(model: Model, indexer: Indexer, step: Step, make: _Make) -> _Made:
+    """A prefill's logits are of the keys of all requests, one request's behind the other's."""
+    tokens, pages = step.requests * step.queries, -(-step.context // model.page_size)
+    columns = step.requests * step.context if step.prefill else pages * model.page_size
+    return _made(
         topk.select,
         make(tokens, columns, dtype=torch.float32),
         make(tokens, dtype=torch.int32),
         indexer.topk,
-        page_table=table,
+        row_starts=make(tokens, dtype=torch.int32) if step.prefill else None,
+        page_table=make(step.requests if step.prefill else tokens, pages, dtype=torch.int32),
+        page_rows=make(tokens, dtype=torch.int32) if step.prefill else None,
         page_size=model.page_size,
     )
 

@@ -18,6 +18,7 @@ from sglang.srt.runtime_context import get_parallel
 from nsa_backend_plugin import BACKEND_NAME
 from nsa_backend_plugin.engine import index_cache, query, unknown
 from nsa_backend_plugin.engine.gpu import rocm, scratch, shards
+from nsa_backend_plugin.engine.gpu.prefill_topk import PrefillMetadata
 from nsa_backend_plugin.engine.indexer import Rows
 from nsa_backend_plugin.engine.latent_rows import plain_fp8_scale
 from nsa_backend_plugin.ops import mqa_logits, sparse_mla
@@ -109,6 +110,12 @@ class NsaPluginDSABackend(DeepseekSparseAttnBackend):
         if forward_batch.forward_mode.is_decode_or_idle():
             return self.decode_rows(1)
         return prefill_rows(self.forward_metadata)
+
+    def get_indexer_metadata(self, layer_id: int, forward_batch: Any) -> Any:
+        """What SGLang's own indexer reads of a batch; of a prefill with our top-k."""
+        stock = super().get_indexer_metadata(layer_id, forward_batch)
+        ours = forward_batch.forward_mode.is_extend_without_speculative() and not self.share.is_partial
+        return PrefillMetadata(**vars(stock)) if ours else stock
 
     def captured_logits(self, tokens: int) -> torch.Tensor | None:
         """Scratch for a step's index logits while it is captured; None lets the operation allocate."""
