@@ -8,7 +8,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +18,7 @@ import torch
 from nsa_backend_plugin import cli
 from nsa_backend_plugin.commands import profile
 from nsa_backend_plugin.engine import layer_profile
-from tests.processes import gone
+from tests.processes import HANGS_AFTER, gone, written
 
 
 def kernels(*names: str) -> list[dict]:
@@ -67,9 +66,9 @@ def do(behave):
     if behave == "fail":
         sys.exit("no such model")
     if behave == "hang":
-        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
-        (here / "children").write_text(f"{os.getpid()} {child.pid}")
-        time.sleep(100)
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        (here / "children").write_text(f"{os.getpid()} {child.pid}\\n")
+        time.sleep(600)
 note("pids", os.getpid())
 note("calls", sys.argv[1:], os.environ.get("NSA_PLUGIN_DUAL_STREAM"))
 if not at:
@@ -115,6 +114,19 @@ def calls(folder: Path, name: str = "calls") -> list:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+@pytest.fixture
+def clock(measured: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The command's: an hour passes at once when a stand-in hangs and `others` have loaded, and no time before."""
+    made = SimpleNamespace(others=0)
+
+    def now() -> float:
+        loaded = sum(what == "loaded" for _, what in calls(measured, "asked"))
+        return 3600.0 * ((measured / "children").exists() and loaded >= made.others)
+
+    monkeypatch.setattr(profile, "time", SimpleNamespace(monotonic=now))
+    return made
+
+
 def run_profile(*arguments: str, model: tuple[str, ...] = ("--model-path=M",)) -> int:
     return cli.main(["profile", "--shapes", "1:64", *arguments, "--", *model])
 
@@ -142,7 +154,7 @@ def test_an_arm_that_fails_is_named(
 
 
 def test_an_arm_without_result_is_ended(
-    measured: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    measured: Path, clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setenv("BEHAVE", "hang")
     assert run_profile("--arms", "dsa", "--timeout", "3") == 1
@@ -185,8 +197,9 @@ def test_arms_are_measured_one_after_the_other(measured: Path) -> None:
 
 @pytest.mark.parametrize("at", ["", "2:64"])
 @pytest.mark.parametrize(("behave", "message"), [("fail", "exit 1\nno such model"), ("hang", "no result within 3 s")])
-def test_an_arm_that_does_not_answer_leaves_the_others(measured: Path, capsys, at, behave, message) -> None:
+def test_an_arm_that_does_not_answer_leaves_the_others(measured: Path, clock, capsys, at, behave, message) -> None:
     """While it loads, or in the middle: its rows until then are kept, and the others' are whole."""
+    clock.others = 2
     bad = f"nsa_plugin BEHAVE={behave} BEHAVE_AT={at}"
     words = ["--arms", "dsa", bad, "fa3", "--together", "--shapes", "1:64", "2:64", "4:64", "--timeout", "3"]
     assert run_profile(*words, "--json", str(measured / "rows.json")) == 1
@@ -219,13 +232,10 @@ raise SystemExit(cli.main(["profile", "--together", "--shapes=1:64", "--arms", *
         env={**os.environ, "BEHAVE": "hang"},
         preexec_fn=lambda: signal.signal(signum, signal.SIG_DFL),
     )
-    deadline = time.monotonic() + 120
-    while not (measured / "children").exists() or len((measured / "children").read_text().split()) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    children = written(measured / "children", 2)
     parent.send_signal(signum)
-    assert parent.wait(30) in (-signum, 128 + signum)
-    pids = [*(measured / "children").read_text().split(), *(pid for (pid,) in calls(measured, "pids"))]
+    assert parent.wait(HANGS_AFTER) in (-signum, 128 + signum)
+    pids = [*children, *(pid for (pid,) in calls(measured, "pids"))]
     assert len(pids) == 2 + len(arms)
     assert all(gone(int(pid)) for pid in pids)
 

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import textwrap
-import time
 from collections import deque
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import pytest
 import requests
 
 from nsa_backend_plugin import serving
-from tests.processes import gone
+from tests.processes import HANGS_AFTER, gone, written
 
 LAUNCH_SERVER = """
 import http.server, os, subprocess, sys, time
@@ -29,13 +28,14 @@ if taken:
     seen and open(seen, "w").close()
     print(f"ERROR: [Errno 98] error while attempting to bind on address ('127.0.0.1', {port})", flush=True)
 if "--stuck" in sys.argv or taken:
-    time.sleep(100)
+    time.sleep(600)
 died = next((a.split("=")[1] for a in sys.argv if a.startswith("--died=")), "")
 if died and not os.path.exists(died):
     open(died, "w").close()
     raise SystemExit("EADDRINUSE" + chr(10) + ("more" + chr(10)) * 100)
-stubborn = "import time, signal; signal.signal(15, signal.SIG_IGN); time.sleep(100)"
-child = subprocess.Popen([sys.executable, "-c", stubborn])
+stubborn = "import time, signal; signal.signal(15, signal.SIG_IGN); print(flush=True); time.sleep(600)"
+child = subprocess.Popen([sys.executable, "-c", stubborn], stdout=subprocess.PIPE)
+child.stdout.readline()  # now it ignores the signal
 print("child", child.pid, flush=True)
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
@@ -53,21 +53,11 @@ def fake_sglang(tmp_path: Path) -> dict[str, str]:
     return {"PYTHONPATH": str(package.parent)}
 
 
-def _child_pid(log: Path) -> int:
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        words = log.read_text().split() if log.exists() else []
-        if len(words) >= 2:
-            return int(words[1])
-        time.sleep(0.1)
-    raise AssertionError("the server did not start")
-
-
 def test_group_ends_with_the_block(tmp_path, fake_sglang):
-    with serving.Server("model", (), fake_sglang, log_path=tmp_path / "log", timeout=30) as server:
+    with serving.Server("model", (), fake_sglang, log_path=tmp_path / "log") as server:
         assert server.get("/health") == b"ok"
         assert server.running()
-        child = _child_pid(tmp_path / "log")
+        child = int(written(tmp_path / "log", 2)[1])
         assert not gone(child)
     assert gone(child), "a child that ignores SIGTERM must not survive"
     assert not server.running()
@@ -75,46 +65,44 @@ def test_group_ends_with_the_block(tmp_path, fake_sglang):
 
 
 def test_death_is_reported_with_the_log(tmp_path, fake_sglang):
-    server = serving.Server("model", ("--die",), fake_sglang, log_path=tmp_path / "log", timeout=30)
+    server = serving.Server("model", ("--die",), fake_sglang, log_path=tmp_path / "log")
     with pytest.raises(serving.ServerError, match=r"exited with code 1[\s\S]*the real reason"):
         server.start()
 
 
 def test_a_taken_port_is_reported_at_once(tmp_path, fake_sglang):
     port = serving.free_port()
-    server = serving.Server("model", ("--taken",), fake_sglang, port=port, log_path=tmp_path / "log", timeout=30)
+    server = serving.Server("model", ("--taken",), fake_sglang, port=port, log_path=tmp_path / "log")
     with pytest.raises(serving.PortTakenError, match=f"port {port} is taken"):
         server.start()
 
 
 def test_a_port_of_its_own_choice_that_is_taken_is_chosen_anew_once(tmp_path, fake_sglang):
     log = tmp_path / "log"
-    server = serving.Server("model", (f"--seen={tmp_path / 'seen'}",), fake_sglang, log_path=log, timeout=30)
+    server = serving.Server("model", (f"--seen={tmp_path / 'seen'}",), fake_sglang, log_path=log)
     first = server.port
     with server:
         assert server.port != first
         assert server.get("/health") == b"ok"
-    always = serving.Server("model", ("--taken",), fake_sglang, log_path=log, timeout=30)
+    always = serving.Server("model", ("--taken",), fake_sglang, log_path=log)
     with pytest.raises(serving.PortTakenError):
         always.start()
 
 
 def test_a_server_that_ends_for_another_port_of_its_processes_is_started_again(tmp_path, fake_sglang):
     log, died = tmp_path / "log", tmp_path / "died"
-    with serving.Server("model", (f"--died={died}",), fake_sglang, log_path=log, timeout=30) as server:
+    with serving.Server("model", (f"--died={died}",), fake_sglang, log_path=log) as server:
         assert died.exists()
         assert server.get("/health") == b"ok"
     died.unlink()
-    fixed = serving.Server(
-        "model", (f"--died={died}",), fake_sglang, port=serving.free_port(), log_path=log, timeout=30
-    )
+    fixed = serving.Server("model", (f"--died={died}",), fake_sglang, port=serving.free_port(), log_path=log)
     with pytest.raises(serving.PortTakenError, match="exited with code 1"):
         fixed.start()
 
 
 def test_an_answer_that_is_an_error_is_shown(tmp_path, fake_sglang):
     with (
-        serving.Server("model", (), fake_sglang, log_path=tmp_path / "log", timeout=30) as server,
+        serving.Server("model", (), fake_sglang, log_path=tmp_path / "log") as server,
         pytest.raises(requests.HTTPError, match=r"501 for /generate: [\s\S]*Unsupported method") as raised,
     ):
         server.post("/generate", {})
@@ -126,7 +114,7 @@ def test_a_port_in_use_starts_nothing(tmp_path, fake_sglang):
         used.bind((serving.HOST, 0))
         used.listen()
         port = used.getsockname()[1]
-        server = serving.Server("model", (), fake_sglang, port=port, log_path=tmp_path / "log", timeout=30)
+        server = serving.Server("model", (), fake_sglang, port=port, log_path=tmp_path / "log")
         with pytest.raises(serving.ServerError, match=f"port {port} of 127.0.0.1 cannot be used: .*in use"):
             server.start()
     assert not (tmp_path / "log").exists()
@@ -170,16 +158,18 @@ def test_signal_to_the_parent_ends_the_group(tmp_path, fake_sglang, signum):
     program = textwrap.dedent(f"""
         import time
         from nsa_backend_plugin.serving import Server
-        Server("model", (), log_path={str(log)!r}, timeout=30).start()
-        time.sleep(100)
+        Server("model", (), log_path={str(log)!r}).start()
+        print(flush=True)
+        time.sleep(600)
     """)
     parent = subprocess.Popen(
         [sys.executable, "-c", program],
         env={**os.environ, **fake_sglang},
+        stdout=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signum, signal.SIG_DFL),  # a background job's children ignore SIGINT
     )
-    child = _child_pid(log)
-    time.sleep(1)
+    child = int(written(log, 2)[1])
+    assert parent.stdout.readline(), "the server has started"
     parent.send_signal(signum)
-    assert parent.wait(30) != 0
+    assert parent.wait(HANGS_AFTER) != 0
     assert gone(child)

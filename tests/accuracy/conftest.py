@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,14 +14,15 @@ import pytest
 
 class FakeServer:
     """fail_after: answers before connections are closed. refuse: part of the prompts that get status 500.
-    slow_seconds: of every other answer. reply: sent in place of answers. wrong: numbers that are answered wrongly.
-    info: what /server_info says."""
+    open: no answer before it is set (or a while later). reply: sent in place of answers. wrong: numbers that are
+    answered wrongly. info: what /server_info says."""
 
     def __init__(self) -> None:
         self.prompts: list[str] = []
         self.fail_after: int | None = None
         self.refuse: str | None = None
-        self.slow_seconds = 0.0
+        self.open = threading.Event()
+        self.open.set()
         self.reply: str | None = None
         self.wrong: set[str] = set()
         self.info: dict[str, Any] = {"version": "0.5.17", "device": "cpu", "attention_backend": "nsa_plugin"}
@@ -42,7 +42,7 @@ class FakeServer:
                 if owner.refuse is not None and owner.refuse in f"item {question}":
                     self.send(500, "out of memory")
                     return
-                time.sleep(owner.slow_seconds)
+                owner.open.wait(20)
                 self.send(200, owner.reply or json.dumps(owner.answer(question.split("\n")[0])))
 
             def send(self, status: int, text: str) -> None:

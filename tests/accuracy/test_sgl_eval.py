@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import pytest
 from nsa_backend_plugin import cli
 from nsa_backend_plugin.accuracy import sgl_eval
 from nsa_backend_plugin.accuracy.ask import AskError
-from tests.processes import gone
+from tests.processes import HANGS_AFTER, gone, written
 
 #: Writes what sgl-eval 0.1.3 writes; questions named in the file `fail` beside it get its error samples.
 PROGRAM = """#!{python}
@@ -26,7 +25,7 @@ here = Path(__file__).parent
 with (here / "calls").open("a") as calls: calls.write(json.dumps(sys.argv[1:]) + "\\n")
 if (here / "hang").exists():
     (here / "pid").write_text(f"{{os.getpid()}}\\n")
-    time.sleep(60)
+    time.sleep(600)
 out = Path(options["--out-dir"]) / f"sgl_eval_gsm8k_{{len((here / 'calls').read_text().splitlines())}}"
 out.mkdir()
 fail = (here / "fail").read_text().split() if (here / "fail").exists() else []
@@ -112,14 +111,11 @@ sgl_eval.answer_all("http://host", rows, folder, concurrency=3, max_tokens=8, al
     parent = subprocess.Popen(
         [sys.executable, "-c", code], preexec_fn=lambda: signal.signal(signum, signal.SIG_DFL), stderr=subprocess.PIPE
     )
-    deadline = time.monotonic() + 60
-    while not (program / "pid").exists() or not (program / "pid").read_text().endswith("\n"):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    (pid,) = written(program / "pid", 1)
     parent.send_signal(signum)
-    parent.communicate(timeout=30)
+    parent.communicate(timeout=HANGS_AFTER)
     assert parent.returncode != 0
-    assert gone(int((program / "pid").read_text()))
+    assert gone(int(pid))
 
 
 @pytest.mark.parametrize("line, message", [("{", "chat.jsonl:7: not JSON"), ('{"problem": "x"}', "chat.jsonl:7: exp")])

@@ -26,6 +26,7 @@ from benchmarks.timing import clock
 from benchmarks.workloads import WORKLOADS, indexer
 from nsa_backend_plugin.ops import dispatch
 from nsa_backend_plugin.ops.dispatch import operations
+from tests.processes import HANGS_AFTER
 
 from .conftest import SUITE, code
 
@@ -217,10 +218,12 @@ def test_last_words_are_read_to_the_end(tmp_path: Path, monkeypatch: pytest.Monk
     keep = child._keep
 
     def late(*arguments: object) -> None:
-        time.sleep(1)
+        dying._process.wait()
+        time.sleep(0.5)
         keep(*arguments)
 
     monkeypatch.setattr(child, "_keep", late)
+    monkeypatch.setattr(child, "LAST_WORDS_S", HANGS_AFTER)
     script = tmp_path / "dies.py"
     script.write_text("import sys\nsys.exit('out of luck')\n")
     with Child([str(script)]) as dying:

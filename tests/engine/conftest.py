@@ -13,16 +13,13 @@ import pytest
 
 from nsa_backend_plugin import serving
 from tests import sglang_plugin
+from tests.processes import HANGS_AFTER
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 #: One thread, because threads that spin at barriers crawl on a busy machine. The tests' own TRITON_INTERPRET must not
 #: reach SGLang, which imports Triton everywhere.
 SERVER_ENV = {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0", "HF_HUB_OFFLINE": "1"}
-
-
-#: Seconds, of whatever a test starts. Four lanes and their servers share what may be two slow cores.
-HANGS_AFTER = 1200.0
 
 
 def run_python(program: Path | str, *arguments: object, env: dict[str, str] | None = None) -> str:

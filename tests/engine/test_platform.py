@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from nsa_backend_plugin.serving import Server
-from tests.engine.conftest import HANGS_AFTER, SERVER_ENV
+from tests.engine.conftest import SERVER_ENV
+from tests.processes import HANGS_AFTER
 
 pytest.importorskip("sglang", reason="needs SGLang")
 

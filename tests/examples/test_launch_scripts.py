@@ -60,7 +60,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[s
     before = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "CAPTURED": str(folder)}
     result = {}
     for script in SCRIPTS:
-        subprocess.run([script, "some/model"], env=before, check=True, timeout=30)
+        subprocess.run([script, "some/model"], env=before, check=True, timeout=300)
         argv = _captured(folder / "argv")
         assert argv[:2] == ["-m", "sglang.launch_server"], script.name
         after = dict(pair.split("=", 1) for pair in _captured(folder / "env"))
@@ -104,7 +104,7 @@ def test_flags_exist(launched, python):
 
 def run(script: Path, path: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PATH": path, "CAPTURED": path.partition(":")[0]}
-    return subprocess.run([script, *arguments], env=env, capture_output=True, text=True, timeout=30)
+    return subprocess.run([script, *arguments], env=env, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture

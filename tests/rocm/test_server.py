@@ -14,8 +14,9 @@ from nsa_backend_plugin.commands import demo
 from nsa_backend_plugin.ops.index_key_cache.reference import quantize_rows
 from nsa_backend_plugin.ops.indexer_prep.reference import normalize, rotate
 from tests import sglang_plugin
-from tests.engine.conftest import HANGS_AFTER, SERVER_ENV
+from tests.engine.conftest import SERVER_ENV
 from tests.engine.test_index_pages import _write
+from tests.processes import HANGS_AFTER
 from tests.rocm import simulated_host
 
 pytestmark = pytest.mark.engine
