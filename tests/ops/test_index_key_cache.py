@@ -139,9 +139,3 @@ def test_store_with_strided_slots(impl, device):
     arguments = Calls(device).index_key_cache_store(9)
     actual = stored(impl, {**arguments, "slots": strided(arguments["slots"])})
     assert torch.equal(actual, stored("torch", arguments))
-
-
-def test_misaligned_cache_is_refused():
-    flat = torch.zeros(3 * 8448 + 1, dtype=torch.uint8)
-    with pytest.raises(ValueError, match="cache"):
-        index_key_cache.store(torch.zeros(1, 128), flat[1:].view(3, 8448), torch.tensor([0]))

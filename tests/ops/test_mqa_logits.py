@@ -416,29 +416,6 @@ def test_what_deep_gemm_cannot_do_is_declined():
         assert reason == f"{name} does not start at a 16-byte boundary"
 
 
-BAD_PAGED = {
-    "heads": ({"weights": torch.zeros(2, 3)}, "weights"),
-    "layout": ({"layout": "swizzled"}, "layout"),
-    "lengths": ({"context_lens": torch.tensor([5, 6])}, "context_lens"),
-    "too long": ({"context_lens": torch.tensor([500, 6], dtype=torch.int32)}, "context_lens"),
-    "table": ({"block_table": torch.zeros(3, 1, dtype=torch.int32)}, "block_table"),
-    "width": ({"max_context_len": 0}, "max_context_len"),
-    "page size": ({"page_size": 32}, "cache"),
-    "page": ({"block_table": torch.full((2, 1), 99, dtype=torch.int32)}, "block_table contains 99"),
-    "negative page": ({"block_table": torch.full((2, 1), -1, dtype=torch.int32)}, "block_table contains -1"),
-    "table stride": ({"block_table": torch.zeros(1, 2, dtype=torch.int32).T.expand(2, 2)}, "block_table has strides"),
-    "no heads": ({"q": torch.zeros(2, 1, 0, 128).to(torch.float8_e4m3fn)}, "at least 1 head"),
-    "overlapping rows": ({"out": torch.zeros(1, 6).expand(2, 6)}, "rows do not overlap"),
-}
-
-
-@pytest.mark.parametrize("change, name", BAD_PAGED.values(), ids=BAD_PAGED.keys())
-def test_paged_refuses(change, name):
-    arguments = Calls(torch.device("cpu")).mqa_logits_paged([5, 6], 16, 1, "row_major")
-    with pytest.raises(ValueError, match=name):
-        mqa_logits.paged(**(arguments | change))
-
-
 def test_declines_where_fp8_is_missing():
     assert "e4m3" in triton_logits.available("sm_80")
 

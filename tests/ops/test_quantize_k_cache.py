@@ -109,22 +109,3 @@ def test_zeros(impl, dim, dtype, device):
     torch.testing.assert_close(scales(packed, dim, 128), torch.full((1, 1, 1, dim // 128), 1e-4 / 448, device=device))
     restored = latent_cache.dequantize(packed, value_dim=dim, dtype=dtype, impl=impl)
     assert torch.equal(restored, kv)
-
-
-@pytest.mark.parametrize("heads", [0, 2])
-def test_more_heads_than_one_are_refused(heads):
-    with pytest.raises(ValueError, match=rf"kv\.shape\[2\]={heads}: expected 1 head"):
-        latent_cache.quantize(torch.randn(1, 1, heads, 128), value_dim=128, tile_size=64)
-    with pytest.raises(ValueError, match=rf"packed\.shape\[2\]={heads}: expected 1 head"):
-        latent_cache.dequantize(torch.zeros(1, 1, heads, 136, dtype=torch.uint8), value_dim=128, tile_size=64)
-
-
-@pytest.mark.parametrize("dim, tile", [(128, 60), (130, 7)])
-def test_a_tile_that_does_not_divide_is_refused(dim, tile):
-    with pytest.raises(ValueError, match=f"value_dim=128: expected a multiple of tile_size {tile}"):
-        latent_cache.quantize(torch.randn(1, 1, 1, dim), value_dim=128, tile_size=tile)
-
-
-def test_fewer_values_than_value_dim_are_refused():
-    with pytest.raises(ValueError, match=r"kv\.shape\[-1\]=100: expected at least value_dim 128"):
-        latent_cache.quantize(torch.randn(1, 1, 1, 100), value_dim=128, tile_size=64)
