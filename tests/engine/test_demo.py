@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.engine.conftest import ROOT, SERVER_ENV
+from tests.processes import HANGS_AFTER, wait_until
 
 pytestmark = pytest.mark.engine
 _MARK = "NSA_TEST_DEMO_ID"
@@ -30,15 +30,6 @@ def marked_processes(mark: str) -> list[int]:
             except OSError:
                 continue
     return found
-
-
-def wait_until(condition, seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.2)
-    return condition()
 
 
 class Demo:
@@ -63,7 +54,7 @@ class Demo:
 
     def interrupt(self) -> int:
         os.killpg(self.process.pid, signal.SIGINT)
-        return self.process.wait(60)
+        return self.process.wait(HANGS_AFTER)
 
 
 @pytest.fixture
@@ -85,15 +76,15 @@ def demo(tmp_path) -> Iterator:
 @pytest.mark.parametrize("processes", [2, 3], ids=["while starting", "with a scheduler"])
 def test_interrupt_leaves_no_process(demo, processes):
     running = demo()
-    assert wait_until(lambda: len(marked_processes(running.mark)) >= processes, 240), running.text()
+    assert wait_until(lambda: len(marked_processes(running.mark)) >= processes), running.text()
     assert running.interrupt() == 130
-    assert wait_until(lambda: not marked_processes(running.mark), 15), marked_processes(running.mark)
+    assert wait_until(lambda: not marked_processes(running.mark), 60), marked_processes(running.mark)
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
 def test_serve_answers_everything_and_stops_on_interrupt(demo):
     running = demo("--serve")
-    assert wait_until(lambda: "until Ctrl-C" in running.text() or running.process.poll() is not None, 400)
+    assert wait_until(lambda: "until Ctrl-C" in running.text() or running.process.poll() is not None)
     text = running.text()
     assert "7 of 7 answers right" in text
     assert "WRONG" not in text
@@ -101,10 +92,10 @@ def test_serve_answers_everything_and_stops_on_interrupt(demo):
     assert "sparse_mla.attend: torch" in text, "the kernel of every operation is shown"
     assert "curl -s http://127.0.0.1:" in text
     assert running.interrupt() == 0
-    assert wait_until(lambda: not marked_processes(running.mark), 15), marked_processes(running.mark)
+    assert wait_until(lambda: not marked_processes(running.mark), 60), marked_processes(running.mark)
 
 
 def test_a_server_that_dies_is_a_failure(demo):
     dying = demo("--", "--page-size=32")
-    assert dying.process.wait(240) == 1
+    assert dying.process.wait(HANGS_AFTER) == 1
     assert "page size 64" in dying.text()
