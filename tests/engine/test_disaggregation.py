@@ -7,7 +7,6 @@ import json
 import random
 import re
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import requests
 from nsa_backend_plugin.serving import HOST, Child, Server, free_port
 from tests import transfer
 from tests.engine import pairs
+from tests.processes import HANGS_AFTER, wait_until
 
 pytest.importorskip("sglang", reason="needs SGLang")
 
@@ -40,7 +40,6 @@ IMPATIENT = {
     "SGLANG_DISAGGREGATION_HEARTBEAT_INTERVAL": "1",
     "SGLANG_CUDA_COREDUMP_BEFORE_CRASH_WAIT_SECS": "0",
 }
-PATIENCE = 120.0
 #: Slots of the decode server: two of these long answers do not fit, and one of them must wait in the host's memory.
 SLOTS = 1024
 LONG, LONG_TOKENS = 448, 72
@@ -80,13 +79,14 @@ class Router(Child):
         super().__init__(command, log_path=log)
 
     def _wait_ready(self) -> None:
-        deadline = time.monotonic() + PATIENCE
-        while time.monotonic() < deadline and self.running():
-            with contextlib.suppress(requests.RequestException):
-                if requests.get(f"{self.url}/readiness", timeout=5).ok:
-                    return
-            time.sleep(0.2)
-        raise RuntimeError(f"the router is not ready; end of its log:\n{self.log_tail()}")
+        wait_until(lambda: not self.running() or self._ready())
+        if not self.running():
+            raise RuntimeError(f"the router has ended; end of its log:\n{self.log_tail()}")
+
+    def _ready(self) -> bool:
+        with contextlib.suppress(requests.RequestException):
+            return requests.get(f"{self.url}/readiness", timeout=60).ok
+        return False
 
 
 @dataclass
@@ -106,13 +106,13 @@ class Pair:
 
     def ask(self, prompt: list[int], new_tokens: int = NEW_TOKENS) -> requests.Response:
         """Reply of the router."""
-        return requests.post(f"{self.router.url}/generate", json=_body(prompt, new_tokens), timeout=PATIENCE)
+        return requests.post(f"{self.router.url}/generate", json=_body(prompt, new_tokens), timeout=HANGS_AFTER)
 
     @contextlib.contextmanager
     def stream(self) -> Iterator[Iterator[bytes]]:
         """Events of a long answer, of which the first have come. The client leaves at the end of the block."""
         body = _body(PROMPTS[-2], SLOTS // 2, stream=True)
-        with requests.post(f"{self.router.url}/generate", json=body, timeout=PATIENCE, stream=True) as reply:
+        with requests.post(f"{self.router.url}/generate", json=body, timeout=HANGS_AFTER, stream=True) as reply:
             events = (line for line in reply.iter_lines() if line)
             for _ in range(3):
                 assert next(events).startswith(b"data: {")
@@ -137,18 +137,18 @@ def _answer(reply: dict[str, Any]) -> dict[str, list]:
     }
 
 
-def _ask_directly(server: Server, room: dict[str, Any], timeout: float = PATIENCE) -> requests.Response:
+def _ask_directly(server: Server, room: dict[str, Any], timeout: float = HANGS_AFTER) -> requests.Response:
     return requests.post(f"{server.url}/generate", json=_body(PROMPTS[5], **room), timeout=timeout)
 
 
 def _wait_idle(server: Server) -> None:
     """Until the server holds no request."""
-    deadline = time.monotonic() + PATIENCE
-    while any(
-        load["num_running_reqs"] + load["num_waiting_reqs"] for load in json.loads(server.get("/v1/loads"))["loads"]
-    ):
-        assert time.monotonic() < deadline, "requests are still there"
-        time.sleep(0.2)
+
+    def idle() -> bool:
+        loads = json.loads(server.get("/v1/loads"))["loads"]
+        return not any(load["num_running_reqs"] + load["num_waiting_reqs"] for load in loads)
+
+    assert wait_until(idle), "requests are still there"
 
 
 @contextlib.contextmanager
@@ -191,8 +191,9 @@ def pair(request, models, start_server, reference, tmp_path_factory) -> Iterator
             known |= {tuple(p): _answer(alone[0].post("/generate", _body(p, n))) for p, n in asked}
             pairs.kill(alone[0])
         else:
-            reference.learn(kind, [p for p, _ in asked], [pair.ask(p, n).json()["output_ids"] for p, n in asked])
-            known |= {tuple(p): reference(kind, p) for p, _ in asked}
+            for prompt, tokens in asked:
+                reference.learn(kind, [prompt], lambda p, n=tokens: pair.ask(p, n).json()["output_ids"])
+                known[tuple(prompt)] = reference(kind, prompt)
         yield pair
 
 
@@ -270,9 +271,7 @@ def test_a_killed_server_is_an_error_to_the_other_side_which_goes_on(pair):
         stack.enter_context(_started(successor))
         assert prefilling.result().status_code >= 500
         _wait_idle(pair.prefill)
-        deadline = time.monotonic() + PATIENCE
-        while not pair.ask(PROMPTS[0]).ok and time.monotonic() < deadline:
-            time.sleep(0.5)  # the router looks after its servers from time to time
+        assert wait_until(lambda: pair.ask(PROMPTS[0]).ok), "the router looks after its servers from time to time"
         pair.check_all()
         pairs.kill(pair.prefill)
         assert pair.ask(PROMPTS[0]).status_code >= 500

@@ -19,6 +19,7 @@ import pytest
 from nsa_backend_plugin.serving import Server, free_port
 from tests import transfer
 from tests.engine import cpu_drafts, pairs
+from tests.processes import HANGS_AFTER
 
 pytest.importorskip("sglang", reason="needs SGLang")
 
@@ -31,7 +32,6 @@ LENGTHS = (5, 17, 64, 65, 129, 200, 333, 700)
 #: Slots of the decode server, 16 pages: two of these long answers do not fit.
 SLOTS = 1024
 LONG, LONG_TOKENS = 448, 72
-PATIENCE = 120.0
 
 
 def _tokens(count: int, seed: int) -> list[int]:
@@ -64,7 +64,7 @@ class Pair:
     folder: Path
 
     def ask_one(self, prompt: list[int]) -> Answer:
-        return self._heard("one", lambda body: self.one.post("/generate", body, PATIENCE), prompt)
+        return self._heard("one", lambda body: self.one.post("/generate", body, HANGS_AFTER), prompt)
 
     def ask(self, prompt: list[int]) -> Answer:
         return self._heard("decode", self._reply, prompt)
@@ -75,7 +75,7 @@ class Pair:
             return [reply["output_ids"] for reply in pool.map(self._reply, bodies)]
 
     def _reply(self, body: dict[str, Any]) -> Any:
-        return pairs.ask(self.prefill, self.decode, self.bootstrap, body, PATIENCE)
+        return pairs.ask(self.prefill, self.decode, self.bootstrap, body, HANGS_AFTER)
 
     def _heard(self, name: str, ask: Any, prompt: list[int]) -> Answer:
         before = len(self._drafts(name))
@@ -142,7 +142,7 @@ def test_drafts_are_those_of_one_server(pair: Pair) -> None:
 def test_a_full_decode_server_retracts_and_resumes(pair: Pair) -> None:
     """Answers stay. SGLang keeps the cache of the model alone: the guesses of its draft may get worse."""
     bodies = [_body(_tokens(LONG, seed), LONG_TOKENS) for seed in (5003, 5004)]
-    expected = [pair.one.post("/generate", body, PATIENCE)["output_ids"] for body in bodies]
+    expected = [pair.one.post("/generate", body, HANGS_AFTER)["output_ids"] for body in bodies]
     assert pair.at_once(bodies) == expected
     assert "#retracted_reqs: 1" in pair.decode.log_path.read_text()
 
