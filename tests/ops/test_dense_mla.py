@@ -163,7 +163,7 @@ def test_empty_batch(impl: str) -> None:
 @pytest.mark.parametrize("impl", IMPLS)
 def test_promises_and_results_of_the_implementations_own(impl: str, heads: int, page_size: int, kind: str) -> None:
     """No length of 0, finite numbers past each length; nowhere to write given."""
-    arguments = inputs([65, 1, 700 if HAS_GPU else 70], heads, page_size, kind)
+    arguments = inputs([65, 1, *[700] * HAS_GPU], heads, page_size, kind)
     want = expected(arguments)
     kv = arguments["kv"]
     finite = {"kv": kv.float().nan_to_num(3.0).to(kv.dtype), "kv_is_finite": True}
