@@ -1,10 +1,10 @@
-"""What an SGLang with every patch does in place of our hooks, as JSON. Run by test_patches.py in a fresh process.
+"""What an SGLang with every patch does in place of our hooks, as JSON: `python patched_probe.py MODEL`, a DSA model.
 
 {"ours": targets of our hooks in SGLang's registry, "down": rows that stand down, "resolution": handlers at its patch
 point, "points": per row of the GPU path what its patch point gained and what the patched function then does,
 "prepared": what the patched model code returned for a backend that prepares and for one that declines, "rocm": what
-ROCm's own method, where there is one, returned for a backend that prepares, "pool": class of
-the MLA pool}
+ROCm's own method, where there is one, returned for a backend that prepares, "refused": the error of a launch with
+another page size, "pool": class of the MLA pool}
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import sys
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from sglang.srt.plugins import load_plugins
 from sglang.srt.plugins.hook_registry import HookRegistry
+from sglang.srt.server_args import prepare_server_args
 
 from nsa_backend_plugin.engine import hooks, ledger
 
@@ -96,6 +98,17 @@ def prepared_on_rocm() -> Any:
     return prepare("attn", 1, 2, 3, 4, prev_topk_indices=5)
 
 
+def refused() -> str | None:
+    argv = [f"--model-path={sys.argv[1]}", "--attention-backend=nsa_plugin", "--device=cpu", "--page-size=32"]
+    try:
+        arguments = prepare_server_args(argv)
+        if hasattr(arguments, "resolve_once"):
+            arguments.resolve_once()
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def mla_pool() -> str | None:
     """The class that SGLang's builder makes when the platform names SGLang's own class, where there is a builder."""
     from sglang.srt.mem_cache import kv_cache_configurator as configurator
@@ -120,6 +133,7 @@ report = {
     "ours": our_hooks(),
     "down": hooks.standing_down(),
     "resolution": len(patch_point("resolution")),
+    "refused": refused(),
     "points": points(),
     "prepared": prepared(),
     "rocm": prepared_on_rocm(),

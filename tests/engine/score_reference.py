@@ -3,7 +3,8 @@
     python score_reference.py MODEL TEXTS.json OUT.json [fp8]
 
 TEXTS: list of token lists. OUT: for each, the log-probability of every token after the first, given those before it.
-With "fp8" attention sees the latent rows and the rotated keys as an e4m3 cache keeps them.
+With "fp8" a list of two of these: in the second attention sees the latent rows and the rotated keys as an e4m3 cache
+keeps them.
 """
 
 from __future__ import annotations
@@ -38,17 +39,20 @@ def round_rows(model: torch.nn.Module) -> None:
         norm.register_forward_hook(lambda module, inputs, output: rounded(output))
 
 
+@torch.inference_mode()
+def scores(model: torch.nn.Module, ids: torch.Tensor) -> list[float]:
+    logprobs = model(ids[None], use_cache=False).logits[0, :-1].float().log_softmax(-1)
+    return logprobs.gather(1, ids[1:, None])[:, 0].tolist()
+
+
 def main() -> None:
     folder, texts, out, *rows = sys.argv[1:]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    tokens = [torch.tensor(text) for text in json.loads(Path(texts).read_text())]
+    results: list[Any] = [scores(model, ids) for ids in tokens]
     if rows == ["fp8"]:
         round_rows(model)
-    results = []
-    with torch.inference_mode():
-        for tokens in json.loads(Path(texts).read_text()):
-            ids = torch.tensor(tokens)
-            logprobs = model(ids[None], use_cache=False).logits[0, :-1].float().log_softmax(-1)
-            results.append(logprobs.gather(1, ids[1:, None])[:, 0].tolist())
+        results = [results, [scores(model, ids) for ids in tokens]]
     Path(out).write_text(json.dumps(results))
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from nsa_backend_plugin.serving import ServerError
+from nsa_backend_plugin.engine import factory
 from tests.engine.conftest import HERE, run_python
 from tests.engine.test_parity import CHUNKED, NEW_TOKENS, PREFIXED, PROMPTS, SHARED, _ask, _forget_prefixes
 
@@ -44,14 +46,13 @@ def far(models, served, tmp_path_factory) -> dict[tuple[str, str], float]:
     answers = [(way, p, a) for way, found in served[0].items() for p, a in zip(_prompts(way), found, strict=True)]
     (folder / "texts.json").write_text(json.dumps([p + a["output_ids"] for _, p, a in answers]))
     found: dict[tuple[str, str], list[bool]] = {}
-    for rows in ((), ("fp8",)):
-        run_python(HERE / "score_reference.py", models["mla"], folder / "texts.json", folder / "scores.json", *rows)
-        scores = json.loads((folder / "scores.json").read_text())
+    run_python(HERE / "score_reference.py", models["mla"], folder / "texts.json", folder / "scores.json", "fp8")
+    for rows, scores in zip(("float32", "fp8"), json.loads((folder / "scores.json").read_text()), strict=True):
         for (way, _, answer), expected in zip(answers, scores, strict=True):
             logprobs = [row[0] for row in answer["meta_info"]["output_token_logprobs"]]
             assert len(logprobs) == NEW_TOKENS
             misses = [abs(a - b) >= LOGPROB_BAR for a, b in zip(logprobs, expected[-NEW_TOKENS:], strict=True)]
-            found.setdefault((way, *(rows or ("float32",))), []).extend(misses)
+            found.setdefault((way, rows), []).extend(misses)
     return {key: sum(misses) / len(misses) for key, misses in found.items()}
 
 
@@ -74,8 +75,10 @@ def test_the_report_names_the_rows(served) -> None:
     assert "float8_e4m3fn" in line
 
 
-def test_exact_mode_is_refused(models, start_server) -> None:
-    server = start_server(models["mla"], ("--dtype=float32", "--kv-cache-dtype=fp8_e4m3"), {"NSA_PLUGIN_EXACT": "1"})
-    with pytest.raises(ServerError, match=r"exited with code -?[1-9]"):
-        server.start()
-    assert "fp8_e4m3 with NSA_PLUGIN_EXACT=1: its caches are not quantized" in server.log_path.read_text()
+def test_exact_mode_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a server makes its backend; test_refusals shows what becomes of a server there."""
+    monkeypatch.setenv("NSA_PLUGIN_EXACT", "1")
+    model = SimpleNamespace(hf_config=SimpleNamespace(architectures=["DeepseekV3ForCausalLM"]))
+    runner = SimpleNamespace(model_config=model, kv_cache_dtype=torch.float8_e4m3fn, dtype=torch.float32)
+    with pytest.raises(ValueError, match="fp8_e4m3 with NSA_PLUGIN_EXACT=1: its caches are not quantized"):
+        factory._cpu_backend(runner)

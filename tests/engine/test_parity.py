@@ -68,6 +68,13 @@ def _ask(server: Server, prompt: list[int]) -> dict[str, Any]:
     return server.post("/generate", _body(prompt))
 
 
+def compare(answer: dict[str, Any], expected: dict[str, list]) -> None:
+    assert answer["output_ids"] == expected["tokens"]
+    logprobs = [row[0] for row in answer["meta_info"]["output_token_logprobs"]]
+    assert len(logprobs) == NEW_TOKENS
+    assert max(abs(a - b) for a, b in zip(logprobs, expected["logprobs"], strict=True)) < LOGPROB_BAR
+
+
 @pytest.fixture(scope="module")
 def patched_sglang(tmp_path_factory):
     """The environment in which a server finds SGLang patched."""
@@ -84,15 +91,10 @@ def served(request, models, start_server, reference):
     if request.param.endswith("pipeline") and "world_size" in inspect.signature(init_threads_binding).parameters:
         env |= CORES
     with start_server(models[kind], ("--dtype=float32", *args), env) as server:
-        prompts = [*PROMPTS, *PREFIXED]
-        reference.learn(kind, prompts, [_ask(server, p)["output_ids"] for p in prompts])
+        reference.learn(kind, [*PROMPTS, *PREFIXED], lambda prompt: _ask(server, prompt)["output_ids"])
 
         def check(prompt: list[int], answer: dict[str, Any]) -> None:
-            expected = reference(kind, prompt)
-            assert answer["output_ids"] == expected["tokens"]
-            logprobs = [row[0] for row in answer["meta_info"]["output_token_logprobs"]]
-            assert len(logprobs) == NEW_TOKENS
-            assert max(abs(a - b) for a, b in zip(logprobs, expected["logprobs"], strict=True)) < LOGPROB_BAR
+            compare(answer, reference(kind, prompt))
 
         yield server, kind, check
 
