@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -27,149 +28,131 @@ LLAMA = {
     "vocab_size": 512,
     "max_position_embeddings": 512,
 }
-#: name: (model, arguments, environment, SGLang version or None, pattern of the error or None)
-CASES: dict[str, tuple[str, list[str], dict[str, str], str | None, str | None]] = {
-    "dsa is served": ("dsa", [], {}, None, None),
-    "dsa with page size 64 is served": ("dsa", ["--page-size=64"], {}, None, None),
-    "mla is served": ("mla", [], {}, None, None),
-    "mla with page size 64 is served": ("mla", ["--page-size=64"], {}, None, None),
-    "model without MLA": ("llama", [], {}, None, "LlamaForCausalLM does not use Multi-head Latent Attention.*Choose"),
-    "page size of dsa": ("dsa", ["--page-size=32"], {}, None, r"--page-size 32 with .*DSA.*serves page size 64"),
-    "page size of mla": ("mla", ["--page-size=8"], {}, None, r"--page-size 8 with .*serves page size 1, 16, 32, 64"),
-    "index head dim": ("dsa-index64", [], {}, None, "index_head_dim 64: nsa_plugin serves 128"),
-    "pooled index keys": ("dsa-kpool", [], {}, None, "index_kpool 4: nsa_plugin does not serve"),
-    "latent width": ("mla-rank256", [], {}, None, "kv_lora_rank 256 .*serves 512 and 64"),
-    "newer sglang": ("dsa", [], {}, "0.5.99", rf"SGLang 0\.5\.99 is not supported.*{release.RANGE}"),
-    "newer sglang at one's own risk": ("dsa", [], {"NSA_PLUGIN_ALLOW_UNTESTED_SGLANG": "1"}, "0.5.99", None),
-    "older sglang": ("dsa", [], {}, "0.5.16.post2", r"SGLang 0\.5\.16\.post2 is not supported"),
-    "implementation name": (
-        "dsa",
-        [],
-        {"NSA_PLUGIN_TOPK_IMPL": "nonsense"},
-        None,
-        "NSA_PLUGIN_TOPK_IMPL='nonsense': expected one of .*torch",
+
+
+class Case(NamedTuple):
+    model: str
+    arguments: tuple[str, ...]
+    #: A pattern, None where it is served.
+    error: str | None
+    #: The release that it runs in, None for the installed one.
+    sglang: str | None
+    environment: dict[str, str]
+
+
+def case(model: str, *arguments: str, error: str | None = None, sglang: str | None = None, **environment: str) -> Case:
+    return Case(model, arguments, error, sglang, environment)
+
+
+CASES = {
+    "dsa is served": case("dsa"),
+    "dsa with page size 64 is served": case("dsa", "--page-size=64"),
+    "mla is served": case("mla"),
+    "mla with page size 64 is served": case("mla", "--page-size=64"),
+    "model without MLA": case("llama", error="LlamaForCausalLM does not use Multi-head Latent Attention.*Choose"),
+    "page size of dsa": case("dsa", "--page-size=32", error=r"--page-size 32 with .*DSA.*serves page size 64"),
+    "page size of mla": case("mla", "--page-size=8", error=r"--page-size 8 with .*serves page size 1, 16, 32, 64"),
+    "index head dim": case("dsa-index64", error="index_head_dim 64: nsa_plugin serves 128"),
+    "pooled index keys": case("dsa-kpool", error="index_kpool 4: nsa_plugin does not serve"),
+    "latent width": case("mla-rank256", error="kv_lora_rank 256 .*serves 512 and 64"),
+    "newer sglang": case("dsa", error=rf"SGLang 0\.5\.99 is not supported.*{release.RANGE}", sglang="0.5.99"),
+    "newer sglang at one's own risk": case("dsa", sglang="0.5.99", NSA_PLUGIN_ALLOW_UNTESTED_SGLANG="1"),
+    "older sglang": case("dsa", error=r"SGLang 0\.5\.16\.post2 is not supported", sglang="0.5.16.post2"),
+    "implementation name": case(
+        "dsa", error="NSA_PLUGIN_TOPK_IMPL='nonsense': expected one of .*torch", NSA_PLUGIN_TOPK_IMPL="nonsense"
     ),
-    "environment value": (
+    "environment value": case(
         "dsa",
-        [],
-        {"NSA_PLUGIN_INDEX_LAYOUT": "diagonal"},
-        None,
-        "NSA_PLUGIN_INDEX_LAYOUT='diagonal': expected one of auto, row_major, preshuffled",
+        error="NSA_PLUGIN_INDEX_LAYOUT='diagonal': expected one of auto, row_major, preshuffled",
+        NSA_PLUGIN_INDEX_LAYOUT="diagonal",
     ),
-    "environment name": ("dsa", [], {"NSA_PLUGIN_EXACTLY": "1"}, None, "NSA_PLUGIN_EXACTLY.*valid names are .*EXACT"),
-    "hicache": ("dsa", ["--enable-hierarchical-cache"], {}, None, r"--enable-hierarchical-cache.*\(HiCache\) yet"),
-    "prefill of pd is served": ("mla", ["--disaggregation-mode=prefill"], {}, None, None),
-    "decode of pd is served": ("dsa", ["--disaggregation-mode=decode"], {}, None, None),
-    "transfer of pd": (
+    "environment name": case("dsa", error="NSA_PLUGIN_EXACTLY.*valid names are .*EXACT", NSA_PLUGIN_EXACTLY="1"),
+    "hicache": case("dsa", "--enable-hierarchical-cache", error=r"--enable-hierarchical-cache.*\(HiCache\) yet"),
+    "prefill of pd is served": case("mla", "--disaggregation-mode=prefill"),
+    "decode of pd is served": case("dsa", "--disaggregation-mode=decode"),
+    "transfer of pd": case(
         "dsa",
-        ["--disaggregation-mode=decode", "--disaggregation-transfer-backend=nixl"],
-        {},
-        None,
-        r"--disaggregation-transfer-backend is set \('nixl'\).*than Mooncake's",
+        "--disaggregation-mode=decode",
+        "--disaggregation-transfer-backend=nixl",
+        error=r"--disaggregation-transfer-backend is set \('nixl'\).*than Mooncake's",
     ),
-    "stages of pd": (
+    "speculative": case("dsa", "--speculative-algorithm=NGRAM", error="--speculative-algorithm.*speculative"),
+    "tree of drafts": case(
         "dsa",
-        ["--disaggregation-mode=decode", "--pp-size=2"],
-        {},
-        None,
-        "--pp-size 2 with --disaggregation-mode decode: nsa_plugin does not support pipeline parallelism",
+        "--speculative-algorithm=EAGLE",
+        "--speculative-eagle-topk=4",
+        error=r"--speculative-eagle-topk is set \(4\).*tree",
     ),
-    "speculative": ("dsa", ["--speculative-algorithm=NGRAM"], {}, None, "--speculative-algorithm.*speculative"),
-    "tree of drafts": (
+    "drafts on a cpu": case(
+        "dsa", "--speculative-algorithm=NEXTN", error="--speculative-algorithm NEXTN on cpu: .*NVIDIA GPUs only"
+    ),
+    "flexkv": case("dsa", "--enable-flexkv", error="--enable-flexkv is set .*FlexKV"),
+    "radix cache": case("mla", "--radix-cache-backend=flexkv", error="--radix-cache-backend is set .'flexkv'.*radix"),
+    "context parallel": case("dsa", "--tp=2", "--attn-cp-size=2", error="--attn-cp-size 2 on cpu: .*NVIDIA GPUs"),
+    "zigzag": case("dsa", "--cp-strategy=zigzag", error=r"--cp-strategy is set \('zigzag'\).*Use .*interleave"),
+    "pipeline is served": case("dsa", "--pp-size=2"),
+    "pipeline of pd": case(
         "dsa",
-        ["--speculative-algorithm=EAGLE", "--speculative-eagle-topk=4"],
-        {},
-        None,
-        r"--speculative-eagle-topk is set \(4\).*tree",
+        "--disaggregation-mode=decode",
+        "--pp-size=2",
+        error=r"--pp-size 2 with --disaggregation-mode decode: nsa_plugin does not support pipeline",
     ),
-    "drafts on a cpu": (
-        "dsa",
-        ["--speculative-algorithm=NEXTN"],
-        {},
-        None,
-        "--speculative-algorithm NEXTN on cpu: .*NVIDIA GPUs only",
-    ),
-    "flexkv": ("dsa", ["--enable-flexkv"], {}, None, "--enable-flexkv is set .*FlexKV"),
-    "radix cache": ("mla", ["--radix-cache-backend=flexkv"], {}, None, "--radix-cache-backend is set .'flexkv'.*radix"),
-    "context parallel": ("dsa", ["--tp=2", "--attn-cp-size=2"], {}, None, "--attn-cp-size 2 on cpu: .*NVIDIA GPUs"),
-    "zigzag": ("dsa", ["--cp-strategy=zigzag"], {}, None, r"--cp-strategy is set \('zigzag'\).*Use .*interleave"),
-    "pipeline is served": ("dsa", ["--pp-size=2"], {}, None, None),
-    "pipeline of pd": (
-        "dsa",
-        ["--disaggregation-mode=decode", "--pp-size=2"],
-        {},
-        None,
-        r"--pp-size 2 with --disaggregation-mode decode: nsa_plugin does not support pipeline",
-    ),
-    "pipeline of shared top-k": (
+    "pipeline of shared top-k": case(
         "dsa-shares",
-        ["--pp-size=2"],
-        {},
-        None,
-        r"--pp-size 2 with DeepseekV32ForCausalLM, whose layers share their top-k: .*never run.*Start without",
+        "--pp-size=2",
+        error=r"--pp-size 2 with DeepseekV32ForCausalLM, whose layers share their top-k: .*never run.*Start without",
     ),
-    "dsa kernel": (
+    "dsa kernel": case(
         "dsa",
-        ["--dsa-decode-backend=fa3"],
-        {},
-        None,
-        "--dsa-decode-backend is set .'fa3'.*kernels of its own.*NSA_PLUGIN_SPARSE_MLA_IMPL",
+        "--dsa-decode-backend=fa3",
+        error="--dsa-decode-backend is set .'fa3'.*kernels of its own.*NSA_PLUGIN_SPARSE_MLA_IMPL",
     ),
-    "top-k kernel": (
+    "top-k kernel": case(
+        "dsa", "--dsa-topk-backend=flashinfer", error="--dsa-topk-backend is set .'flashinfer'.*NSA_PLUGIN_TOPK_IMPL"
+    ),
+    "logits kernel": case(
         "dsa",
-        ["--dsa-topk-backend=flashinfer"],
-        {},
-        None,
-        "--dsa-topk-backend is set .'flashinfer'.*NSA_PLUGIN_TOPK_IMPL",
+        "--dsa-paged-mqa-logits-backend=deepgemm",
+        error="--dsa-paged-mqa-logits-backend is set .*NSA_PLUGIN_MQA_LOGITS_IMPL",
     ),
-    "logits kernel": (
+    "compiled": case("dsa", "--enable-torch-compile", error=r"--enable-torch-compile is set .*torch\.compile yet"),
+    "lora on a cpu": case("mla", "--enable-lora", error="--enable-lora True on cpu: .*pinned memory. Start without"),
+    "top-k broadcast": case(
         "dsa",
-        ["--dsa-paged-mqa-logits-backend=deepgemm"],
-        {},
-        None,
-        "--dsa-paged-mqa-logits-backend is set .*NSA_PLUGIN_MQA_LOGITS_IMPL",
+        error="SGLANG_DSA_TOPK_BROADCAST=1: nsa_plugin does not broadcast .*Unset it",
+        SGLANG_DSA_TOPK_BROADCAST="1",
     ),
-    "compiled": ("dsa", ["--enable-torch-compile"], {}, None, r"--enable-torch-compile is set .*torch\.compile yet"),
-    "lora on a cpu": ("mla", ["--enable-lora"], {}, None, "--enable-lora True on cpu: .*pinned memory. Start without"),
-    "top-k broadcast": (
-        "dsa",
-        [],
-        {"SGLANG_DSA_TOPK_BROADCAST": "1"},
-        None,
-        "SGLANG_DSA_TOPK_BROADCAST=1: nsa_plugin does not broadcast .*Unset it",
+    "positions beside an indexer": case("dsa-scaled", error="llama_4_scaling .*scaled by position beside"),
+    "an indexer in DeepSeek-V3": case("mla-indexed", error="index_topk 32: nsa_plugin was never tried with an ind"),
+    "a first layer that shares": case("dsa-shared", error="begins with a layer that takes the top-k of one before"),
+    "architecture": case(
+        "mla-minicpm3",
+        error="MiniCPM3ForCausalLM has narrower latents, and was never run with nsa_plugin: nsa_plugin does not serve",
     ),
-    "positions beside an indexer": ("dsa-scaled", [], {}, None, "llama_4_scaling .*scaled by position beside"),
-    "an indexer in DeepSeek-V3": ("mla-indexed", [], {}, None, "index_topk 32: nsa_plugin was never tried with an ind"),
-    "a first layer that shares": ("dsa-shared", [], {}, None, "begins with a layer that takes the top-k of one before"),
-    "architecture": (
-        "minicpm3",
-        [],
-        {},
-        None,
-        "MiniCPM3ForCausalLM has narrower latents, and was never run with nsa_plugin: nsa_plugin does not serve it",
-    ),
-    "mla with fp8 rows is served": ("mla", ["--kv-cache-dtype=fp8_e4m3"], {}, None, None),
-    "rows of mla": (
+    "mla with fp8 rows is served": case("mla", "--kv-cache-dtype=fp8_e4m3"),
+    "rows of mla": case(
         "mla",
-        ["--kv-cache-dtype=fp8_e5m2"],
-        {},
-        None,
-        "--kv-cache-dtype fp8_e5m2 with DeepseekV3ForCausalLM: nsa_plugin serves auto, .*fp8_e4m3 for models without",
+        "--kv-cache-dtype=fp8_e5m2",
+        error="--kv-cache-dtype fp8_e5m2 with DeepseekV3ForCausalLM: nsa_plugin serves auto, .*fp8_e4m3 for models",
     ),
-    "sinks": (
-        "mla-sink",
-        [],
-        {},
-        None,
-        "has learnable_sink True: nsa_plugin does not serve a learnable attention sink",
-    ),
-    "two backends": (
+    "sinks": case("mla-sink", error="has learnable_sink True: nsa_plugin does not serve a learnable attention sink"),
+    "two backends": case(
         "mla",
-        ["--decode-attention-backend=torch_native"],
-        {},
-        None,
-        "nsa_plugin, torch_native: nsa_plugin must serve prefill and decode alike",
+        "--decode-attention-backend=torch_native",
+        error="nsa_plugin, torch_native: nsa_plugin must serve prefill and decode alike",
     ),
+}
+#: Models of the cases: what is changed in the configuration of the one that the name begins with.
+VARIANTS: dict[str, dict[str, object]] = {
+    "dsa-index64": {"index_head_dim": 64},
+    "dsa-kpool": {"index_kpool": 4},
+    "dsa-scaled": {"llama_4_scaling": {"original_max_position_embeddings": 8192, "beta": 0.1}},
+    "dsa-shares": {"index_topk_pattern": "FSF"},
+    "dsa-shared": {"index_topk_pattern": "SFF"},
+    "mla-sink": {"learnable_sink": True},
+    "mla-indexed": INDEXER,
+    "mla-rank256": {"kv_lora_rank": 256},
+    "mla-minicpm3": {"architectures": ["MiniCPM3ForCausalLM"]},
 }
 #: With another backend, or none, on the command line nothing of ours may run.
 OTHERS = {"torch_native": ["--attention-backend=torch_native"], "triton": ["--attention-backend=triton"]}
@@ -190,30 +173,19 @@ def resolved(models, tmp_path_factory) -> dict[str, dict]:
     """Outcome of every case, from one process."""
     folder = tmp_path_factory.mktemp("resolve")
     paths = dict(models)
-    paths["dsa-index64"] = _copy_with(models["dsa"], folder / "dsa-index64", index_head_dim=64)
-    paths["dsa-kpool"] = _copy_with(models["dsa"], folder / "dsa-kpool", index_kpool=4)
-    paths["dsa-scaled"] = _copy_with(
-        models["dsa"],
-        folder / "dsa-scaled",
-        llama_4_scaling={"original_max_position_embeddings": 8192, "beta": 0.1},
-    )
-    paths["mla-sink"] = _copy_with(models["mla"], folder / "mla-sink", learnable_sink=True)
-    paths["dsa-shares"] = _copy_with(models["dsa"], folder / "dsa-shares", index_topk_pattern="FSF")
-    paths["dsa-shared"] = _copy_with(models["dsa"], folder / "dsa-shared", index_topk_pattern="SFF")
-    paths["mla-indexed"] = _copy_with(models["mla"], folder / "mla-indexed", **INDEXER)
-    paths["minicpm3"] = _copy_with(models["mla"], folder / "minicpm3", architectures=["MiniCPM3ForCausalLM"])
-    paths["mla-rank256"] = _copy_with(models["mla"], folder / "mla-rank256", kv_lora_rank=256)
+    for name, changes in VARIANTS.items():
+        paths[name] = _copy_with(models[name.split("-")[0]], folder / name, **changes)
     paths["llama"] = folder / "llama"
     paths["llama"].mkdir()
     (paths["llama"] / "config.json").write_text(json.dumps(LLAMA))
     cpu = ["--device=cpu", "--sampling-backend=pytorch", "--disable-cuda-graph"]
     cases = {
         name: {
-            "argv": [f"--model-path={paths[model]}", "--attention-backend=nsa_plugin", *cpu, *args],
-            "env": env,
-            "sglang": version,
+            "argv": [f"--model-path={paths[one.model]}", "--attention-backend=nsa_plugin", *cpu, *one.arguments],
+            "env": one.environment,
+            "sglang": one.sglang,
         }
-        for name, (model, args, env, version, _) in CASES.items()
+        for name, one in CASES.items()
     }
     cases |= {name: {"argv": [f"--model-path={paths['llama']}", *cpu, *args]} for name, args in OTHERS.items()}
     path = folder / "cases.json"
@@ -224,7 +196,7 @@ def resolved(models, tmp_path_factory) -> dict[str, dict]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_resolution(resolved, name):
-    error, pattern = resolved[name]["error"], CASES[name][-1]
+    error, pattern = resolved[name]["error"], CASES[name].error
     assert resolved[name]["hooks"] == ["resolution"]
     if pattern is None:
         assert error is None
