@@ -34,6 +34,37 @@ def indexer(cos_sin: torch.Tensor, heads: int, topk: int) -> SimpleNamespace:
     )
 
 
+def model(**entries: Any) -> SimpleNamespace:
+    """The configuration of one with an indexer, where it has entries, or of one without."""
+    plain = {"index_topk": None, "num_hidden_layers": 4}
+    name = "DeepseekV32ForCausalLM" if entries else "DeepseekV3ForCausalLM"
+    return SimpleNamespace(hf_config=SimpleNamespace(architectures=[name], **{**plain, **entries}))
+
+
+def batch(mode: Any, before: list[int], new: list[int], lengths: torch.Tensor, **more: Any) -> SimpleNamespace:
+    """SGLang's, of requests with tokens in the cache and new ones; lengths: what SGLang passes beside these."""
+    made = SimpleNamespace(
+        forward_mode=mode,
+        input_ids=torch.zeros(sum(new), dtype=torch.int64),
+        batch_size=len(new),
+        seq_lens=lengths,
+        seq_lens_cpu=lengths,
+        seq_lens_sum=int(lengths.sum()),
+        req_pool_indices=torch.arange(len(new)),
+        spec_info=None,
+        extend_prefix_lens=torch.tensor(before),
+        extend_prefix_lens_cpu=before,
+        extend_seq_lens=torch.tensor(new, dtype=torch.int32),
+        extend_seq_lens_cpu=new,
+        extend_num_tokens=sum(new),
+        global_num_tokens_cpu=None,
+        attn_cp_metadata=None,
+        reuse_dsa_topk_indices=False,
+    )
+    vars(made).update(more)
+    return made
+
+
 def backend(kind: type, table: torch.Tensor, pages: torch.Tensor, topk: int, **pool: Any) -> Any:
     """Of a class of ours. table [requests, tokens] int32: slots; pool: more of the KV pool than its index keys."""
     made = object.__new__(kind)

@@ -77,25 +77,9 @@ class Gpus:
         self.table = (pages[..., None] * 64 + torch.arange(64)).flatten(1).int()
         self.latents = torch.randn(pages.numel() * 64, 1, 576)
         self.index_pages = bare.index_pages(pages.numel())
-        self.batch = SimpleNamespace(
-            forward_mode=batch_info.ForwardMode.EXTEND,
-            input_ids=torch.zeros(len(self.visible), dtype=torch.int64),
-            batch_size=len(extends),
-            seq_lens=lengths,
-            seq_lens_cpu=lengths,
-            seq_lens_sum=int(lengths.sum()),
-            req_pool_indices=torch.arange(len(extends)),
-            spec_info=None,
-            extend_prefix_lens=torch.tensor(prefixes),
-            extend_prefix_lens_cpu=prefixes,
-            extend_seq_lens=torch.tensor(extends, dtype=torch.int32),
-            extend_seq_lens_cpu=extends,
-            extend_num_tokens=len(self.visible),
-            out_cache_loc=self.table[self.request, self.positions].long(),
-            global_num_tokens_cpu=None,
-            attn_cp_metadata=None,
-            reuse_dsa_topk_indices=False,
-        )
+        slots = self.table[self.request, self.positions].long()
+        extend = batch_info.ForwardMode.EXTEND
+        self.batch = bare.batch(extend, prefixes, extends, lengths, out_cache_loc=slots)
         assert cp_active()(self.batch)
         cp_utils.prepare_cp_forward(self.batch)
 
@@ -301,14 +285,8 @@ def test_prefill_is_split_on_nvidia_only(device: str, monkeypatch: pytest.Monkey
         launch.check_arguments(SimpleNamespace(**ARGUMENTS))
 
 
-def a_model(**entries: Any) -> Any:
-    config = SimpleNamespace(architectures=["DeepseekV32ForCausalLM" if entries else "DeepseekV3ForCausalLM"])
-    config.index_topk, config.num_hidden_layers = None, 4
-    return SimpleNamespace(hf_config=SimpleNamespace(**{**vars(config), **entries}))
-
-
 def test_only_models_with_an_indexer_and_whole_requests_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    indexed, plain = a_model(index_topk=2048), a_model()
+    indexed, plain = bare.model(index_topk=2048), bare.model()
     launch.check_context_parallel(indexed, SimpleNamespace(**ARGUMENTS))
     launch.check_context_parallel(plain, SimpleNamespace(attn_cp_size=1))
     with pytest.raises(ValueError, match=r"^--enable-prefill-cp with DeepseekV3ForCausalLM: .*indexer only"):
@@ -317,7 +295,7 @@ def test_only_models_with_an_indexer_and_whole_requests_are_taken(monkeypatch: p
         launch.check_context_parallel(indexed, SimpleNamespace(attn_cp_size=2))
     with pytest.raises(ValueError, match=r"^--attn-cp-size 2 with --tp 4: .*Make the two equal"):
         launch.check_context_parallel(indexed, SimpleNamespace(**{**ARGUMENTS, "tp_size": 4}))
-    sharing = a_model(index_topk=2048, index_topk_freq=2)
+    sharing = bare.model(index_topk=2048, index_topk_freq=2)
     with pytest.raises(ValueError, match=r"^--enable-prefill-cp with DeepseekV32ForCausalLM, whose layers share"):
         launch.check_context_parallel(sharing, SimpleNamespace(**ARGUMENTS))
     older = SimpleNamespace(**ARGUMENTS, enable_dsa_prefill_context_parallel=True)

@@ -14,6 +14,7 @@ import pytest
 from nsa_backend_plugin.engine import launch, release
 from tests.engine import cpu_dcp
 from tests.engine import test_parity as parity
+from tests.engine.prompts import compare
 
 pytestmark = pytest.mark.engine
 
@@ -39,7 +40,7 @@ def served(request, models, start_server, reference, tmp_path_factory):
             guesses = {tuple(p): answer["output_ids"] for p, answer in zip(prompts, answers, strict=True)}
             reference.learn(kind, prompts, lambda prompt: guesses[tuple(prompt)])
             for prompt, answer in zip(prompts, answers, strict=True):
-                parity.compare(answer, reference(kind, prompt))
+                compare(answer, reference(kind, prompt))
 
         yield server, parity.PROMPTS[:count], check
 

@@ -300,25 +300,10 @@ def test_what_the_gpus_attend_to_of_the_selected_tokens_is_merged(
     extends = [1] * len(LENGTHS) if mode == "DECODE" else [1, 2, 1, 3, 1, 5, 1, 2]
     request = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(extends))
     seen = [n - m + j + 1 for n, m in zip(LENGTHS, extends, strict=True) for j in range(m)]
-    topk, lengths = 8, torch.tensor(LENGTHS)
-    batch = SimpleNamespace(
-        forward_mode=batch_info.ForwardMode[mode],
-        input_ids=torch.zeros(len(seen), dtype=torch.int64),
-        batch_size=len(LENGTHS),
-        seq_lens=lengths,
-        seq_lens_cpu=lengths,
-        seq_lens_sum=sum(LENGTHS),
-        req_pool_indices=torch.arange(len(LENGTHS)),
-        spec_info=None,
-        extend_prefix_lens_cpu=[n - m for n, m in zip(LENGTHS, extends, strict=True)],
-        extend_seq_lens=torch.tensor(extends, dtype=torch.int32),
-        extend_seq_lens_cpu=extends,
-        extend_num_tokens=len(seen),
-        out_cache_loc=group.table[request, torch.tensor(seen) - 1].long(),
-        global_num_tokens_cpu=None,
-        attn_cp_metadata=None,
-        reuse_dsa_topk_indices=False,
-    )
+    topk = 8
+    before = [n - m for n, m in zip(LENGTHS, extends, strict=True)]
+    written = group.table[request, torch.tensor(seen) - 1].long()
+    batch = bare.batch(batch_info.ForwardMode[mode], before, extends, torch.tensor(LENGTHS), out_cache_loc=written)
     chosen = [torch.randperm(n)[:topk].tolist() for n in seen]
     slots = torch.full((len(seen), topk), -1, dtype=torch.int32)
     for row, picked in enumerate(chosen):
@@ -371,14 +356,8 @@ def test_a_cache_is_split_on_nvidia_only(device: str, monkeypatch: pytest.Monkey
         launch.check_arguments(SimpleNamespace(**ARGUMENTS))
 
 
-def a_model(**entries: Any) -> Any:
-    config = SimpleNamespace(architectures=["DeepseekV32ForCausalLM" if entries else "DeepseekV3ForCausalLM"])
-    config.index_topk, config.num_hidden_layers = None, 4
-    return SimpleNamespace(hf_config=SimpleNamespace(**{**vars(config), **entries}))
-
-
 def test_which_models_and_groups_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, indexed, sharing = a_model(), a_model(index_topk=2048), a_model(index_topk=2048, index_topk_freq=2)
+    plain, indexed, sharing = bare.model(), bare.model(index_topk=2048), bare.model(index_topk=2048, index_topk_freq=2)
     check = launch.check_decode_context_parallel
     check(sharing, SimpleNamespace(tp_size=1))
     check(plain, SimpleNamespace(**ARGUMENTS))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import random
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,19 +18,16 @@ import requests
 from nsa_backend_plugin.serving import HOST, Child, Server, free_port
 from tests import transfer
 from tests.engine import pairs
+from tests.engine.prompts import INDEX_TOPK, LENGTHS, LOGPROB_BAR, NEW_TOKENS, answer, body, compare, tokens
 from tests.processes import HANGS_AFTER, wait_until
 
 pytest.importorskip("sglang", reason="needs SGLang")
 
 pytestmark = pytest.mark.engine
 
-NEW_TOKENS = 16
-LOGPROB_BAR = 1e-3
 #: For requests that share their batch: it changes float32 sums in the last bit, and the caches of DSA models round to
 #: bf16 and fp8. 8e-4 was seen.
 BATCHED_BAR = 1e-2
-INDEX_TOPK = 32
-LENGTHS = (5, 17, 64, 65, 129, 200, 333, 700)
 #: A server notices in seconds, not in minutes, that the other side of a request has gone. All prompts at once take a
 #: busy machine many seconds too.
 IMPATIENT = {
@@ -45,22 +41,12 @@ SLOTS = 1024
 LONG, LONG_TOKENS = 448, 72
 
 
-def _tokens(count: int, seed: int) -> list[int]:
-    generator = random.Random(seed)
-    return [generator.randrange(5, 500) for _ in range(count)]
-
-
 #: Prompts whose answers come near no tie: each token's log-probability is 0.02 above the next one's, and how a batch
 #: rounds does not change what the indexer selects (with other prompts it does, on one server too).
-PROMPTS = [_tokens(n, seed=1000 + n) for n in LENGTHS]
-LONG_PROMPT = _tokens(LONG, seed=5003)
+PROMPTS = [tokens(n, seed=1000 + n) for n in LENGTHS]
+LONG_PROMPT = tokens(LONG, seed=5003)
 #: Others for the negative control: what the decode server still has of the first in its memory are their index keys.
-CONTROLS = [_tokens(n, seed=n) for n in LENGTHS]
-
-
-def _body(prompt: list[int], new_tokens: int = NEW_TOKENS, **extra: Any) -> dict[str, Any]:
-    sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
-    return {"input_ids": prompt, "sampling_params": sampling, "return_logprob": True, **extra}
+CONTROLS = [tokens(n, seed=n) for n in LENGTHS]
 
 
 class Router(Child):
@@ -106,13 +92,13 @@ class Pair:
 
     def ask(self, prompt: list[int], new_tokens: int = NEW_TOKENS) -> requests.Response:
         """Reply of the router."""
-        return requests.post(f"{self.router.url}/generate", json=_body(prompt, new_tokens), timeout=HANGS_AFTER)
+        return requests.post(f"{self.router.url}/generate", json=body(prompt, new_tokens), timeout=HANGS_AFTER)
 
     @contextlib.contextmanager
     def stream(self) -> Iterator[Iterator[bytes]]:
         """Events of a long answer, of which the first have come. The client leaves at the end of the block."""
-        body = _body(PROMPTS[-2], SLOTS // 2, stream=True)
-        with requests.post(f"{self.router.url}/generate", json=body, timeout=HANGS_AFTER, stream=True) as reply:
+        sent = body(PROMPTS[-2], SLOTS // 2, stream=True)
+        with requests.post(f"{self.router.url}/generate", json=sent, timeout=HANGS_AFTER, stream=True) as reply:
             events = (line for line in reply.iter_lines() if line)
             for _ in range(3):
                 assert next(events).startswith(b"data: {")
@@ -120,25 +106,15 @@ class Pair:
 
     def check(self, prompt: list[int], reply: requests.Response, bar: float = LOGPROB_BAR) -> None:
         """Raise AssertionError unless it is what one server answers."""
-        answer, expected = _answer(reply.json()), self.expected(prompt)
-        assert answer["tokens"] == expected["tokens"]
-        differences = [abs(a - b) for a, b in zip(answer["logprobs"], expected["logprobs"], strict=True)]
-        assert max(differences) < bar
+        compare(reply.json(), self.expected(prompt), bar)
 
     def check_all(self) -> None:
         for prompt in PROMPTS:
             self.check(prompt, self.ask(prompt))
 
 
-def _answer(reply: dict[str, Any]) -> dict[str, list]:
-    return {
-        "tokens": reply["output_ids"],
-        "logprobs": [row[0] for row in reply["meta_info"]["output_token_logprobs"]],
-    }
-
-
 def _ask_directly(server: Server, room: dict[str, Any], timeout: float = HANGS_AFTER) -> requests.Response:
-    return requests.post(f"{server.url}/generate", json=_body(PROMPTS[5], **room), timeout=timeout)
+    return requests.post(f"{server.url}/generate", json=body(PROMPTS[5], **room), timeout=timeout)
 
 
 def _wait_idle(server: Server) -> None:
@@ -188,7 +164,7 @@ def pair(request, models, start_server, reference, tmp_path_factory) -> Iterator
         asked = [(p, NEW_TOKENS) for p in PROMPTS] + [(LONG_PROMPT, LONG_TOKENS)]
         if alone:
             asked += [(p, NEW_TOKENS) for p in CONTROLS]
-            known |= {tuple(p): _answer(alone[0].post("/generate", _body(p, n))) for p, n in asked}
+            known |= {tuple(p): answer(alone[0].post("/generate", body(p, n))) for p, n in asked}
             pairs.kill(alone[0])
         else:
             for prompt, tokens in asked:

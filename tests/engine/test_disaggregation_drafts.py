@@ -7,7 +7,6 @@ compared are its guesses. tests/engine/cpu_drafts.py stands in for what only GPU
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,28 +18,20 @@ import pytest
 from nsa_backend_plugin.serving import Server, free_port
 from tests import transfer
 from tests.engine import cpu_drafts, pairs
+from tests.engine.prompts import INDEX_TOPK, LENGTHS, LOGPROB_BAR, answer, body, tokens
 from tests.processes import HANGS_AFTER
 
 pytest.importorskip("sglang", reason="needs SGLang")
 
 pytestmark = pytest.mark.engine
 
-NEW_TOKENS = 16
-LOGPROB_BAR = 1e-3
-INDEX_TOPK = 32
-LENGTHS = (5, 17, 64, 65, 129, 200, 333, 700)
 #: Slots of the decode server, 16 pages: two of these long answers do not fit.
 SLOTS = 1024
 LONG, LONG_TOKENS = 448, 72
 
 
-def _tokens(count: int, seed: int) -> list[int]:
-    generator = random.Random(seed)
-    return [generator.randrange(5, 500) for _ in range(count)]
-
-
 def _prompts(seed: int) -> list[list[int]]:
-    return [_tokens(length, seed + length) for length in LENGTHS]
+    return [tokens(length, seed + length) for length in LENGTHS]
 
 
 @dataclass
@@ -79,11 +70,11 @@ class Pair:
 
     def _heard(self, name: str, ask: Any, prompt: list[int]) -> Answer:
         before = len(self._drafts(name))
-        reply = ask(_body(prompt))
+        reply = ask(body(prompt))
         said = reply["meta_info"]
         drafts = self._drafts(name)[before:]
         assert len(drafts) == said["spec_verify_ct"] > 0
-        return Answer(reply["output_ids"], [row[0] for row in said["output_token_logprobs"]], drafts)
+        return Answer(**answer(reply), drafts=drafts)
 
     def _drafts(self, name: str) -> list[list[int]]:
         file = self.folder / name
@@ -92,11 +83,6 @@ class Pair:
     def spoil(self, part: str) -> None:
         """From now on send another layer's in place of this part of the draft's cache; "" sends all again."""
         (self.folder / "spoilt").write_text(part)
-
-
-def _body(prompt: list[int], new_tokens: int = NEW_TOKENS) -> dict[str, Any]:
-    sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
-    return {"input_ids": prompt, "sampling_params": sampling, "return_logprob": True}
 
 
 #: Kind of the model, and steps of the draft.
@@ -130,18 +116,19 @@ def pair(request, start_server, tmp_path_factory) -> Iterator[Pair]:
 
 def test_drafts_are_those_of_one_server(pair: Pair) -> None:
     prompts = _prompts(1000)
-    for prompt in prompts:
-        answer, expected = pair.ask(prompt), pair.ask_one(prompt)
+    alone = [pair.ask_one(prompt) for prompt in prompts]
+    for prompt, expected in zip(prompts, alone, strict=True):
+        answer = pair.ask(prompt)
         assert answer.tokens == expected.tokens
         assert answer.drafts == expected.drafts
         assert answer.logprobs == pytest.approx(expected.logprobs, abs=LOGPROB_BAR)
-    assert pair.at_once([_body(prompt) for prompt in prompts]) == [pair.ask_one(prompt).tokens for prompt in prompts]
+    assert pair.at_once([body(prompt) for prompt in prompts]) == [expected.tokens for expected in alone]
 
 
 @pytest.mark.parametrize("pair", [CHAINS["dsa-3-1-4"]], ids=["dsa-3-1-4"], indirect=True)
 def test_a_full_decode_server_retracts_and_resumes(pair: Pair) -> None:
     """Answers stay. SGLang keeps the cache of the model alone: the guesses of its draft may get worse."""
-    bodies = [_body(_tokens(LONG, seed), LONG_TOKENS) for seed in (5003, 5004)]
+    bodies = [body(tokens(LONG, seed), LONG_TOKENS) for seed in (5003, 5004)]
     expected = [pair.one.post("/generate", body, HANGS_AFTER)["output_ids"] for body in bodies]
     assert pair.at_once(bodies) == expected
     assert "#retracted_reqs: 1" in pair.decode.log_path.read_text()

@@ -13,7 +13,8 @@ import torch
 
 from nsa_backend_plugin.engine import factory
 from tests.engine.conftest import HERE, run_python
-from tests.engine.test_parity import CHUNKED, NEW_TOKENS, PREFIXED, PROMPTS, SHARED, _ask, _forget_prefixes
+from tests.engine.prompts import NEW_TOKENS, answer
+from tests.engine.test_parity import CHUNKED, PREFIXED, PROMPTS, SHARED, _ask, _forget_prefixes
 
 pytest.importorskip("sglang", reason="needs SGLang")
 
@@ -48,8 +49,8 @@ def far(models, served, tmp_path_factory) -> dict[tuple[str, str], float]:
     found: dict[tuple[str, str], list[bool]] = {}
     run_python(HERE / "score_reference.py", models["mla"], folder / "texts.json", folder / "scores.json", "fp8")
     for rows, scores in zip(("float32", "fp8"), json.loads((folder / "scores.json").read_text()), strict=True):
-        for (way, _, answer), expected in zip(answers, scores, strict=True):
-            logprobs = [row[0] for row in answer["meta_info"]["output_token_logprobs"]]
+        for (way, _, reply), expected in zip(answers, scores, strict=True):
+            logprobs = answer(reply)["logprobs"]
             assert len(logprobs) == NEW_TOKENS
             misses = [abs(a - b) >= LOGPROB_BAR for a, b in zip(logprobs, expected[-NEW_TOKENS:], strict=True)]
             found.setdefault((way, rows), []).extend(misses)

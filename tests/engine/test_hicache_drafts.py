@@ -7,19 +7,21 @@ its cache: compared are its guesses. tests/engine/cpu_hicache.py stands in for w
 from __future__ import annotations
 
 import os
-import random
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import requests
 
 from nsa_backend_plugin.engine import release
+from nsa_backend_plugin.layouts import INDEX_PAGE_SIZE
 from nsa_backend_plugin.serving import Server
 from tests import sglang_plugin
 from tests.engine import cpu_drafts, cpu_hicache, pairs
+from tests.engine.prompts import body, tokens
 from tests.engine.reloaded_drafts import PARTS, Recorder
+from tests.processes import HANGS_AFTER, wait_until
 
 pytest.importorskip("sglang", reason="needs SGLang")
 
@@ -31,7 +33,6 @@ pytestmark = [
 LENGTH, NEW_TOKENS, KEPT = 448, 8, 384
 #: Two prompts have room on the device, four on the host.
 SLOTS, HOST_RATIO = 1024, 2
-PATIENCE = 120.0
 
 
 @dataclass
@@ -47,11 +48,11 @@ class Cached:
 
     server: Server
     recorder: Recorder
+    files: Path
 
     def ask(self, prompt: list[int]) -> Answer:
         before = len(self.recorder.lines())
-        sampling = {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
-        reply = self.server.post("/generate", {"input_ids": prompt, "sampling_params": sampling}, PATIENCE)
+        reply = self.server.post("/generate", body(prompt, NEW_TOKENS), HANGS_AFTER)
         said = reply["meta_info"]
         drafts = self.recorder.lines()[before:][: said["spec_verify_ct"]]
         return Answer(reply["output_ids"], said["cached_tokens"], drafts)
@@ -64,12 +65,7 @@ class Cached:
         return [[self.ask(prompt), self.ask(prompt)][1] for prompt in prompts]
 
 
-def _prompts(count: int, seed: int) -> list[list[int]]:
-    generator = random.Random(seed)
-    return [[generator.randrange(5, 500) for _ in range(LENGTH)] for _ in range(count)]
-
-
-PROMPTS = _prompts(3, seed=1)
+PROMPTS = [tokens(LENGTH, seed) for seed in (1, 2, 3)]
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +84,7 @@ def cached(start_server, tmp_path_factory) -> Iterator[Cached]:
     )
     try:
         server.start()
-        yield Cached(server, recorder)
+        yield Cached(server, recorder, folder / "files")
     finally:
         pairs.kill(server)
 
@@ -101,7 +97,9 @@ def never_left(cached: Cached) -> list[Answer]:
 def test_what_came_back_guesses_as_what_never_left(cached: Cached, never_left: list[Answer]) -> None:
     assert [one.cached for one in never_left] == [KEPT] * len(PROMPTS)
     assert cached.ask_all(PROMPTS) == never_left
-    time.sleep(1)  # files are written behind the answers
+    # They are written behind the answers: a page's latent rows in one, its index keys in another.
+    written = 2 * len(PROMPTS) * (LENGTH // INDEX_PAGE_SIZE)
+    assert wait_until(lambda: sum(file.stat().st_size > 0 for file in cached.files.iterdir()) == written)
     requests.post(f"{cached.server.url}/flush_cache?timeout=30", timeout=60).raise_for_status()
     assert cached.ask_all(PROMPTS) == never_left
 
@@ -120,7 +118,7 @@ def test_without_a_part_of_its_cache_a_draft_differs(cached: Cached, never_left:
 
 def test_a_full_host_cache_answers_and_goes_on(cached: Cached) -> None:
     """More prompts than the host has room for."""
-    prompts = _prompts(5, seed=2)
+    prompts = [tokens(LENGTH, 10 + seed) for seed in range(5)]
     assert len(prompts) * LENGTH > SLOTS * HOST_RATIO
     first = cached.ask_all(prompts)
     assert [one.tokens for one in cached.ask_all(prompts)] == [one.tokens for one in first]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import random
 import re
 import socket
 import urllib.request
@@ -16,6 +15,7 @@ import pytest
 from nsa_backend_plugin.engine import ledger
 from nsa_backend_plugin.runtime import served as served_calls
 from nsa_backend_plugin.serving import HOST, Server
+from tests.engine.prompts import LENGTHS, body, compare, tokens
 from tests.sglang_copies import RELEASES, patched_overlay
 
 sglang = pytest.importorskip("sglang", reason="needs SGLang")
@@ -23,8 +23,6 @@ from sglang.srt.utils.numa_utils import init_threads_binding  # noqa: E402
 
 pytestmark = pytest.mark.engine
 
-NEW_TOKENS = 16
-LOGPROB_BAR = 1e-3
 EXACT = {"NSA_PLUGIN_EXACT": "1"}
 CHUNKED = ("--chunked-prefill-size=128", "--enable-mixed-chunk")
 #: Name -> (model, arguments). Between them: both models, page sizes 1 and 64, whole and chunked + mixed prefill, one
@@ -48,31 +46,13 @@ FORGETFUL = ("0.5.18", "0.5.19")
 PATCHED = [name for name in SERVERS if name.endswith("patched")]
 
 
-def _tokens(count: int, seed: int) -> list[int]:
-    """Fixed prompts, so that no run meets a tie of two tokens that the others did not."""
-    generator = random.Random(seed)
-    return [generator.randrange(5, 500) for _ in range(count)]
-
-
-PROMPTS = [_tokens(n, seed=n) for n in (5, 17, 64, 65, 129, 200, 333, 700)]
-SHARED = _tokens(256, seed=1)
-PREFIXED = [SHARED + _tokens(20, seed=s) for s in (2, 3)]
-
-
-def _body(prompt: list[int], **extra: Any) -> dict[str, Any]:
-    sampling = {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
-    return {"input_ids": prompt, "sampling_params": sampling, "return_logprob": True, **extra}
+PROMPTS = [tokens(n, seed=n) for n in LENGTHS]
+SHARED = tokens(256, seed=1)
+PREFIXED = [SHARED + tokens(20, seed=s) for s in (2, 3)]
 
 
 def _ask(server: Server, prompt: list[int]) -> dict[str, Any]:
-    return server.post("/generate", _body(prompt))
-
-
-def compare(answer: dict[str, Any], expected: dict[str, list]) -> None:
-    assert answer["output_ids"] == expected["tokens"]
-    logprobs = [row[0] for row in answer["meta_info"]["output_token_logprobs"]]
-    assert len(logprobs) == NEW_TOKENS
-    assert max(abs(a - b) for a, b in zip(logprobs, expected["logprobs"], strict=True)) < LOGPROB_BAR
+    return server.post("/generate", body(prompt))
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +118,7 @@ def test_streamed(served):
     prompt = PROMPTS[4]
     request = urllib.request.Request(
         server.url + "/generate",
-        json.dumps(_body(prompt, stream=True)).encode(),
+        json.dumps(body(prompt, stream=True)).encode(),
         {"Content-Type": "application/json"},
     )
     with urllib.request.urlopen(request, timeout=120) as reply:
@@ -152,12 +132,12 @@ def test_after_a_client_hung_up(served):
     """The slots of an aborted request are reused; what it wrote must not show in later answers."""
     server, _, check = served
     _forget_prefixes(server)
-    body = json.dumps(
+    sent = json.dumps(
         {"input_ids": PROMPTS[6], "sampling_params": {"max_new_tokens": 3000, "ignore_eos": True}, "stream": True}
     ).encode()
-    head = f"POST /generate HTTP/1.1\r\nHost: {HOST}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    head = f"POST /generate HTTP/1.1\r\nHost: {HOST}\r\nContent-Type: application/json\r\nContent-Length: {len(sent)}"
     with socket.create_connection((HOST, server.port), timeout=60) as connection:
-        connection.sendall(head.encode() + b"\r\n\r\n" + body)
+        connection.sendall(head.encode() + b"\r\n\r\n" + sent)
         received = b""
         while received.count(b"data: ") < 3:
             received += connection.recv(4096)
@@ -175,7 +155,7 @@ def test_after_a_client_hung_up(served):
 def test_every_hook_fired(served, request):
     """Or stands down where its patch is applied; then only SGLang's own extension points are left in use."""
     server, kind, _ = served
-    answer = server.post("/generate", _body(PROMPTS[0], sampling_params={"json_schema": "{}", "max_new_tokens": 4}))
+    answer = server.post("/generate", body(PROMPTS[0], sampling_params={"json_schema": "{}", "max_new_tokens": 4}))
     assert answer["meta_info"]["completion_tokens"] > 0
     log = _log(server)
     patched = request.node.callspec.params["served"] in PATCHED

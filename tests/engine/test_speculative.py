@@ -55,21 +55,7 @@ def forward_batch(mode: str, committed: list[int]) -> SimpleNamespace:
     before = torch.tensor(committed)
     extend = mode == "DRAFT_EXTEND_V2"
     lengths = before + DRAFTS if extend else before  # as SGLang passes them: with the drafts in draft-extend only
-    requests = len(committed)
-    return SimpleNamespace(
-        forward_mode=batch_info.ForwardMode[mode],
-        batch_size=requests,
-        seq_lens=lengths,
-        seq_lens_cpu=lengths,
-        seq_lens_sum=int(lengths.sum()),
-        req_pool_indices=torch.arange(requests),
-        spec_info=None,
-        extend_prefix_lens=before,
-        extend_prefix_lens_cpu=committed,
-        extend_seq_lens=torch.full((requests,), DRAFTS, dtype=torch.int32),
-        extend_seq_lens_cpu=[DRAFTS] * requests,
-        extend_num_tokens=DRAFTS * requests,
-    )
+    return bare.batch(batch_info.ForwardMode[mode], committed, [DRAFTS] * len(committed), lengths)
 
 
 def check_selection(backend: Any, visible: list[int], per_request: int) -> None:
