@@ -171,6 +171,11 @@ def test_targets_relative_to_the_best_peer() -> None:
     assert report_tables.verdict(goal, row("triton", 5.0), None) == "no peer ran"
 
 
+def test_the_page_is_of_the_present_results_and_notes() -> None:
+    files = report.in_order(list((report.HERE / "results").glob("*.json")))
+    assert (report.HERE / "RESULTS.md").read_text() == report.page(files), "run `python -m benchmarks report`"
+
+
 def test_report_page(tmp_path: Path) -> None:
     rows = [
         row("triton", 9.0, target_us=7.0),
