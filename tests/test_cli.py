@@ -23,9 +23,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch):
+    """Of this process, too: it remembers which implementations were forced."""
     for name in list(os.environ):
         if name.startswith(("NSA_PLUGIN_", "SGLANG_")):
             monkeypatch.delenv(name)
+    dispatch.forget_plans()
+    yield
+    dispatch.forget_plans()
 
 
 def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
