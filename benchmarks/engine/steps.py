@@ -32,8 +32,9 @@ _POINTS = "1:8192 16:8192 64:8192 1:32768 16:32768 1:131072"
 _BATCHES = " ".join(f"{batch}:8192" for batch in (2, 4, 8, 32, 128))
 _SWEEP = "1:1024 2:1024 8:1024 32:1024 64:1024 128:1024 1:8192 4:8192 16:8192 64:8192 1:32768 8:32768 1:131072 2:131072"
 _ATTENTION = "tests/ops/test_sparse_mla.py tests/ops/test_dense_mla.py tests/ops/test_union.py"
-#: Name -> (limit in seconds, GPUs, arguments of pytest). A file's groups of servers start one after the other, a group
-#: takes two to four minutes, and a draft is trained for some more where NSA_TEST_DRAFT_MODEL names none.
+#: Name -> (limit in seconds, GPUs, arguments of pytest). Those of deployments and of two GPUs are guesses, no whole run
+#: of either was timed: groups of servers start one after the other, and a draft is trained where NSA_TEST_DRAFT_MODEL
+#: names none.
 TESTS = {
     "tests": (400, 1, "-m gpu tests/engine/test_gpu.py"),
     "tests-deployments": (1800, 1, "-m gpu tests/engine/test_deployments_gpu.py"),

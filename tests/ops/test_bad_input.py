@@ -97,6 +97,7 @@ BAD = [
     (mqa_logits.paged, "block_table", ints(2, 1, value=3), "block_table contains 3: expected 0 <= value < 3"),
     (mqa_logits.paged, "block_table", ints(2, 1, value=-1), "block_table contains -1: expected 0 <= value < 3"),
     (mqa_logits.paged, "page_size", 24, "page_size=24: expected a multiple of 16"),
+    (mqa_logits.paged, "page_size", 32, "cache has shape [3, 8448]: expected [any, 4224]"),
     (mqa_logits.paged, "clean", "yes", "clean='yes': expected one of False, True"),
     (mqa_logits.paged, "out", torch.zeros(3, 64), "out has shape [3, 64]: expected [2, any]"),
     (mqa_logits.paged, "out", torch.zeros(2, 64).half(), "out has dtype torch.float16: expected torch.float32"),
